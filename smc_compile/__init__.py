@@ -1,0 +1,1 @@
+"""Compile a plain decode loop into Sequential Monte Carlo speculative decoding."""
