@@ -1,0 +1,151 @@
+"""Trace one trip of a decode loop into a functional ATen graph with a symbolic sequence length."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind
+
+from smc_compile.errors import CacheError
+from smc_compile.passes.ir import CausalLM
+from smc_compile.passes.sequence_axes import type_axes
+
+log = logging.getLogger(__name__)
+
+TRACE_LENGTH = 7  # any length >= 2: the sequence axis is symbolic
+
+
+def export_lm(step: nn.Module, ids: Tensor, weights: Sequence[Tensor] = ()) -> tuple[CausalLM, OwnedWeights]:
+    """Export ``step(ids [B, S], *weights) -> [B, ...]`` with S symbolic, ATen ops kept whole (attention stays attention).
+
+    Returns the graph and the weights that ``step`` owns itself (parameters, buffers, constants); they precede the
+    explicit ``weights`` in the order of ``CausalLM.weights``.
+
+    Raises:
+        CacheError: when the step cannot be traced for a symbolic length, with the tracer's reason.
+    """
+    example = ids.new_zeros(ids.shape[0], TRACE_LENGTH)
+    try:
+        program = _export(step, (example, *weights), torch.export.Dim.DYNAMIC)
+    except Exception as error:  # the tracer raises many types; all mean the same to the user
+        _name_the_culprit(step, (example, *weights))
+        raise _untraceable(error) from error
+    graph_module = program.graph_module
+    graph_module.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    graph_module.recompile()
+    lm = _causal_lm(program, graph_module, ids.shape[0])
+    lm.verify()
+    log.debug("exported step\n%s", graph_module.print_readable(print_output=False))
+    return lm, OwnedWeights(step, program)
+
+
+def _export(step: nn.Module, inputs: tuple[Tensor, ...], length: object) -> torch.export.ExportedProgram:
+    dynamic = ({1: length}, *({} for _ in inputs[1:]))
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(_Positional(step), inputs, dynamic_shapes=(dynamic,), strict=False)
+        return program.run_decompositions({torch.ops.aten.einsum.default: einsum_as_matmul})
+
+
+def _name_the_culprit(step: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """A recurrent op pins the length: trace for that one length and let the axis analysis name the op."""
+    try:
+        program = _export(step, inputs, torch.export.Dim.AUTO)
+    except Exception as error:
+        raise _untraceable(error) from error
+    type_axes(_causal_lm(program, program.graph_module, inputs[0].shape[0], require_symbolic=False))
+
+
+def _untraceable(error: Exception) -> CacheError:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return CacheError(
+        "the model cannot be traced for a symbolic sequence length",
+        (lines[0] if lines else type(error).__name__)[:300],
+        "the forward must be tensor code whose shapes depend on ids.shape only (no Python branch on values or lengths)",
+    )
+
+
+class OwnedWeights:
+    """The tensors that a traced module owns, looked up by name at every call: a replaced parameter is seen too."""
+
+    def __init__(self, step: nn.Module, program: torch.export.ExportedProgram) -> None:
+        self._step = step
+        self._names: list[str] = []
+        self._constants: dict[str, Tensor] = {}
+        for spec in program.graph_signature.input_specs:
+            if spec.kind == InputKind.USER_INPUT:
+                continue
+            name = (spec.target or "").removeprefix("step.")
+            self._names.append(name)
+            if spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER):
+                self._constants[name] = program.constants[spec.target or ""]
+
+    def __call__(self) -> list[Tensor]:
+        return [self._constants[n] if n in self._constants else self._lookup(n) for n in self._names]
+
+    def _lookup(self, name: str) -> Tensor:
+        path, _, leaf = name.rpartition(".")
+        return getattr(self._step.get_submodule(path), leaf)
+
+
+class _Positional(nn.Module):
+    """Hands (ids, *weights) on; one signature for modules and for graph modules."""
+
+    def __init__(self, step: nn.Module) -> None:
+        super().__init__()
+        self.step = step
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.step(*inputs)
+
+
+def _causal_lm(program: torch.export.ExportedProgram, graph_module: fx.GraphModule, batch: int, require_symbolic: bool = True) -> CausalLM:
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    kinds = [spec.kind == InputKind.USER_INPUT for spec in program.graph_signature.input_specs]
+    user = [node for node, is_user in zip(placeholders, kinds, strict=True) if is_user]
+    owned = [node for node, is_user in zip(placeholders, kinds, strict=True) if not is_user]
+    ids = user[0]
+    length = ids.meta["val"].shape[1]
+    symbolic = isinstance(length, torch.SymInt)
+    if require_symbolic and not symbolic:
+        raise CacheError(
+            "the model works for one sequence length only",
+            f"tracing fixed the sequence length to {length}",
+            "let the forward take any ids[B, S]; a constant mask or position tensor of one length is the usual cause",
+        )
+    bounds = program.range_constraints.get(length.node.expr) if symbolic else None
+    limit = int(bounds.upper) if bounds is not None and bounds.upper.is_Integer else None
+    return CausalLM(graph_module, ids, tuple(owned + user[1:]), batch, limit)
+
+
+def einsum_as_matmul(equation: str, operands: Sequence[Tensor], path: object = None) -> Tensor:
+    """Two-operand einsum as permute, reshape and matmul, so that attention written with it is seen as a product."""
+    inputs, _, output = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    if len(terms) != 2 or "." in equation or any(len(set(term)) != len(term) for term in terms):
+        return NotImplemented
+    left, right = terms
+    output = output or "".join(sorted(c for c in set(left + right) if (left + right).count(c) == 1))
+    size = {c: n for term, x in zip(terms, operands, strict=True) for c, n in zip(term, x.shape, strict=True)}
+    batch = [c for c in left if c in right and c in output]
+    summed = [c for c in left if c in right and c not in output]
+    rows = [c for c in left if c not in right]
+    columns = [c for c in right if c not in left]
+    if any(c not in output for c in rows + columns):
+        return NotImplemented
+    count = [prod(size[c] for c in group) for group in (rows, summed, columns)]
+    a = operands[0].permute([left.index(c) for c in batch + rows + summed])
+    b = operands[1].permute([right.index(c) for c in batch + summed + columns])
+    batch_sizes = [size[c] for c in batch]
+    a = a.reshape([*batch_sizes, count[0], count[1]]) if len(rows) != 1 or len(summed) != 1 else a
+    b = b.reshape([*batch_sizes, count[1], count[2]]) if len(columns) != 1 or len(summed) != 1 else b
+    y = torch.matmul(a, b)
+    if len(rows) != 1 or len(columns) != 1:
+        y = y.reshape([*batch_sizes, *(size[c] for c in rows), *(size[c] for c in columns)])
+    order = batch + rows + columns
+    return y.permute([order.index(c) for c in output])

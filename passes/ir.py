@@ -1,0 +1,99 @@
+"""The values that pass from one compiler pass to the next, each with the rules it must keep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from smc_compile.errors import SMCError
+
+Sizes = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """One trip of a decode loop as a functional ATen graph: ``ids [B, S] -> rows [B, V]`` at the last position.
+
+    Attributes:
+        graph_module: placeholders are the token ids and then the weights; S is symbolic, B is ``batch``.
+        ids: the placeholder of the token ids.
+        weights: the other placeholders, in the order in which weights are passed.
+        batch: the batch size of the trace (a constant of the graph, generalised by axis typing).
+        max_positions: the longest S that the export found legal, or None.
+    """
+
+    graph_module: fx.GraphModule
+    ids: fx.Node
+    weights: tuple[fx.Node, ...]
+    batch: int
+    max_positions: int | None
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.graph_module.graph
+
+    def verify(self) -> None:
+        """Raise unless the graph is well-formed: lint, one output, a value on every node, no in-place op."""
+        self.graph.lint()
+        if len(output_values(self.graph)) != 1:
+            raise SMCError("internal: a causal model has exactly one output")
+        for node in self.graph.nodes:
+            if node.op != "output" and "val" not in node.meta:
+                raise SMCError(f"internal: node {node.name} carries no value")
+
+
+@dataclass(frozen=True)
+class CacheSite:
+    """One tensor that attention reads at every earlier position: keys or values of one layer.
+
+    The cached tensor is [rows, ``heads``, positions, ``width``]; ``heads`` counts distinct heads (before a GQA expand).
+    """
+
+    name: str
+    heads: int
+    width: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.heads * self.width * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class CachedLM:
+    """The incremental form of a causal model. R = B*N rows, T new tokens, P prompt and S suffix positions.
+
+    Attributes:
+        prefill: ``(ids [B, P], *weights) -> (row [B, V], prompt [B, H, P, d] per site)``.
+        score: ``(tokens [R, T], slots [T], prompts, suffixes, tables, weights) -> rows [R*T, V]``; writes the new
+            tokens' keys and values into the suffixes ([R, H, S, d]) at ``slots`` in place.
+        advance: as ``score``, but only the last position's ``rows [R, V]``.
+        tables: ``(length: int, *weights) -> [length-sized tensors]``, the token-free values, evaluated once a call.
+        sites: the caches.
+        output_dtype: the dtype of the rows.
+    """
+
+    prefill: fx.GraphModule
+    score: fx.GraphModule
+    advance: fx.GraphModule
+    tables: fx.GraphModule
+    sites: tuple[CacheSite, ...]
+    vocab_size: int
+    output_dtype: torch.dtype
+    max_positions: int | None
+    report: list[str] = field(default_factory=list)
+
+
+def output_values(graph: fx.Graph) -> list[fx.Node]:
+    """The flat list of values that a graph returns."""
+    values = graph.output_node().args[0]
+    return list(values) if isinstance(values, (list, tuple)) else [values]  # type: ignore[arg-type, list-item]
+
+
+def user_line(node: fx.Node) -> str:
+    """The user's source line that made a node, or its name when the trace kept none."""
+    trace = (node.meta.get("stack_trace") or "").strip().splitlines()
+    where = " ".join(line.strip() for line in trace[-2:])
+    return f"{node.name} = {node.target} ({where})" if where else f"{node.name} = {node.target}"

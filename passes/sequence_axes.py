@@ -1,0 +1,172 @@
+"""Type every axis of every token-dependent value: batch, query position, key position, or other.
+
+An axis is a tuple of atoms, outermost first, so that a reshape only regroups atoms: ``view(B*S, D)`` makes an axis of
+two atoms. A size-1 axis has none. An op that would mix positions or requests is refused here, by name.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from smc_compile.errors import CacheError
+from smc_compile.passes.ir import CausalLM, user_line
+
+BATCH, QUERY, KEY, REPEAT, OTHER = "batch", "query", "key", "repeat", "other"
+
+
+@dataclass(frozen=True)
+class Atom:
+    """One factor of an axis. ``size`` is 0 for batch, query and key, whose size depends on the region.
+
+    A key atom's size counts sink columns that stand beside the keys: after them if positive, before them if negative.
+    """
+
+    kind: str
+    size: int = 0
+
+
+Axis = tuple[Atom, ...]
+Axes = tuple[Axis, ...]
+B, Q, K = Atom(BATCH), Atom(QUERY), Atom(KEY)
+
+
+@dataclass
+class Typing:
+    """The result for one graph.
+
+    Attributes:
+        axes: axes of each token-dependent node; a list of them for ops with several outputs.
+        dependent: the nodes whose value depends on the tokens.
+        after_last: the nodes computed from the last position only: their batch axis counts rows of tokens.
+        last: the nodes that select the last position.
+        attention: matmul-like nodes (and SDPA) that contract over positions, with the role each plays.
+    """
+
+    lm: CausalLM
+    length: sympy.Expr
+    axes: dict[fx.Node, Any] = field(default_factory=dict)
+    dependent: set[fx.Node] = field(default_factory=set)
+    after_last: set[fx.Node] = field(default_factory=set)
+    last: list[fx.Node] = field(default_factory=list)
+    attention: dict[fx.Node, str] = field(default_factory=dict)
+
+    def of(self, node: Any) -> Axes:
+        return self.axes[node]
+
+    def is_dependent(self, value: Any) -> bool:
+        return isinstance(value, fx.Node) and value in self.dependent
+
+    def atom_size(self, atom: Atom) -> sympy.Expr:
+        if atom.kind == BATCH:
+            return sympy.Integer(self.lm.batch)
+        if atom.kind in (QUERY, KEY):
+            return self.length + abs(atom.size)
+        return sympy.Integer(atom.size)
+
+    def axis_size(self, axis: Axis) -> sympy.Expr:
+        return math.prod((self.atom_size(atom) for atom in axis), start=sympy.Integer(1))
+
+
+def refuse(node: fx.Node, why: str, fix: str = "") -> CacheError:
+    """The error for an op that has no incremental form; it names the op and the user's line."""
+    default = "use the explicit protocol step(tokens, pos, state) -> (logits, state) with initial_state(batch)"
+    return CacheError(f"no cache can be synthesized: {why}", user_line(node), fix or default)
+
+
+def expression(size: Any) -> sympy.Expr:
+    """The sympy expression of an int, a SymInt or a node that carries one."""
+    if isinstance(size, fx.Node):
+        size = size.meta["val"]
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+def type_axes(lm: CausalLM) -> Typing:
+    """Assign axes to every token-dependent node of ``lm``, in one pass in program order.
+
+    Raises:
+        CacheError: naming the op that mixes positions or requests, or that no rule covers.
+    """
+    from smc_compile.passes.axis_rules import rule_for
+
+    typing = Typing(lm, expression(lm.ids.meta["val"].shape[1]))
+    typing.dependent.add(lm.ids)
+    typing.axes[lm.ids] = ((B,), (Q,))
+    for node in lm.graph.nodes:
+        if node.op != "call_function" or not _depends(typing, node):
+            continue
+        typing.dependent.add(node)
+        if any(source in typing.after_last for source in node.all_input_nodes):
+            typing.after_last.add(node)
+        typing.axes[node] = rule_for(node)(typing, node)
+        _check(typing, node)
+    return typing
+
+
+def _depends(typing: Typing, node: fx.Node) -> bool:
+    """Whether a node's *value* depends on the tokens; sizes do not count."""
+    if not _has_tensor(node.meta.get("val")):
+        return False
+    return any(source in typing.dependent for source in node.all_input_nodes)
+
+
+def _has_tensor(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(_has_tensor(item) for item in value)
+    return isinstance(value, torch.Tensor)
+
+
+def _check(typing: Typing, node: fx.Node) -> None:
+    """The typed axes must have the sizes of the traced value: a wrong rule is caught here, not at run time."""
+    values, axes = node.meta["val"], typing.axes[node]
+    pairs = zip(values, axes, strict=True) if isinstance(axes, list) else [(values, axes)]
+    for value, typed in pairs:
+        if not isinstance(value, torch.Tensor):
+            continue
+        sizes = [sympy.expand(typing.axis_size(axis)) for axis in typed]
+        actual = [sympy.expand(expression(size)) for size in value.shape]
+        if sizes != actual:
+            raise refuse(node, f"axis analysis found sizes {sizes}, the trace has {actual}")
+
+
+def split_atoms(atoms: list[Atom], sizes: list[sympy.Expr], typing: Typing) -> list[Axis] | None:
+    """Regroup ``atoms`` into axes of the given sizes, splitting plain atoms where needed; None when they do not fit."""
+    pending = list(atoms)
+    axes: list[Axis] = []
+    for size in sizes:
+        taken: list[Atom] = []
+        left = size
+        while left != 1 or (not taken and pending and typing.atom_size(pending[0]) == 1 and size == 1):
+            if not pending:
+                return None
+            atom = pending.pop(0)
+            ratio = sympy.cancel(left / typing.atom_size(atom))
+            if _is_whole(ratio):
+                taken.append(atom)
+                left = ratio
+            elif atom.kind in (OTHER, REPEAT) and left.is_Integer and atom.size % int(left) == 0:
+                taken.append(Atom(atom.kind, int(left)))
+                pending.insert(0, Atom(atom.kind, atom.size // int(left)))
+                left = sympy.Integer(1)
+            else:
+                return None
+        axes.append(tuple(taken))
+    if any(typing.atom_size(atom) != 1 for atom in pending):
+        return None
+    if pending:  # leftover atoms of size 1 (a batch of one) join the first axis that can hold them
+        axes[0] = tuple(pending) + axes[0] if axes else ()
+    return axes
+
+
+def _is_whole(ratio: sympy.Expr) -> bool:
+    """Whether a ratio of sizes is a polynomial with integer coefficients."""
+    if not ratio.free_symbols:
+        return bool(ratio.is_Integer)
+    if not ratio.is_polynomial(*ratio.free_symbols):
+        return False
+    return all(coefficient.is_Integer for coefficient in sympy.Poly(ratio, *ratio.free_symbols).coeffs())

@@ -1,0 +1,211 @@
+"""``smc-compile demo``: the shipped pair of models writes Python three ways."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+from torch import Tensor
+
+from smc_compile.ancestry import check_picture_path, draw_ancestry
+from smc_compile.errors import InputError, OptionError
+from smc_compile.measure import (
+    Contestant,
+    Model,
+    Result,
+    Row,
+    check_json_path,
+    compile_line,
+    contest,
+    make_rows,
+    measure,
+    number,
+    progress_bar,
+    rows_table,
+    write_json,
+)
+from smc_compile.pair import load_pair
+from smc_compile.result import Generation
+
+HELP = """\
+Write Python with the shipped pair of models, three ways.
+
+The plain loop in eager mode, the same loop compiled with a cache, and SMC: their texts, their speed, where the time
+goes, and how the text of SMC scores under the target beside true samples of the target. A picture shows how the
+particles descend from each other. Takes less than two minutes, compilation included.
+
+  smc-compile demo
+  smc-compile demo --n-particles 32 --lookahead 6
+  smc-compile demo --prompt 'class Stack:'
+"""
+PROMPT = '''\
+def moving_average(values, window):
+    """Return the average of each run of `window` consecutive values."""
+'''
+TEXT_TITLES = {"eager": "plain loop, eager", "autoregressive": "compiled loop", "smc": "SMC"}
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean log-probability of a token under the target, over independent sequences."""
+
+    mean: float
+    stderr: float
+    sequences: int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``demo``."""
+    parser.add_argument("--prompt", metavar="TEXT", help="text to continue (default: the head of a function)")
+    parser.add_argument("--n-particles", type=int, default=8, metavar="N", help="particles")
+    parser.add_argument("--lookahead", type=int, default=4, metavar="K", help="draft tokens a cycle")
+    parser.add_argument("--max-new-tokens", type=int, default=96, metavar="T", help="tokens to generate")
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="temperature")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed")
+    parser.add_argument("--repeats", type=int, default=3, metavar="R", help="timed rounds")
+    parser.add_argument("--samples", type=int, default=64, metavar="M", help="sequences scored per method")
+    parser.add_argument("--json", metavar="FILE", help="write the rows to FILE")
+    parser.add_argument("--picture", default="demo-ancestry.svg", metavar="FILE", help="picture of the particles")
+
+
+def run(arguments: argparse.Namespace, console: Console) -> None:
+    """Generate, measure, score, print, draw."""
+    check_arguments(arguments)
+    if arguments.prompt is None:
+        arguments.prompt = PROMPT
+    target, draft, tokenizer, _ = load_pair()
+    ids = torch.tensor([tokenizer.encode(arguments.prompt).ids])
+    if ids.numel() == 0:
+        raise InputError("The prompt is empty.", "a model needs at least one token to start from")
+    contestants = contest(
+        target,
+        draft,
+        ids,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        shapes=[(arguments.n_particles, arguments.lookahead)],
+        eager_tokens=arguments.max_new_tokens,
+    )
+    results = measure(contestants, arguments.repeats, arguments.seed, console)
+    scores = score_methods(target, ids.shape[1], contestants, arguments, console)
+    rows = add_scores(make_rows(results), scores)
+
+    show_texts(results, arguments.prompt, ids.shape[1], tokenizer.decode, console)
+    console.print(rows_table(rows, [result.contestant.name for result in results], console.width))
+    console.print()
+    for line in quality_lines(scores):
+        console.print(line, highlight=False)
+    console.print(compile_line(results), style="dim", highlight=False)
+    picture = draw(results[-1].runs[0].generation, arguments, ids.shape[1], tokenizer.decode)
+    console.print(f"genealogy of the particles in {picture}", style="dim", highlight=False)
+    if arguments.json:
+        stored = {name: value for name, value in vars(arguments).items() if name != "run"}
+        write_json(arguments.json, "demo", stored, rows)
+        console.print(f"rows in {arguments.json}", style="dim", highlight=False)
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """What the library does not check for us."""
+    for name, least in (("repeats", 1), ("samples", 2), ("max_new_tokens", 1)):
+        if getattr(arguments, name) < least:
+            raise OptionError(
+                f"--{name.replace('_', '-')} must be at least {least}.", f"got {getattr(arguments, name)}"
+            )
+    check_json_path(arguments.json)
+    check_picture_path(arguments.picture)
+
+
+# ---- quality --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sequence_log_probs(model: Model, sequences: Tensor, prompt_length: int, temperature: float) -> Tensor:
+    """Mean log-probability of the new tokens of each sequence [M, P+n] -> [M], under softmax(logits / temperature)."""
+    means = []
+    for ids in sequences.split(16):
+        logits = model(ids[:, :-1])[:, prompt_length - 1 :].float()  # the last prompt token predicts the first new one
+        log_p = (logits / temperature).log_softmax(-1)
+        means.append(log_p.gather(-1, ids[:, prompt_length:, None])[..., 0].mean(-1))
+    return torch.cat(means)
+
+
+def score_methods(
+    target: Model,
+    prompt_length: int,
+    contestants: Sequence[Contestant],
+    arguments: argparse.Namespace,
+    console: Console,
+) -> dict[str, Score]:
+    """Draw ``samples`` independent sequences from the compiled loop (true target samples) and from SMC, score both."""
+    scores = {}
+    compiled = [contestant for contestant in contestants if contestant.method != "eager"]
+    with progress_bar(console) as progress:
+        task = progress.add_task("", total=arguments.samples * len(compiled))
+        for index, contestant in enumerate(compiled):
+            progress.update(task, description=f"sampling {contestant.name}")
+            drawn = []
+            for sample in range(arguments.samples):
+                answer = contestant.run(arguments.seed + 100_000 * (index + 1) + sample)
+                drawn.append(answer.sequences if isinstance(answer, Generation) else answer)
+                progress.advance(task)
+            scores[contestant.method] = summarise(
+                sequence_log_probs(target, torch.cat(drawn), prompt_length, arguments.temperature)
+            )
+    return scores
+
+
+def summarise(values: Tensor) -> Score:
+    """Mean and its standard error."""
+    return Score(float(values.mean()), float(values.std() / values.numel() ** 0.5), values.numel())
+
+
+def add_scores(rows: Sequence[Row], scores: dict[str, Score]) -> list[Row]:
+    """Rows with the mean log-probability filled in where it was measured."""
+    return [
+        {**row, "mean_log_prob": scores[row["method"]].mean, "mean_log_prob_stderr": scores[row["method"]].stderr}
+        if row["method"] in scores
+        else row
+        for row in rows
+    ]
+
+
+def quality_lines(scores: dict[str, Score]) -> list[str]:
+    """The comparison with true samples, in words and numbers."""
+    smc, true = scores["smc"], scores["autoregressive"]
+    difference = 100 * (smc.mean - true.mean) / abs(true.mean)
+    error = 100 * (smc.stderr**2 + true.stderr**2) ** 0.5 / abs(true.mean)
+    return [
+        f"mean log-probability of a token under the target, {smc.sequences} sequences each: "
+        f"SMC {smc.mean:.3f} ± {smc.stderr:.3f},",
+        f"true target samples {true.mean:.3f} ± {true.stderr:.3f}, difference {difference:+.1f}% ± {number(error)}%",
+    ]
+
+
+# ---- showing --------------------------------------------------------------------------------------------------------
+
+
+def show_texts(
+    results: Sequence[Result], prompt: str, prompt_length: int, decode: Callable[[list[int]], str], console: Console
+) -> None:
+    """A panel for each method's first timed sequence, the prompt dimmed."""
+    for result in results:
+        tokens = result.runs[0].sequences[0, prompt_length:].tolist()
+        text = Text(prompt.lstrip("\n"), style="dim").append(decode(tokens).rstrip(), style="not dim")
+        title = TEXT_TITLES[result.contestant.method]
+        console.print(Panel(text, title=title, title_align="left", border_style="dim", width=min(100, console.width)))
+
+
+def draw(
+    generation: Generation | None, arguments: argparse.Namespace, prompt_length: int, decode: Callable[[list[int]], str]
+) -> Path:
+    """The genealogy of the SMC text on show."""
+    assert generation is not None  # SMC returns a Generation
+    pieces: list[Any] = [decode([token]) for token in generation.sequences[0, prompt_length:].tolist()]
+    return draw_ancestry(generation, arguments.picture, tokens=pieces, lookahead=arguments.lookahead)
