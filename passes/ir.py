@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 import torch
@@ -66,13 +67,13 @@ class CachedLM:
     """The incremental form of a causal model. R = B*N rows, T new tokens, P prompt and S suffix positions.
 
     Attributes:
-        prefill: ``(ids [B, P], *weights) -> (row [B, V], prompt [B, H, P, d] per site)``.
-        score: ``(tokens [R, T], slots [T], prompts, suffixes, tables, weights) -> rows [R*T, V]``; writes the new
-            tokens' keys and values into the suffixes ([R, H, S, d]) at ``slots`` in place.
+        prefill: ``(ids [B, P], *weights) -> (row [B, V], prompt [B, H, P, d] per site...)``.
+        score: ``(tokens [R, T], positions [T], slots [T], *prompts, *suffixes, *tables, *weights) -> rows [R*T, V]``;
+            writes the new tokens' keys and values into the suffixes ([R, H, S, d]) at ``slots`` in place.
         advance: as ``score``, but only the last position's ``rows [R, V]``.
         tables: ``(length: int, *weights) -> [length-sized tensors]``, the token-free values, evaluated once a call.
         sites: the caches.
-        output_dtype: the dtype of the rows.
+        max_positions: the longest sequence the model can take, or None when it has no limit that the trace shows.
     """
 
     prefill: fx.GraphModule
@@ -80,8 +81,8 @@ class CachedLM:
     advance: fx.GraphModule
     tables: fx.GraphModule
     sites: tuple[CacheSite, ...]
+    n_tables: int
     vocab_size: int
-    output_dtype: torch.dtype
     max_positions: int | None
     report: list[str] = field(default_factory=list)
 
@@ -93,7 +94,10 @@ def output_values(graph: fx.Graph) -> list[fx.Node]:
 
 
 def user_line(node: fx.Node) -> str:
-    """The user's source line that made a node, or its name when the trace kept none."""
-    trace = (node.meta.get("stack_trace") or "").strip().splitlines()
-    where = " ".join(line.strip() for line in trace[-2:])
-    return f"{node.name} = {node.target} ({where})" if where else f"{node.name} = {node.target}"
+    """The op of a node and the user's source line that made it (the innermost frame outside torch)."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)[^\n]*\n?([^\n]*)', node.meta.get("stack_trace") or "")
+    mine = [frame for frame in frames if "/torch/" not in frame[0]] or frames
+    if not mine:
+        return f"{node.name} = {node.target}"
+    file, line, source = mine[-1]
+    return f"{node.name} = {node.target}, {file.rpartition('/')[2]}:{line}: {source.strip()}"

@@ -9,7 +9,6 @@ ordinary constants and are folded. So no style of writing a loop is known here, 
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,10 +47,12 @@ class Reading:
 
     Attributes:
         columns: one entry per column, or None if the cells do not form columns over the batch.
+        sources: the nodes that the cells come from.
         exact: the value has shape [B, columns] (or [columns] for a batch of one), each column in batch order.
     """
 
     columns: tuple[int, ...] | None
+    sources: frozenset[fx.Node]
     exact: bool
     ndim: int
 
@@ -66,13 +67,12 @@ class Layouts:
     readings: dict[tuple[fx.Node, fx.Node], Reading]
     outputs: dict[fx.Node, torch.Tensor]  # labels of each output that is tracked
     nodes: tuple[fx.Node, ...]
+    order: dict[fx.Node, int]
 
-    def prompt_columns(self) -> tuple[int, ...]:
-        first = _code(self.nodes.index(self.prompt))
-        return tuple(range(first, first + self.prompt_length))
-
-    def token_column(self, node: fx.Node, order: dict[fx.Node, int]) -> int:
-        return _code(order[node])
+    def history(self, tokens: Sequence[fx.Node]) -> tuple[int, ...]:
+        """The columns of the prompt followed by these tokens."""
+        first = _code(self.order[self.prompt])
+        return tuple(range(first, first + self.prompt_length)) + tuple(_code(self.order[token]) for token in tokens)
 
     def source(self, column: int) -> fx.Node | None:
         """The node a column comes from; None for a constant."""
@@ -80,7 +80,14 @@ class Layouts:
 
     def is_token(self, column: int) -> bool:
         """True if the column is the whole of one node's [B] or [B, 1] result."""
-        return column >= _FLAG and column & (_COLUMNS - 1) == 0 and self.source(column) is not self.prompt
+        source = self.source(column)
+        return source is not None and column & (_COLUMNS - 1) == 0 and source.op != "placeholder"
+
+    def labels(self, tokens: Sequence[fx.Node]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The labels [B, P] of the prompt and [B, n] of these tokens."""
+        rows = torch.arange(self.batch, dtype=torch.int64)[:, None] * (1 << _ROW_SHIFT)
+        columns = rows + torch.tensor(self.history(tokens), dtype=torch.int64)[None]
+        return columns[:, : self.prompt_length], columns[:, self.prompt_length :]
 
 
 def tensor_info(node: fx.Node) -> TensorInfo | None:
@@ -124,7 +131,7 @@ _MOVES: dict[str, frozenset[int]] = {
         """cat concat concatenate stack hstack vstack column_stack unsqueeze squeeze view view_as reshape reshape_as
         flatten unflatten ravel transpose t permute swapaxes swapdims movedim moveaxis chunk split unbind expand
         expand_as repeat tile roll flip clone contiguous detach pad slice_scatter select_scatter diagonal
-        squeeze_ unsqueeze_ copy_ fill_ zero_ T mT alias""".split(),
+        squeeze_ unsqueeze_ copy_ fill_ zero_ getattr alias""".split(),
         frozenset(),
     ),
     "getitem": frozenset([1]),
@@ -164,7 +171,9 @@ def interpret(nodes: Sequence[fx.Node], prompt: fx.Node) -> Layouts:
     interpreter = _Interpreter(nodes, prompt, rows, length)
     with _disable_current_modes(), torch.no_grad(), torch.device("cpu"):
         interpreter.run()
-    return Layouts(prompt, rows, length, interpreter.readings, interpreter.outputs, tuple(nodes))
+    return Layouts(
+        prompt, rows, length, interpreter.readings, interpreter.outputs, tuple(nodes), interpreter.order
+    )
 
 
 class _Interpreter:
@@ -348,35 +357,28 @@ class _Interpreter:
                 if small and source.op != "placeholder":
                     value = self.labels(source, info.shape)  # type: ignore[union-attr]
             if isinstance(value, torch.Tensor) and _has_labels(value):
-                self.readings[node, source] = read_columns(value, self.batch)
+                self.readings[node, source] = self.read_columns(value)
 
+    def read_columns(self, value: torch.Tensor) -> Reading:
+        """Sees an integer tensor as columns over the batch, if it is made of such."""
+        batch = self.batch
+        by_row = (value.ndim == 2 and value.shape[0] == batch) or (value.ndim == 1 and batch == 1)
+        if by_row:
+            cells = value.reshape(batch, -1)
+            first = cells[0]
+            steps = torch.where(first >= _FLAG, 1 << _ROW_SHIFT, 0)
+            in_order = torch.equal(cells, first + torch.arange(batch)[:, None] * steps)
+            if in_order and not ((first >= _FLAG) & ((first & _ROW_MASK) != 0)).any():
+                return Reading(tuple(first.tolist()), self.sources(first), True, value.ndim)
+        flat = value.flatten()
+        cells, counts = torch.unique(torch.where(flat >= _FLAG, flat & ~_ROW_MASK, flat), return_counts=True)
+        distinct = torch.unique(flat).numel() == flat.numel()
+        whole = distinct and bool((cells >= _FLAG).all()) and bool((counts == batch).all())
+        return Reading(tuple(cells.tolist()) if whole else None, self.sources(cells), False, value.ndim)
 
-def read_columns(value: torch.Tensor, batch: int) -> Reading:
-    """Sees an integer tensor as columns over the batch, if it is made of such."""
-    by_row = value.ndim == 2 and value.shape[0] == batch or value.ndim == 1 and batch == 1
-    if by_row:
-        cells = value.reshape(batch, -1)
-        first = cells[0]
-        steps = torch.where(first >= _FLAG, 1 << _ROW_SHIFT, 0)
-        in_order = torch.equal(cells, first + torch.arange(batch)[:, None] * steps)
-        if in_order and not ((first >= _FLAG) & ((first & _ROW_MASK) != 0)).any():
-            return Reading(tuple(first.tolist()), True, value.ndim)
-    flat = value.flatten()
-    columns, counts = torch.unique(torch.where(flat >= _FLAG, flat & ~_ROW_MASK, flat), return_counts=True)
-    whole = bool((columns >= _FLAG).all()) and bool((counts == batch).all()) and torch.unique(flat).numel() == flat.numel()
-    return Reading(tuple(columns.tolist()) if whole else None, False, value.ndim)
-
-
-def label_matrix(layouts: Layouts, sources: Sequence[fx.Node], order: dict[fx.Node, int]) -> torch.Tensor:
-    """Labels [B, len(sources)] of tokens, in the order given."""
-    rows = torch.arange(layouts.batch, dtype=torch.int64)[:, None] * (1 << _ROW_SHIFT)
-    return rows + torch.tensor([_code(order[source]) for source in sources], dtype=torch.int64)[None]
-
-
-def prompt_matrix(layouts: Layouts) -> torch.Tensor:
-    """Labels [B, P] of the prompt."""
-    rows = torch.arange(layouts.batch, dtype=torch.int64)[:, None] * (1 << _ROW_SHIFT)
-    return rows + torch.tensor(layouts.prompt_columns(), dtype=torch.int64)[None]
+    def sources(self, cells: torch.Tensor) -> frozenset[fx.Node]:
+        numbers = (cells[cells >= _FLAG] - _FLAG) >> _SOURCE_SHIFT
+        return frozenset(self.nodes[number] for number in numbers.unique().tolist())
 
 
 def _code(source: int) -> int:
@@ -414,5 +416,3 @@ def _on_cpu(args: Any) -> Any:
         return (tuple if isinstance(args, tuple) else list)(_on_cpu(item) for item in args)
     return args
 
-
-_ = operator

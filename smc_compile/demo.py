@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from statistics import median
 
 import torch
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from smc_compile.ancestry import check_picture_path, draw_ancestry
@@ -31,7 +32,7 @@ from smc_compile.measure import (
     rows_table,
     write_json,
 )
-from smc_compile.pair import load_pair
+from smc_compile.pair import END, load_pair
 from smc_compile.result import Generation
 
 HELP = """\
@@ -49,6 +50,7 @@ PROMPT = '''\
 def moving_average(values, window):
     """Return the average of each run of `window` consecutive values."""
 '''
+SCORING_SECONDS = 30.0
 TEXT_TITLES = {"eager": "plain loop, eager", "autoregressive": "compiled loop", "smc": "SMC"}
 
 
@@ -70,7 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="temperature")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed")
     parser.add_argument("--repeats", type=int, default=3, metavar="R", help="timed rounds")
-    parser.add_argument("--samples", type=int, default=64, metavar="M", help="sequences scored per method")
+    parser.add_argument(
+        "--samples", type=int, metavar="M", help="sequences scored per method (default: what half a minute allows)"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the rows to FILE")
     parser.add_argument("--picture", default="demo-ancestry.svg", metavar="FILE", help="picture of the particles")
 
@@ -94,16 +98,17 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         eager_tokens=arguments.max_new_tokens,
     )
     results = measure(contestants, arguments.repeats, arguments.seed, console)
-    scores = score_methods(target, ids.shape[1], contestants, arguments, console)
+    samples = arguments.samples or affordable_samples(results)
+    scores = score_methods(target, ids.shape[1], contestants, arguments, samples, console)
     rows = add_scores(make_rows(results), scores)
 
-    show_texts(results, arguments.prompt, ids.shape[1], tokenizer.decode, console)
+    show_texts(results, arguments.prompt, ids.shape[1], tokenizer, console)
     console.print(rows_table(rows, [result.contestant.name for result in results], console.width))
     console.print()
     for line in quality_lines(scores):
         console.print(line, highlight=False)
     console.print(compile_line(results), style="dim", highlight=False)
-    picture = draw(results[-1].runs[0].generation, arguments, ids.shape[1], tokenizer.decode)
+    picture = draw(results[-1].runs[0].generation, arguments, ids.shape[1], tokenizer)
     console.print(f"genealogy of the particles in {picture}", style="dim", highlight=False)
     if arguments.json:
         stored = {name: value for name, value in vars(arguments).items() if name != "run"}
@@ -113,16 +118,21 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
 
 def check_arguments(arguments: argparse.Namespace) -> None:
     """What the library does not check for us."""
-    for name, least in (("repeats", 1), ("samples", 2), ("max_new_tokens", 1)):
-        if getattr(arguments, name) < least:
-            raise OptionError(
-                f"--{name.replace('_', '-')} must be at least {least}.", f"got {getattr(arguments, name)}"
-            )
+    for name, least in (("repeats", 1), ("samples", 2), ("max_new_tokens", 2)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise OptionError(f"--{name.replace('_', '-')} must be at least {least}.", f"got {value}")
     check_json_path(arguments.json)
     check_picture_path(arguments.picture)
 
 
 # ---- quality --------------------------------------------------------------------------------------------------------
+
+
+def affordable_samples(results: Sequence[Result]) -> int:
+    """How many sequences of each compiled method fit in the time we grant, at the speed just measured."""
+    each = sum(median(run.seconds for run in r.runs) for r in results if r.contestant.method != "eager")
+    return max(32, min(512, int(SCORING_SECONDS / each)))
 
 
 @torch.no_grad()
@@ -141,17 +151,21 @@ def score_methods(
     prompt_length: int,
     contestants: Sequence[Contestant],
     arguments: argparse.Namespace,
+    samples: int,
     console: Console,
 ) -> dict[str, Score]:
-    """Draw ``samples`` independent sequences from the compiled loop (true target samples) and from SMC, score both."""
+    """Draw independent sequences from the compiled loop (true target samples) and from SMC, score both.
+
+    Every sequence has the full length: text after an end mark counts on both sides.
+    """
     scores = {}
     compiled = [contestant for contestant in contestants if contestant.method != "eager"]
     with progress_bar(console) as progress:
-        task = progress.add_task("", total=arguments.samples * len(compiled))
+        task = progress.add_task("", total=samples * len(compiled))
         for index, contestant in enumerate(compiled):
             progress.update(task, description=f"sampling {contestant.name}")
             drawn = []
-            for sample in range(arguments.samples):
+            for sample in range(samples):
                 answer = contestant.run(arguments.seed + 100_000 * (index + 1) + sample)
                 drawn.append(answer.sequences if isinstance(answer, Generation) else answer)
                 progress.advance(task)
@@ -192,20 +206,22 @@ def quality_lines(scores: dict[str, Score]) -> list[str]:
 
 
 def show_texts(
-    results: Sequence[Result], prompt: str, prompt_length: int, decode: Callable[[list[int]], str], console: Console
+    results: Sequence[Result], prompt: str, prompt_length: int, tokenizer: Tokenizer, console: Console
 ) -> None:
-    """A panel for each method's first timed sequence, the prompt dimmed."""
+    """A panel for each method's first timed sequence, the prompt dimmed, up to the end mark if there is one."""
+    end = tokenizer.token_to_id(END)
     for result in results:
         tokens = result.runs[0].sequences[0, prompt_length:].tolist()
-        text = Text(prompt.lstrip("\n"), style="dim").append(decode(tokens).rstrip(), style="not dim")
+        written = tokenizer.decode(tokens[: tokens.index(end)] if end in tokens else tokens)
+        text = Text(prompt.lstrip("\n"), style="dim").append(written.rstrip(), style="not dim")
         title = TEXT_TITLES[result.contestant.method]
         console.print(Panel(text, title=title, title_align="left", border_style="dim", width=min(100, console.width)))
 
 
 def draw(
-    generation: Generation | None, arguments: argparse.Namespace, prompt_length: int, decode: Callable[[list[int]], str]
+    generation: Generation | None, arguments: argparse.Namespace, prompt_length: int, tokenizer: Tokenizer
 ) -> Path:
     """The genealogy of the SMC text on show."""
     assert generation is not None  # SMC returns a Generation
-    pieces: list[Any] = [decode([token]) for token in generation.sequences[0, prompt_length:].tolist()]
+    pieces = [tokenizer.decode([token]) for token in generation.sequences[0, prompt_length:].tolist()]
     return draw_ancestry(generation, arguments.picture, tokens=pieces, lookahead=arguments.lookahead)

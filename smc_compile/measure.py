@@ -121,7 +121,11 @@ def contest(
     loop = Contestant("autoregressive", compiled("autoregressive", *shapes[0]), max_new_tokens)
     if eager_tokens is None:
         return [loop, *smc]
-    note = None if eager_tokens == max_new_tokens else f"timed on {eager_tokens} tokens only"
+    note = (
+        None
+        if eager_tokens == max_new_tokens
+        else f"timed on the first {eager_tokens} tokens, its cheapest; each is a pass over the whole text"
+    )
     eager_loop = Contestant("eager", eager, eager_tokens, note=note, warm_up=eager_warm_up)
     return [eager_loop, loop, *smc]
 
@@ -170,6 +174,7 @@ def progress_bar(console: Console) -> Progress:
         TimeElapsedColumn(),
         console=console,
         transient=True,
+        refresh_per_second=4,  # it shares two cores with what is being timed
         disable=not console.is_terminal,
     )
 
@@ -204,7 +209,7 @@ def make_row(result: Result, results: Sequence[Result]) -> Row:
             f"{part}_share": median_share(generations, part) if is_smc or part not in SMC_PARTS else None
             for part in PARTS
         },
-        "mean_ess": median([float(g.ess.double().mean()) for g in generations]) if is_smc else None,
+        "mean_ess": mean_ess(generations) if is_smc else None,
         "mean_log_prob": None,
         "mean_log_prob_stderr": None,
         "compile_seconds": result.first.compile_seconds if result.first.generation else None,
@@ -244,6 +249,12 @@ def median_share(generations: Sequence[Generation], part: str) -> float | None:
     if not generations:
         return None
     return median(getattr(g.stats, f"{part}_seconds") / max(g.stats.seconds, 1e-12) for g in generations)
+
+
+def mean_ess(generations: Sequence[Generation]) -> float | None:
+    """Median over rounds of the mean over cycles; None if no cycle was needed."""
+    means = [float(g.ess.double().mean()) for g in generations if g.ess.numel()]
+    return median(means) if means else None
 
 
 # ---- showing and storing --------------------------------------------------------------------------------------------
@@ -328,7 +339,11 @@ def cpu_name() -> str:
 
 def check_json_path(path: str | None) -> None:
     """Refuse a file that cannot be written before minutes have been spent."""
-    if path is not None and not Path(path).absolute().parent.is_dir():
+    if path is None:
+        return
+    if Path(path).is_dir():
+        raise OptionError(f"Cannot write {path}.", "it is a folder", "name a file")
+    if not Path(path).absolute().parent.is_dir():
         raise OptionError(f"Cannot write {path}.", f"{Path(path).absolute().parent} is not a folder")
 
 

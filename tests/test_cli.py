@@ -6,6 +6,7 @@ import io
 import json
 import shlex
 from argparse import Namespace
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
@@ -88,8 +89,10 @@ def test_argparse_errors_exit_2(arguments, capsys):
         ([*TINY, "--threads", "0"], "--threads must be at least 1"),
         ([*TINY, "--n-particles", "1", "2", "--lookahead", "1", "2", "3"], "do not pair up"),
         ([*TINY, "--json", "/no/such/folder/rows.json"], "/no/such/folder is not a folder"),
+        ([*TINY, "--json", "/"], "it is a folder"),
         ([*TINY, "--device", "no-such-device"], "Cannot use --device"),
         (["demo", "--picture", "tree.png"], "only SVG is written"),
+        (["demo", "--samples", "1"], "--samples must be at least 2"),
         (["demo", "--repeats", "0"], "--repeats must be at least 1"),
     ],
 )
@@ -146,6 +149,12 @@ def test_speedup_without_eager_is_null():
     rows = measure.make_rows(fake_results({"autoregressive": [2], "smc": [1]}))
     assert [row["speedup_over_eager"] for row in rows] == [None, None]
     assert "eager" not in rendered(measure.rows_table(rows, ["a", "b"]))
+
+
+def test_no_cycle_means_no_ess():
+    generation = fake_generation("smc", 1.0)
+    assert generation is not None
+    assert measure.mean_ess([replace(generation, ess=generation.ess[:, :0])]) is None
 
 
 @pytest.mark.parametrize("width", [80, 100])

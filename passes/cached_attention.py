@@ -1,0 +1,47 @@
+"""Attention over a prompt that all particles share and a suffix of their own: the only products a cache changes.
+
+R = B*N rows: particle n of request b is row b*N + n. H counts distinct key heads; M = queries folded over grouped heads
+and new tokens. Prompt keys are read once for all particles of a request: their queries fold into the rows of one product.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def write_cache(suffix: Tensor, slots: Tensor, new: Tensor) -> Tensor:
+    """Put ``new`` [R, H, T, d] into ``suffix`` [R, H, S, d] at positions ``slots`` [T], in place."""
+    return suffix.index_copy_(2, slots, new)
+
+
+def scores_over_cache(query: Tensor, prompt: Tensor, suffix: Tensor) -> Tensor:
+    """query [R, H, M, d] against prompt keys [B, H, P, d] and suffix keys [R, H, S, d] -> [R, H, M, P+S]."""
+    r, h, m, d = query.shape
+    b = prompt.shape[0]
+    n = r // b
+    folded = query.view(b, n, h, m, d).transpose(1, 2).reshape(b, h, n * m, d)
+    shared = folded @ prompt.transpose(2, 3)  # [B, H, N*M, P]
+    shared = shared.view(b, h, n, m, -1).transpose(1, 2).reshape(r, h, m, -1)
+    return torch.cat([shared, query @ suffix.transpose(2, 3)], -1)
+
+
+def mix_over_cache(probs: Tensor, prompt: Tensor, suffix: Tensor) -> Tensor:
+    """probs [R, H, M, P+S] over prompt values [B, H, P, d] and suffix values [R, H, S, d] -> [R, H, M, d]."""
+    r, h, m, _ = probs.shape
+    b, _, p, d = prompt.shape
+    n = r // b
+    folded = probs[..., :p].view(b, n, h, m, p).transpose(1, 2).reshape(b, h, n * m, p)
+    shared = (folded @ prompt).view(b, h, n, m, d).transpose(1, 2).reshape(r, h, m, d)
+    return shared + probs[..., p:] @ suffix
+
+
+def causal_mask(scores: Tensor, positions: Tensor) -> Tensor:
+    """Scores [..., T, L] with -inf where a key lies after its query; query t stands at ``positions[t]``."""
+    keys = torch.arange(scores.shape[-1], device=scores.device)
+    return scores.masked_fill(keys > positions[:, None], float("-inf"))
+
+
+def masked(scores: Tensor, mask: Tensor) -> Tensor:
+    """Apply an attention mask the way scaled_dot_product_attention does: bool keeps, float adds."""
+    return scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask

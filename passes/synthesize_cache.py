@@ -1,0 +1,609 @@
+"""Turn a causal graph into its incremental form: the same ops on T new positions, earlier keys and values read from caches."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from smc_compile.errors import CacheError
+from smc_compile.passes.axis_rules import arguments, axis_index, op_name
+from smc_compile.passes.cached_attention import causal_mask, masked, mix_over_cache, scores_over_cache, write_cache
+from smc_compile.passes.ir import CachedLM, CacheSite, CausalLM, output_values
+from smc_compile.passes.sequence_axes import (
+    BATCH,
+    KEY,
+    OTHER,
+    QUERY,
+    REPEAT,
+    Atom,
+    Axes,
+    Axis,
+    B,
+    K,
+    Q,
+    Typing,
+    expression,
+    refuse,
+    type_axes,
+)
+
+log = logging.getLogger(__name__)
+aten = torch.ops.aten
+
+PREFILL, SCORE, ADVANCE = "prefill", "score", "advance"
+SIZED = {"view", "reshape", "_unsafe_view", "expand", "expand_as", "flatten", "unflatten", "_reshape_alias", "view_copy", "broadcast_to"}
+
+
+def synthesize_cache(lm: CausalLM) -> CachedLM:
+    """Derive prefill, score and advance graphs for ``lm``.
+
+    Raises:
+        CacheError: naming the op that has no incremental form.
+    """
+    typing = type_axes(lm)
+    (rows,) = output_values(lm.graph)
+    _require_rows(typing, rows)
+    tables = _frontier(typing)
+    prefill = _Emitter(typing, tables, PREFILL).run()
+    score = _Emitter(typing, tables, SCORE).run()
+    advance = _Emitter(typing, tables, ADVANCE).run()
+    cached = CachedLM(
+        prefill=prefill.module,
+        score=score.module,
+        advance=advance.module,
+        tables=_table_graph(typing, tables),
+        sites=tuple(prefill.sites),
+        n_tables=len(tables),
+        vocab_size=int(rows.meta["val"].shape[-1]),
+        max_positions=lm.max_positions,
+        report=_report(typing, prefill.sites, tables),
+    )
+    for name in (PREFILL, SCORE, ADVANCE):
+        log.debug("cached %s\n%s", name, getattr(cached, name).graph)
+    return cached
+
+
+def _require_rows(typing: Typing, rows: fx.Node) -> None:
+    if rows not in typing.after_last:
+        raise refuse(rows, "the loop does not sample from the last position", "sample from logits[:, -1]")
+    axes = typing.of(rows)
+    if len(axes) != 2 or axes[0] != (B,) or any(atom.kind not in (OTHER, REPEAT) for atom in axes[1]):
+        raise refuse(rows, f"the sampler's input has axes {axes}, not [batch, vocabulary]", "sample from logits[:, -1]")
+
+
+def _report(typing: Typing, sites: Sequence[CacheSite], tables: Sequence[fx.Node]) -> list[str]:
+    roles = list(typing.attention.values())
+    lines = [
+        f"attention: {roles.count('sdpa')} scaled_dot_product_attention, {roles.count('score')} written as matmul",
+        f"caches: {len(sites)} tensors, {sum(site.bytes_per_token for site in sites)} bytes per token",
+        f"token-free tables: {', '.join(node.name for node in tables) or 'none'}",
+    ]
+    return lines
+
+
+def _is_over_positions(typing: Typing, node: fx.Node) -> bool:
+    """A tensor, or a tuple of them, with an axis that grows with the sequence."""
+    values = node.meta.get("val")
+    values = values if isinstance(values, (list, tuple)) else [values]
+    return any(
+        bool(expression(size).free_symbols) for v in values if isinstance(v, torch.Tensor) for size in v.shape
+    )
+
+
+def _frontier(typing: Typing) -> list[fx.Node]:
+    """Token-free values over positions that token-dependent ops read: they become tables."""
+    found: list[fx.Node] = []
+    live = _live(typing.lm.graph)
+    for node in typing.lm.graph.nodes:
+        if node not in typing.dependent or node not in live:
+            continue
+        for source in node.all_input_nodes:
+            is_tensor = isinstance(source.meta.get("val"), torch.Tensor)
+            if source in typing.dependent or source in found or not is_tensor or source.op == "placeholder":
+                continue
+            if _is_over_positions(typing, source):
+                found.append(source)
+            elif _grows(source):
+                raise refuse(
+                    source,
+                    "a value depends on the total length of the sequence",
+                    "compute it from positions (torch.arange), so that earlier positions do not change as text grows",
+                )
+    return found
+
+
+def _live(graph: fx.Graph) -> set[fx.Node]:
+    seen, stack = set(), list(output_values(graph))
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return seen
+
+
+def _grows(node: fx.Node) -> bool:
+    """Whether any ancestor is a size of the sequence."""
+    seen, stack = set(), [node]
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        value = current.meta.get("val")
+        if isinstance(value, torch.SymInt) and value.node.expr.free_symbols:
+            return True
+        stack.extend(current.all_input_nodes)
+    return False
+
+
+def _table_graph(typing: Typing, tables: Sequence[fx.Node]) -> fx.GraphModule:
+    """``(length, *weights) -> tables``: the token-free part of the graph alone."""
+    graph = fx.Graph()
+    length = graph.placeholder("length")
+    env: dict[fx.Node, Any] = {node: graph.placeholder(node.name) for node in typing.lm.weights}
+    needed: set[fx.Node] = set()
+    stack = list(tables)
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            stack.extend(n for n in node.all_input_nodes if not _sequence_size(typing, node))
+    for node in typing.lm.graph.nodes:
+        if node in env or node not in needed:
+            continue
+        size = _sequence_size(typing, node)
+        env[node] = _affine(graph, length, size, typing) if size is not None else graph.node_copy(node, lambda n: env[n])
+    graph.output(tuple(env[node] for node in tables))
+    graph.lint()
+    return fx.GraphModule(typing.lm.graph_module, graph)
+
+
+def _sequence_size(typing: Typing, node: fx.Node) -> Any:
+    """The expression of a node that is an integer computed from the sequence length, else None."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.SymInt):
+        return None
+    size = value.node.expr
+    return size if size.free_symbols == typing.length.free_symbols or not size.free_symbols else None
+
+
+def _affine(graph: fx.Graph, length: Any, size: Any, typing: Typing) -> Any:
+    """``size`` as nodes on ``length``; sizes that are not linear in the length are refused."""
+    poly = size.as_poly(typing.length) if size.free_symbols else None
+    if poly is None:
+        if size.is_Integer:
+            return int(size)
+        raise CacheError("a size is not linear in the sequence length", str(size), "use sizes like S, S+1 or 2*S")
+    if poly.degree() > 1 or not all(c.is_Integer for c in poly.all_coeffs()):
+        raise CacheError("a size is not linear in the sequence length", str(size), "use sizes like S, S+1 or 2*S")
+    slope, shift = (int(c) for c in poly.all_coeffs())
+    node = length if slope == 1 else graph.call_function(_mul, (length, slope))
+    return node if shift == 0 else graph.call_function(_add, (node, shift))
+
+
+def _mul(x: int, y: int) -> int:
+    return x * y
+
+
+def _add(x: int, y: int) -> int:
+    return x + y
+
+
+class _Emitter:
+    """Re-emits the graph for one region: ``prefill`` over a prompt, or ``score``/``advance`` over T new tokens."""
+
+    def __init__(self, typing: Typing, tables: list[fx.Node], mode: str) -> None:
+        self.typing, self.tables, self.mode = typing, tables, mode
+        self.graph = fx.Graph()
+        self.env: dict[fx.Node, Any] = {}
+        self.sites: list[CacheSite] = []
+        self.site_values: list[fx.Node] = []
+        self._site_of: dict[tuple[Any, ...], int] = {}
+        self._prompts: list[fx.Node] = []
+        self._suffixes: list[fx.Node] = []
+        self._written: dict[int, fx.Node] = {}
+        self._aligned: dict[tuple[Any, ...], fx.Node] = {}
+        self.module: fx.GraphModule
+
+    # -- the walk ---------------------------------------------------------------------------------------------------
+
+    def run(self) -> _Emitter:
+        lm = self.typing.lm
+        self.tokens = self.graph.placeholder("tokens")
+        if self.mode != PREFILL:
+            self._incremental_inputs()
+        for weight in lm.weights:
+            self.env[weight] = self.graph.placeholder(weight.name)
+        self.env[lm.ids] = self.tokens
+        self.rows_in = self.call(aten.sym_size.int, self.tokens, 0)
+        self.length = self.call(aten.sym_size.int, self.tokens, 1)
+        live = _live(lm.graph)
+        for node in lm.graph.nodes:
+            if node.op in ("call_function", "get_attr") and node in live:
+                self._emit(node)
+        (rows,) = output_values(lm.graph)
+        result = self.env[rows]
+        self.graph.output((result, *self.site_values) if self.mode == PREFILL else result)
+        self.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+        self.graph.lint()
+        self.module = fx.GraphModule(lm.graph_module, self.graph)
+        return self
+
+    def _incremental_inputs(self) -> None:
+        """Placeholders in the order that CachedLM documents. Sites are counted by a dry prefill."""
+        count = len(_Emitter(self.typing, self.tables, PREFILL).run().sites)
+        self.positions = self.graph.placeholder("positions")
+        self.slots = self.graph.placeholder("slots")
+        self._prompts = [self.graph.placeholder(f"prompt_{i}") for i in range(count)]
+        self._suffixes = [self.graph.placeholder(f"suffix_{i}") for i in range(count)]
+        self._table_inputs = [self.graph.placeholder(f"table_{i}") for i in range(len(self.tables))]
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        return self.graph.call_function(target, args, kwargs)
+
+    def _emit(self, node: fx.Node) -> None:
+        typing = self.typing
+        if node not in typing.dependent:
+            self._emit_token_free(node)
+        elif node in typing.last:
+            self.env[node] = self._last(node)
+        elif self.mode != PREFILL and node in typing.attention:
+            self.env[node] = self._attention(node)
+        else:
+            if node in typing.attention:
+                self._prefill_sites(node)
+            self.env[node] = self._default(node)
+
+    def _emit_token_free(self, node: fx.Node) -> None:
+        """Values without positions are recomputed (they fuse); those with positions come from tables, or, in prefill, in place."""
+        if self.mode == PREFILL:
+            size = _sequence_size(self.typing, node)
+            self.env[node] = (
+                _affine(self.graph, self.length, size, self.typing)
+                if size is not None
+                else self.graph.node_copy(node, lambda n: self.env[n])
+            )
+        elif node in self.tables:
+            self.env[node] = self._table_inputs[self.tables.index(node)]
+        elif not _grows(node):
+            self.env[node] = self.graph.node_copy(node, lambda n: self.env[n])
+
+    # -- sizes ------------------------------------------------------------------------------------------------------
+
+    def _rows(self, node: fx.Node | None) -> Any:
+        """The size of the batch axis: rows, or rows of tokens once the last position was selected."""
+        if self.mode != SCORE or node not in self.typing.after_last:
+            return self.rows_in
+        if not hasattr(self, "_token_rows"):
+            self._token_rows = self.call(_mul, self.rows_in, self.length)
+        return self._token_rows
+
+    def _size(self, axis: Axis, node: fx.Node | None, key_length: Any = None) -> Any:
+        """An axis as an int or a node that computes it."""
+        size: Any = 1
+        constant = 1
+        for atom in axis:
+            if atom.kind in (OTHER, REPEAT):
+                constant *= atom.size
+                continue
+            factor = self._rows(node) if atom.kind == BATCH else self.length
+            if atom.kind == KEY and self.mode != PREFILL:
+                factor = key_length
+            if factor is None:
+                raise CacheError("internal: a reshape over keys without a known length")
+            if atom.kind == KEY and atom.size:
+                factor = self.call(_add, factor, abs(atom.size))
+            size = factor if size == 1 else self.call(_mul, size, factor)
+        if isinstance(size, int):
+            return size * constant
+        return size if constant == 1 else self.call(_mul, size, constant)
+
+    def _sizes(self, axes: Axes, node: fx.Node | None, key_length: Any = None) -> list[Any]:
+        return [self._size(axis, node, key_length) for axis in axes]
+
+    # -- ordinary ops -----------------------------------------------------------------------------------------------
+
+    def _default(self, node: fx.Node) -> Any:
+        name = op_name(node)
+        typing = self.typing
+        if name in SIZED:
+            source = self.env[node.all_input_nodes[0]]
+            sizes = self._sizes(typing.of(node), node, self._keys_of(source, node.all_input_nodes[0]))
+            return self.call(aten.expand.default if "expand" in name or "broadcast" in name else aten.reshape.default, source, sizes)
+        if name == "slice":
+            return self._slice(node)
+        axes = typing.axes[node]
+        aligned = axes[0] if isinstance(axes, list) else axes
+        exact = name in ("cat", "stack", "concat", "concatenate", "gather", "take_along_dim", "scatter")
+        if name == "scaled_dot_product_attention":
+            aligned = (*typing.of(arguments(node)["query"])[:-1], (K,))
+
+        def place(value: fx.Node) -> Any:
+            if typing.is_dependent(value) or value.op == "placeholder":
+                return self.env[value]
+            if isinstance(value.meta.get("val"), torch.SymInt):
+                size = expression(value)
+                if size.free_symbols:
+                    raise refuse(node, "an op uses the total length as a number", "use torch.arange positions instead")
+                return int(size)
+            if _is_over_positions(typing, value) or self._has_batch(value, aligned, exact):
+                return self._align(value, aligned, node, exact)
+            return self.env[value]
+
+        return self.graph.create_node("call_function", node.target, *fx.map_arg((node.args, node.kwargs), place))
+
+    def _keys_of(self, emitted: Any, source: fx.Node) -> Any:
+        """The key length of an emitted score-like value, for reshapes that keep the key axis."""
+        axes = self.typing.axes.get(source)
+        if self.mode == PREFILL or not axes or isinstance(axes, list):
+            return None
+        for i, axis in enumerate(axes):
+            if len(axis) == 1 and axis[0].kind == KEY:
+                size = self.call(aten.sym_size.int, emitted, i)
+                return size if not axis[0].size else self.call(_add, size, -abs(axis[0].size))
+        return None
+
+    def _slice(self, node: fx.Node) -> Any:
+        bound = arguments(node)
+        source = self.env[bound["self"]]
+        before, after = self.typing.of(bound["self"]), self.typing.of(node)
+        d = axis_index(bound["dim"], len(before))
+        if before == after:
+            return source
+        if before[d] and before[d][0].kind == KEY:
+            extra = before[d][0].size
+            bounds = (0, -extra) if extra > 0 else (-extra, 2**63 - 1)
+            return self.call(aten.slice.Tensor, source, d, *bounds)
+        return self.call(aten.slice.Tensor, source, d, bound["start"] or 0, bound["end"], bound["step"])
+
+    def _has_batch(self, value: fx.Node, axes: Axes, exact: bool) -> bool:
+        """A token-free value that was expanded to the traced batch must follow the region's batch instead."""
+        sizes = value.meta["val"].shape
+        if value.op == "placeholder" or len(sizes) > len(axes) or not (exact or self.typing.lm.batch > 1):
+            return False
+        return any(
+            axis == (B,) and expression(size) == self.typing.lm.batch
+            for axis, size in zip(axes[len(axes) - len(sizes) :], sizes, strict=True)
+        )
+
+    def _align(self, value: fx.Node, axes: Axes, node: fx.Node, exact: bool) -> fx.Node:
+        """Read a token-free value at the new positions: rows for a query axis, all keys for a key axis."""
+        sizes = [expression(size) for size in value.meta["val"].shape]
+        axes = axes[len(axes) - len(sizes) :]
+        keys = self._key_length(node) if any(K in axis for axis in axes) else None
+        signature = (value, tuple(axes), exact, keys, node in self.typing.after_last)
+        if signature not in self._aligned:
+            self._aligned[signature] = self._read_table(value, sizes, axes, node, exact, keys)
+        return self._aligned[signature]
+
+    def _read_table(self, value: fx.Node, sizes: list[Any], axes: Axes, node: fx.Node, exact: bool, keys: Any) -> fx.Node:
+        result = self.env[value]
+        target: list[Any] = []
+        for d, (size, axis) in enumerate(zip(sizes, axes, strict=True)):
+            if axis == (B,) and size == self.typing.lm.batch:
+                result = self.call(aten.slice.Tensor, result, d, 0, 1)
+            elif size.free_symbols:
+                if axis not in ((Q,), (K,)) or size != self.typing.length:
+                    raise refuse(node, "a table over positions meets an axis that is not the sequence")
+                if self.mode != PREFILL:
+                    index = self.positions if axis == (Q,) else self._key_positions(keys, result, d)
+                    result = self.call(aten.index_select.default, result, d, index)
+            target.append(self._size(axis, node, keys) if size != 1 else 1)
+        return self.call(aten.expand.default, result, target) if exact else result
+
+    def _key_positions(self, keys: Any, table: fx.Node, d: int) -> fx.Node:
+        """Positions of all keys, prompt then suffix; slots past the table are never visible, any row will do for them."""
+        return self.call(key_positions, keys, table, d)
+
+    def _key_length(self, node: fx.Node) -> Any:
+        """P + S, taken from the caches of the attention that a score-like node belongs to."""
+        if self.mode == PREFILL:
+            return self.length
+        if not hasattr(self, "_keys"):
+            prompt = self.call(aten.sym_size.int, self._prompts[0], 2)
+            self._keys = self.call(_add, prompt, self.call(aten.sym_size.int, self._suffixes[0], 2))
+        return self._keys
+
+    # -- the last position ------------------------------------------------------------------------------------------
+
+    def _last(self, node: fx.Node) -> fx.Node:
+        """``x[:, -1]``: every new position of a scored block counts as the last of its own prefix."""
+        bound = arguments(node)
+        source, axes = self.env[bound["self"]], self.typing.of(bound["self"])
+        d = axis_index(bound["dim"], len(axes))
+        keep = op_name(node) == "slice"
+        if self.mode != SCORE:
+            last = self.call(aten.select.int, source, d, -1)
+            return self.call(aten.unsqueeze.default, last, d) if keep else last
+        batch = axes.index((B,)) if (B,) in axes else -1
+        if batch < 0:
+            raise refuse(node, "the last position is selected after batch and positions were merged")
+        others = [i for i in range(len(axes)) if i not in (batch, d)]
+        moved = self.call(aten.permute.default, source, [batch, d, *others])
+        folded = self.call(
+            aten.reshape.default, moved, [self._rows(node), *self._sizes(tuple(axes[i] for i in others), node)]
+        )
+        order = [batch, *others]
+        wanted = [i for i in range(len(axes)) if i != d]
+        folded = self.call(aten.permute.default, folded, [order.index(i) for i in wanted])
+        return self.call(aten.unsqueeze.default, folded, d) if keep else folded
+
+    # -- attention --------------------------------------------------------------------------------------------------
+
+    def _attention(self, node: fx.Node) -> fx.Node:
+        role = self.typing.attention[node]
+        if role == "score":
+            query, key = node.args[0], node.args[1]
+            return self._scores(node, query, key, self.typing.of(node))  # type: ignore[arg-type]
+        if role == "mix":
+            return self._mix(self.env[node.args[0]], self.typing.of(node.args[0]), node.args[1], self.typing.of(node))  # type: ignore[index, arg-type]
+        return self._sdpa(node)
+
+    def _sdpa(self, node: fx.Node) -> fx.Node:
+        """Attention as scores, mask, softmax in float32 and mix: what the fused op computes, over the caches."""
+        bound = arguments(node)
+        query, key, value = bound["query"], bound["key"], bound["value"]
+        axes = self.typing.of(query)
+        scale = bound["scale"] or 1 / math.sqrt(query.meta["val"].shape[-1])
+        scaled = self.call(aten.mul.Tensor, self.env[query], float(scale))
+        score_axes = (*axes[:-1], (K,))
+        key_axes = self.typing.of(key)
+        swapped = (*key_axes[:-2], key_axes[-1], key_axes[-2])
+        scores = self._scores(node, query, key, score_axes, scaled, swapped)
+        dtype = torch.promote_types(query.meta["val"].dtype, torch.float32)
+        scores = self.call(aten._to_copy.default, scores, dtype=dtype)
+        if bound["is_causal"]:
+            scores = self.call(causal_mask, scores, self.positions)
+        if bound["attn_mask"] is not None:
+            mask = bound["attn_mask"]
+            scores = self.call(masked, scores, self._align(mask, score_axes, node, False))
+        probs = self.call(aten.softmax.int, scores, -1)
+        probs = self.call(aten._to_copy.default, probs, dtype=value.meta["val"].dtype)
+        return self._mix(probs, score_axes, value, self.typing.of(node))
+
+    def _scores(
+        self, node: fx.Node, query: fx.Node, key: fx.Node, out: Axes, emitted: Any = None, key_axes: Axes | None = None
+    ) -> fx.Node:
+        """query [..., q, d] @ key [..., d, k] over the cache; ``emitted`` and ``key_axes`` override what the graph holds."""
+        axes = self.typing.of(query)
+        swapped = key_axes is not None
+        key_axes = key_axes or self.typing.of(key)
+        heads = _Heads(axes[:-2], axes[-2], _padded(key_axes, len(axes))[:-2])
+        new = self._canonical_keys(key, key_axes, swapped, last_is_position=True)
+        prompt, suffix = self._cache(key, new, ("key", swapped))
+        canonical = self._to_canonical(emitted or self.env[query], heads, _product(axes[-1]))
+        scores = self.call(scores_over_cache, canonical, prompt, suffix)
+        return self._from_canonical(scores, heads, out, self._key_length(node))
+
+    def _mix(self, probs: Any, axes: Axes, value: fx.Node, out: Axes) -> fx.Node:
+        """probs [..., q, k] @ value [..., k, d] over the cache."""
+        value_axes = self.typing.of(value)
+        heads = _Heads(axes[:-2], axes[-2], _padded(value_axes, len(axes))[:-2])
+        new = self._canonical_keys(value, value_axes, False, last_is_position=False)
+        prompt, suffix = self._cache(value, new, ("value", False))
+        canonical = self._to_canonical(probs, heads, self._key_length(None))  # type: ignore[arg-type]
+        mixed = self.call(mix_over_cache, canonical, prompt, suffix)
+        return self._from_canonical(mixed, heads, out, _product(value_axes[-1]))
+
+    def _prefill_sites(self, node: fx.Node) -> None:
+        role = self.typing.attention[node]
+        bound = arguments(node) if role == "sdpa" else {}
+        if role in ("score", "sdpa"):
+            key = bound.get("key", node.args[1])
+            axes = self.typing.of(key)
+            swapped = role == "sdpa"
+            axes = (*axes[:-2], axes[-1], axes[-2]) if swapped else axes
+            self._site(key, self._canonical_keys(key, axes, swapped, True), axes, True, ("key", swapped))
+        if role in ("mix", "sdpa"):
+            value = bound.get("value", node.args[1])
+            axes = self.typing.of(value)
+            self._site(value, self._canonical_keys(value, axes, False, False), axes, False, ("value", False))
+
+    def _site(self, operand: fx.Node, canonical: fx.Node, axes: Axes, is_key: bool, use: tuple[str, bool]) -> None:
+        identity = (operand, use)
+        if identity in self._site_of:
+            return
+        width = _product(axes[-2] if is_key else axes[-1])
+        heads = _product(tuple(atom for axis in axes[:-2] for atom in axis if atom.kind == OTHER))
+        self._site_of[identity] = len(self.sites)
+        self.sites.append(CacheSite(f"{operand.name}.{use[0]}", heads, width, operand.meta["val"].dtype))
+        self.site_values.append(canonical)
+
+    def _cache(self, operand: fx.Node, new: fx.Node, use: tuple[str, bool]) -> tuple[fx.Node, fx.Node]:
+        """Write this block's entries once, and return the prompt and the written suffix."""
+        identity = (operand, use)
+        site = self._site_of.setdefault(identity, len(self._site_of))
+        if site not in self._written:
+            self._written[site] = self.call(write_cache, self._suffixes[site], self.slots, new)
+        return self._prompts[site], self._written[site]
+
+    def _canonical_keys(self, operand: fx.Node, axes: Axes, swapped: bool, last_is_position: bool) -> fx.Node:
+        """An operand's new entries as [R, H, T, d]; repeated heads are kept once.
+
+        ``axes`` ends in [d, positions] if ``last_is_position`` else [positions, d]; ``swapped`` says that the emitted
+        value has its last two axes the other way round (the key of scaled_dot_product_attention).
+        """
+        value = self.env[operand]
+        if swapped:
+            value = self.call(aten.transpose.int, value, -2, -1)
+        atoms = [(atom, i) for i, axis in enumerate(axes) for atom in axis]
+        value = self.call(aten.reshape.default, value, [self._size((atom,), None) for atom, _ in atoms])
+        for position in reversed(range(len(atoms))):
+            if atoms[position][0].kind == REPEAT:
+                value = self.call(aten.select.int, value, position, 0)
+                del atoms[position]
+        width_axis = len(axes) - 2 if last_is_position else len(axes) - 1
+
+        def rank(entry: tuple[Atom, int]) -> int:
+            atom, i = entry
+            return 0 if atom.kind == BATCH else 2 if atom.kind == QUERY else 3 if i == width_axis else 1
+
+        order = sorted(range(len(atoms)), key=lambda i: rank(atoms[i]))
+        value = self.call(aten.permute.default, value, order)
+        heads = _product(tuple(atom for atom, i in atoms if rank((atom, i)) == 1))
+        width = _product(tuple(atom for atom, i in atoms if rank((atom, i)) == 3))
+        return self.call(aten.reshape.default, value, [self.rows_in, heads, self.length, width])
+
+    def _to_canonical(self, value: Any, heads: _Heads, width: Any) -> fx.Node:
+        """[batch..., q, w] -> [R, H, G*T, w]: grouped query heads fold into rows."""
+        sizes = [self._size((atom,), None) for atom in heads.atoms]
+        value = self.call(aten.reshape.default, value, [*sizes, width])
+        value = self.call(aten.permute.default, value, [*heads.order, len(heads.atoms)])
+        folded = self.call(_mul, self.length, heads.groups) if heads.groups != 1 else self.length
+        return self.call(aten.reshape.default, value, [self.rows_in, heads.kv_heads, folded, width])
+
+    def _from_canonical(self, value: fx.Node, heads: _Heads, out: Axes, width: Any) -> fx.Node:
+        """[R, H, G*T, w] -> axes ``out``."""
+        ordered = [heads.atoms[i] for i in heads.order]
+        value = self.call(aten.reshape.default, value, [*(self._size((atom,), None) for atom in ordered), width])
+        inverse = [heads.order.index(i) for i in range(len(heads.order))]
+        value = self.call(aten.permute.default, value, [*inverse, len(inverse)])
+        return self.call(aten.reshape.default, value, [*self._sizes(out[:-1], None), width])
+
+
+class _Heads:
+    """How the query's leading axes fold: atoms in query order, and the order batch, key heads, repeats, positions."""
+
+    def __init__(self, query: Axes, rows: Axis, key: Axes) -> None:
+        self.atoms: list[Atom] = []
+        for mine, theirs in zip(query, key, strict=True):
+            self.atoms.extend(_common_split(mine, theirs))
+        self.atoms.extend(Atom(REPEAT, atom.size) if atom.kind == OTHER else atom for atom in rows)
+        rank = {BATCH: 0, OTHER: 1, REPEAT: 2, QUERY: 3}
+        self.order = sorted(range(len(self.atoms)), key=lambda i: rank[self.atoms[i].kind])
+        self.kv_heads = _product(tuple(atom for atom in self.atoms if atom.kind == OTHER))
+        self.groups = _product(tuple(atom for atom in self.atoms if atom.kind == REPEAT))
+
+
+def _common_split(query: Axis, key: Axis) -> list[Atom]:
+    """A query axis split the way the key's axis is made of heads and repeats; repeated or missing key heads are REPEAT."""
+    batch = [atom for atom in query if atom.kind == BATCH]
+    mine = _product(tuple(atom for atom in query if atom.kind != BATCH))
+    theirs = [atom for atom in key if atom.kind != BATCH]
+    if not theirs:
+        return batch + ([Atom(REPEAT, mine)] if mine > 1 else [])
+    size = _product(tuple(theirs))
+    if size == mine:
+        return batch + theirs
+    if mine % size == 0:  # enable_gqa: fewer key heads than query heads, each serving consecutive query heads
+        return batch + theirs + [Atom(REPEAT, mine // size)]
+    raise CacheError(f"internal: {mine} query heads do not fit {size} key heads")
+
+
+def _padded(axes: Axes, rank: int) -> Axes:
+    return ((),) * (rank - len(axes)) + axes
+
+
+def _product(axis: Axis) -> int:
+    return math.prod(atom.size for atom in axis if atom.kind in (OTHER, REPEAT))
+
+
+def key_positions(keys: int, table: torch.Tensor, d: int) -> torch.Tensor:
+    """0 .. keys-1, clamped to the table's rows."""
+    return torch.arange(keys, device=table.device).clamp(max=table.shape[d] - 1)

@@ -1,0 +1,174 @@
+"""Translation validation: the cached form must reproduce the original model on random tokens, or compilation fails."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+
+from smc_compile.errors import CacheError, ValidationError
+from smc_compile.passes.ir import CachedLM, CausalLM, user_line
+from smc_compile.passes.sequence_axes import KEY, K, Q, Typing, type_axes
+
+# Largest difference allowed, relative to the spread of the logits: a few hundred roundings of each format.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.12, torch.float16: 0.02}
+BLOCKS = (3, 1, 2)
+PROMPT = 5
+
+
+def validate(lm: CausalLM, cached: CachedLM, weights: Sequence[Tensor]) -> float:
+    """Compare ``lm`` with ``cached`` (prefill, then blocks of several lengths) and return the largest relative error.
+
+    Raises:
+        CacheError: when a position reads a later one (the model is not causal); the message names the op.
+        ValidationError: when the two differ by more than the dtype's tolerance.
+    """
+    total = min(PROMPT + sum(BLOCKS), cached.max_positions or 2**31)
+    ids = _random_tokens(lm, cached, weights, total)
+    with torch.no_grad():
+        check_causal(lm, ids, weights)
+        check_prefix_tables(cached, weights, total)
+        expected = torch.stack([_rows(lm, ids[:, : end + 1], weights) for end in range(PROMPT - 1, total)], 1)
+        actual = replay(cached, ids, weights, PROMPT, BLOCKS)
+    error = relative_error(actual, expected)
+    tolerance = TOLERANCE.get(_compute_dtype(weights, expected), 1e-4)
+    if not error <= tolerance:
+        raise ValidationError(
+            "the cached model does not reproduce the original",
+            f"largest relative difference {error:.2e}, allowed {tolerance:.0e} over {total} positions",
+            "please report this model; until then use the explicit protocol step(tokens, pos, state)",
+        )
+    return error
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference over the spread of the finite expected values; infinities must agree in place."""
+    actual, expected = actual.double(), expected.double()
+    finite = expected.isfinite()
+    if not torch.equal(finite, actual.isfinite()):
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    spread = expected[finite].std().clamp(min=1e-3) if finite.sum() > 1 else torch.tensor(1.0)
+    return ((actual - expected)[finite].abs().max() / spread).item()
+
+
+def replay(cached: CachedLM, ids: Tensor, weights: Sequence[Tensor], prompt: int, blocks: Sequence[int]) -> Tensor:
+    """Rows of the cached form at positions prompt-1 .. S-1: [B, S-prompt+1, V], fed in blocks."""
+    batch, total = ids.shape
+    prompt = min(prompt, total)
+    row, *prompts = cached.prefill(ids[:, :prompt], *weights)
+    rows = [row[:, None]]
+    suffixes = [p.new_zeros(*p.shape[:2], max(total - prompt, 1), p.shape[3]) for p in prompts]
+    tables = cached.tables(total, *weights)
+    start = prompt
+    for block in blocks:
+        block = min(block, total - start)
+        if block <= 0:
+            break
+        positions = torch.arange(start, start + block, device=ids.device)
+        args = (positions, positions - prompt, *prompts, *suffixes, *tables, *weights)
+        copies = [s.clone() for s in suffixes]
+        last = cached.advance(ids[:, start : start + block], *args)
+        for suffix, copy in zip(suffixes, copies, strict=True):
+            suffix.copy_(copy)
+        scored = cached.score(ids[:, start : start + block], *args).view(batch, block, -1)
+        if relative_error(last, scored[:, -1]) > 0.2:
+            return torch.full((batch, total - prompt + 1, row.shape[-1]), float("nan"))
+        rows.append(scored)
+        start += block
+    return torch.cat(rows, 1)
+
+
+def check_prefix_tables(cached: CachedLM, weights: Sequence[Tensor], total: int) -> None:
+    """A table at a shorter length must be a prefix of the table at a longer one."""
+    short, long = cached.tables(total - 2, *weights), cached.tables(total, *weights)
+    for i, (a, b) in enumerate(zip(short, long, strict=True)):
+        prefix = b[tuple(slice(0, size) for size in a.shape)]
+        if not torch.allclose(a.double(), prefix.double(), rtol=1e-5, atol=1e-6, equal_nan=True):
+            raise CacheError(
+                "a position-dependent value changes when the sequence grows",
+                f"table {i} at length {total - 2} is not a prefix of the table at length {total}",
+                "compute positions, masks and rotary angles from torch.arange, independent of the total length",
+            )
+
+
+def check_causal(lm: CausalLM, ids: Tensor, weights: Sequence[Tensor]) -> None:
+    """Change one token at a time: no earlier position of any per-position value may move. Names the first op that leaks."""
+    typing = type_axes(lm)
+    vocab = int(ids.max()) + 1
+    base = _trace_values(lm, typing, ids, weights)
+    for changed in sorted({1, ids.shape[1] // 2, ids.shape[1] - 1}):
+        other = ids.clone()
+        other[:, changed] = (other[:, changed] + 1) % max(vocab, 2)
+        moved = _trace_values(lm, typing, other, weights)
+        for node, value in base.items():
+            if _leaks(typing, node, value, moved[node], changed):
+                raise CacheError(
+                    "the model is not causal: a position reads later ones",
+                    f"the first op that leaks is {user_line(node)}",
+                    "give attention a causal mask (is_causal=True), or use an autoregressive model",
+                )
+
+
+def _leaks(typing: Typing, node: fx.Node, before: Tensor, after: Tensor, changed: int) -> bool:
+    """Whether positions before ``changed`` moved; attention probabilities leak when they give a later key any weight."""
+    axes = typing.of(node)
+    d = axes.index((Q,))
+    if (K,) in axes:
+        later = before.narrow(d, 0, changed).narrow(axes.index((K,)), changed, before.shape[d] - changed)
+        return bool(later.abs().max() > 1e-6)
+    before, after = before.narrow(d, 0, changed).double(), after.narrow(d, 0, changed).double()
+    return not torch.allclose(before, after, rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
+def _trace_values(lm: CausalLM, typing: Typing, ids: Tensor, weights: Sequence[Tensor]) -> dict[fx.Node, Tensor]:
+    """Floating per-position values and attention probabilities, by node, in program order."""
+
+    class Recorder(fx.Interpreter):
+        def __init__(self) -> None:
+            super().__init__(lm.graph_module)
+            self.values: dict[fx.Node, Tensor] = {}
+
+        def run_node(self, n: fx.Node) -> object:
+            value = super().run_node(n)
+            axes = typing.axes.get(n)
+            if isinstance(value, Tensor) and value.is_floating_point() and _is_checked(n, axes):
+                self.values[n] = value
+            return value
+
+    recorder = Recorder()
+    recorder.run(*_in_order(lm, ids, weights))
+    return recorder.values
+
+
+def _is_checked(node: fx.Node, axes: object) -> bool:
+    if not isinstance(axes, tuple) or (Q,) not in axes:
+        return False
+    over_keys = any(atom.kind == KEY for axis in axes for atom in axis)
+    return not over_keys or ("softmax" in str(node.target) and (K,) in axes)
+
+
+def _in_order(lm: CausalLM, ids: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    """Arguments in the order of the graph's placeholders."""
+    by_node = dict(zip(lm.weights, weights, strict=True))
+    return [ids if n is lm.ids else by_node[n] for n in lm.graph.nodes if n.op == "placeholder"]
+
+
+def _rows(lm: CausalLM, ids: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """The original model's rows for ids [B, S], also when S is one."""
+    result = fx.Interpreter(lm.graph_module).run(*_in_order(lm, ids, weights))
+    return result[0] if isinstance(result, (list, tuple)) else result
+
+
+def _random_tokens(lm: CausalLM, cached: CachedLM, weights: Sequence[Tensor], total: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    device = next((w.device for w in weights), torch.device("cpu"))
+    return torch.randint(0, cached.vocab_size, (lm.batch, total), generator=generator).to(device)
+
+
+def _compute_dtype(weights: Sequence[Tensor], rows: Tensor) -> torch.dtype:
+    """The coarsest floating dtype that takes part."""
+    present = {w.dtype for w in weights if w.is_floating_point()} | {rows.dtype}
+    return next((d for d in (torch.bfloat16, torch.float16, torch.float32) if d in present), torch.float64)
