@@ -81,7 +81,7 @@ class CachedLM:
     advance: fx.GraphModule
     tables: fx.GraphModule
     sites: tuple[CacheSite, ...]
-    n_tables: int
+    table_axes: tuple[tuple[int, ...], ...]  # of each table, the axes that grow with its length
     vocab_size: int
     max_positions: int | None
     report: list[str] = field(default_factory=list)

@@ -34,6 +34,7 @@ from .token_layout import (
     is_random,
     mutated_inputs,
     op_name,
+    plain_tensor,
     tensor_info,
 )
 from .trip_graph import NO_CACHE, Trips, build_step, compare_trips, describe, trip_nodes
@@ -85,6 +86,8 @@ class DecodeLoop:
         trips: how many tokens the loop draws.
         outputs: how each output of the graph is put together.
         report: what was found, in lines for a person.
+        fixed_floats: (placeholder, value) of Python floats that Dynamo lifted to inputs and that `step` holds as
+            constants: the result is wrong for other values. Temperatures and the like stay inputs.
     """
 
     step: fx.GraphModule
@@ -95,6 +98,7 @@ class DecodeLoop:
     batch: int
     outputs: tuple[OutputLayout, ...]
     report: list[str] = field(default_factory=list)
+    fixed_floats: tuple[tuple[int, float], ...] = ()
 
 
 def recover_loop(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> DecodeLoop | None:
@@ -103,7 +107,8 @@ def recover_loop(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> DecodeLoo
     Raises:
         LoopError: there is a loop, but not one that can be compiled.
     """
-    graph = concretise(gm, example_inputs)
+    _refuse_while_loop(gm)
+    graph, fixed_floats = concretise(gm, example_inputs)
     nodes = list(graph.nodes)
     if not any(is_draw(node) for node in nodes):
         log.info("no sampling and no argmax in the graph: left as it is")
@@ -131,6 +136,7 @@ def recover_loop(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> DecodeLoo
         batch=layouts.batch,
         outputs=outputs,
         report=_report(trips, closures[0], growing, outputs),
+        fixed_floats=fixed_floats,
     )
 
 
@@ -141,7 +147,7 @@ class _Sizes:
     """Values of symbolic sizes, taken from the inputs at hand."""
 
     def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
-        self.values: dict[sympy.Expr, int] = {}
+        self.values: dict[sympy.Expr, sympy.Integer] = {}
         placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
         for node, real in zip(placeholders, example_inputs, strict=False):
             symbolic = node.meta.get("example_value")
@@ -153,7 +159,7 @@ class _Sizes:
 
     def bind(self, symbolic: Any, real: Any) -> None:
         if isinstance(symbolic, torch.SymInt) and isinstance(real, int) and not isinstance(real, torch.SymInt):
-            self.values[symbolic.node.expr] = real
+            self.values[symbolic.node.expr] = sympy.Integer(real)
 
     def __call__(self, value: Any) -> Any:
         """A plain int or bool for a symbolic one."""
@@ -173,22 +179,35 @@ def _constant(value: Any, sizes: _Sizes) -> tuple[bool, Any]:
     return False, None
 
 
-def concretise(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.Graph:
-    """A copy of the graph in which every size is a number; nodes know their ``meta["tensor"]``."""
+def concretise(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[fx.Graph, tuple[tuple[int, float], ...]]:
+    """A copy of the graph in which every size is a number; nodes know their ``meta["tensor"]``.
+
+    Also returns the lifted floats that became constants, as (placeholder, value).
+    """
     sizes = _Sizes(gm, example_inputs)
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    inputs = dict(zip(placeholders, example_inputs, strict=False))
     graph = fx.Graph()
     known: dict[fx.Node, Any] = {}
     floats: dict[fx.Node, fx.Node] = {}  # a float read from a tensor -> the tensor
+    fixed: dict[int, float] = {}
+
+    def operand(source: fx.Node) -> Any:
+        """The copy of a node or the number that it is; a lifted float that must be a number becomes one."""
+        value = plain_tensor(inputs.get(floats[source])) if source in floats else None
+        if value is None:
+            return known[source]
+        fixed[placeholders.index(floats[source])] = value.item()
+        return value.item()
+
     for node in gm.graph.nodes:
         value = node.meta.get("example_value")
         is_constant, constant = _constant(value, sizes)
         if is_constant and node.op not in ("placeholder", "output"):
             known[node] = constant
             continue
-        args, kwargs = _with_tensor_floats(node, floats)
-        copy = graph.create_node(
-            node.op, node.target, fx.map_arg(args, known.__getitem__), fx.map_arg(kwargs, known.__getitem__), node.name
-        )
+        args, kwargs = fx.map_arg(_with_tensor_floats(node, floats), operand)
+        copy = graph.create_node(node.op, node.target, args, kwargs, node.name)
         copy.meta = dict(node.meta)
         known[node] = constant if is_constant else copy
         if isinstance(value, torch.SymFloat) and node.target == "item":
@@ -198,21 +217,24 @@ def concretise(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.Graph:
             copy.meta["tensor"] = TensorInfo(shape, value.dtype, value.untyped_storage()._cdata)
         if node.op == "get_attr":
             copy.meta["constant"] = operator.attrgetter(node.target)(gm)
-    return graph
+    return graph, tuple(sorted(fixed.items()))
 
 
-_TENSOR_ARITHMETIC = frozenset("add sub mul truediv div pow rsub multiply divide lt le gt ge clamp".split())
+_TENSOR_ARITHMETIC = frozenset(["add", "sub", "mul", "truediv", "div", "pow", "rsub", "lt", "le", "gt", "ge", "clamp"])
 
 
 def _with_tensor_floats(node: fx.Node, floats: dict[fx.Node, fx.Node]) -> tuple[Any, Any]:
-    """Reads a lifted Python float as the 0-dim tensor that holds it, so that `step` needs no value on the host."""
+    """Reads a lifted Python float as the 0-dim tensor that holds it, so that its value stays an input of `step`."""
     if not floats or not any(source in floats for source in node.all_input_nodes):
         return node.args, node.kwargs
-    if op_name(node) == "embedding" and len(node.args) > 4 and node.args[3] is None:
-        return (*node.args[:4], 2.0, *node.args[5:]), node.kwargs  # norm_type counts only with max_norm
-    if op_name(node) in _TENSOR_ARITHMETIC and isinstance(node.meta.get("example_value"), torch.Tensor):
-        return fx.map_arg((node.args, node.kwargs), lambda source: floats.get(source, source))
-    return node.args, node.kwargs
+    name, args = op_name(node), node.args
+    if name == "embedding" and len(args) > 4 and args[3] is None:
+        return (*args[:4], 2.0, *args[5:]), node.kwargs  # norm_type counts only with max_norm
+    if name == "dropout" and len(args) > 2 and args[2] is False:
+        return (args[0], 0.0, *args[2:]), node.kwargs
+    if name in _TENSOR_ARITHMETIC and isinstance(node.meta.get("example_value"), torch.Tensor):
+        return fx.map_arg((args, node.kwargs), lambda source: floats.get(source, source))
+    return args, node.kwargs
 
 
 # ---- tokens --------------------------------------------------------------------------------------------------------
@@ -221,13 +243,9 @@ def _with_tensor_floats(node: fx.Node, floats: dict[fx.Node, fx.Node]) -> tuple[
 def _is_argmax(node: fx.Node) -> bool:
     if op_name(node) in ("argmax", "argmin"):
         return True
-    source = node.args[0] if node.args else None
-    return (
-        op_name(node) == "getitem"
-        and isinstance(source, fx.Node)
-        and op_name(source) in ("max", "topk", "sort")
-        and node.args[1] == 1
-    )
+    if op_name(node) != "getitem" or not isinstance(node.args[0], fx.Node):
+        return False
+    return op_name(node.args[0]) in ("max", "topk", "sort") and node.args[1] == 1
 
 
 def is_draw(node: fx.Node) -> bool:
@@ -237,17 +255,19 @@ def is_draw(node: fx.Node) -> bool:
 
 def _find_tokens(nodes: Sequence[fx.Node]) -> tuple[Layouts, list[fx.Node]] | None:
     """The prompt and the nodes whose results follow it in what the model reads or the function returns."""
-    for prompt in nodes:
-        info = tensor_info(prompt)
-        if prompt.op != "placeholder" or info is None or info.dtype not in TOKEN_DTYPES:
-            continue
-        if len(info.shape) not in (1, 2) or info.numel == 0 or not prompt.users:
-            continue
+    for prompt in filter(_may_be_prompt, nodes):
         layouts = interpret(nodes, prompt)
         tokens = _tokens_behind(layouts)
         if len(tokens) >= 2:
             return layouts, tokens
     return None
+
+
+def _may_be_prompt(node: fx.Node) -> bool:
+    info = tensor_info(node)
+    if node.op != "placeholder" or info is None or info.dtype not in TOKEN_DTYPES:
+        return False
+    return len(info.shape) in (1, 2) and info.numel > 0 and bool(node.users)
 
 
 def _tokens_behind(layouts: Layouts) -> list[fx.Node]:
@@ -276,6 +296,8 @@ def _tokens_behind(layouts: Layouts) -> list[fx.Node]:
 
 def _refuse_unrecognised_feedback(nodes: Sequence[fx.Node]) -> None:
     """Refuses a loop in which tokens are looked up again, though not as a sequence that starts with the prompt."""
+    if not any(_may_be_prompt(node) or is_random(node) for node in nodes):
+        return  # codebooks are looked up by argmax too
     drawn: set[fx.Node] = set()  # depends on a draw
     looked_up: set[fx.Node] = set()  # depends on a look-up of something drawn
     writers: dict[int, fx.Node] = {}
@@ -313,6 +335,20 @@ def _refuse_hidden_state(nodes: Sequence[fx.Node]) -> None:
                 "The decode loop switches autocast on inside.",
                 f"{describe(node)} changes the precision of the operators after it",
                 "put the autocast around the call of the compiled function, or convert the model with model.to(dtype)",
+            )
+
+
+def _refuse_while_loop(gm: fx.GraphModule) -> None:
+    """torch.while_loop keeps its buffer at full length, so that the model reads padding behind the tokens."""
+    for node in gm.graph.nodes:
+        if op_name(node) != "while_loop" or not isinstance(node.args[1], fx.Node):
+            continue
+        body = operator.attrgetter(str(node.args[1].target))(gm)
+        if any(is_draw(inner) for inner in body.graph.nodes):
+            raise LoopError(
+                "A decode loop written with torch.while_loop cannot be compiled yet.",
+                f"{describe(node)} draws tokens in its body",
+                "write it as a Python for loop over the number of new tokens",
             )
 
 
@@ -370,8 +406,9 @@ def _output_layout(trips: Trips, output: Any) -> OutputLayout:
     layouts = trips.layouts
     labels = layouts.outputs.get(output) if isinstance(output, fx.Node) else None
     if labels is None:
-        found = f"{describe(output)} is not made of tokens" if isinstance(output, fx.Node) else f"{output!r} is returned"
-        raise LoopError("Only tokens can be returned from a decode loop.", found, "return the token ids and nothing else")
+        found = describe(output) if isinstance(output, fx.Node) else repr(output)
+        what, fix = "Only tokens can be returned from a decode loop.", "return the token ids and nothing else"
+        raise LoopError(what, f"{found} is returned, which is not made of tokens", fix)
     info = tensor_info(output)
     assert info is not None
     parts = dict(zip(("prompt", "tokens"), layouts.labels(trips.tokens), strict=True))
@@ -379,9 +416,8 @@ def _output_layout(trips: Trips, output: Any) -> OutputLayout:
         length = sum(parts[segment].shape[1] for segment in segments)
         for axes in _axes(tuple(labels.shape), layouts.batch, length):
             pads = labels.shape[axes.index("time")] - length
-            padding = labels.reshape(-1)[labels.numel() - pads :].tolist() if pads and labels.numel() else []
-            if axes.index("time") != len(axes) - 1 and pads:
-                padding = labels.movedim(axes.index("time"), -1).reshape(-1)[-pads:].tolist()
+            last_row = labels.movedim(axes.index("time"), -1).reshape(-1, labels.shape[axes.index("time")])[-1]
+            padding = last_row[len(last_row) - pads :].tolist()
             layout = OutputLayout(segments, axes, tuple(padding))
             same = not any(layouts.source(value) for value in padding) and torch.equal(
                 layout.build(parts["prompt"], parts["tokens"]), labels
@@ -411,7 +447,8 @@ def _axes(shape: tuple[int, ...], batch: int, length: int) -> Iterator[tuple[str
         if axes.count("one") and "batch" not in axes:
             continue
         sizes = {"batch": batch, "one": 1}
-        if all(size >= length if axis == "time" else size == sizes[axis] for axis, size in zip(axes, shape, strict=True)):
+        pairs = list(zip(axes, shape, strict=True))
+        if all(size >= length if axis == "time" else size == sizes[axis] for axis, size in pairs):
             yield axes
 
 
@@ -423,7 +460,8 @@ def _report(
     pads = [f" + {len(layout.padding)} constants" if layout.padding else "" for layout in outputs]
     returned = [" + ".join(layout.segments) + pad for layout, pad in zip(outputs, pads, strict=True)]
     return [
-        f"decode loop of {len(trips.tokens)} trips over `{layouts.prompt.name}` [{layouts.batch}, {layouts.prompt_length}]",
+        f"decode loop of {len(trips.tokens)} trips",
+        f"prompt `{layouts.prompt.name}` [{layouts.batch}, {layouts.prompt_length}]",
         f"token drawn by {describe(draws[-1])}",
         f"one trip has {len(nodes)} nodes; {len(growing)} integers grow with the sequence length",
         *(f"returns {text}" for text in returned),

@@ -58,7 +58,7 @@ def synthesize_cache(lm: CausalLM) -> CachedLM:
         advance=advance.module,
         tables=_table_graph(typing, tables),
         sites=tuple(prefill.sites),
-        n_tables=len(tables),
+        table_axes=tuple(_growing_axes(node) for node in tables),
         vocab_size=int(rows.meta["val"].shape[-1]),
         max_positions=lm.max_positions,
         report=_report(typing, prefill.sites, tables),
@@ -93,6 +93,10 @@ def _is_over_positions(typing: Typing, node: fx.Node) -> bool:
     return any(
         bool(expression(size).free_symbols) for v in values if isinstance(v, torch.Tensor) for size in v.shape
     )
+
+
+def _growing_axes(table: fx.Node) -> tuple[int, ...]:
+    return tuple(d for d, size in enumerate(table.meta["val"].shape) if expression(size).free_symbols)
 
 
 def _frontier(typing: Typing) -> list[fx.Node]:

@@ -94,6 +94,12 @@ def tensor_info(node: fx.Node) -> TensorInfo | None:
     return node.meta.get("tensor")
 
 
+def plain_tensor(value: Any) -> torch.Tensor | None:
+    """A tensor that holds real data (neither fake nor meta), else None."""
+    is_plain = isinstance(value, torch.Tensor) and type(value) in (torch.Tensor, torch.nn.Parameter)
+    return value if is_plain and value.device.type != "meta" else None
+
+
 def op_name(node: fx.Node) -> str:
     """``cat`` for torch.cat and Tensor.cat alike; '' for nodes that are not calls."""
     if node.op == "call_method":
@@ -119,42 +125,43 @@ def mutated_inputs(node: fx.Node) -> list[fx.Node]:
     flagged = node.kwargs.get("inplace") is True or (name in _INPLACE_FLAG and node.args[-1:] == (True,))
     if (inplace or flagged) and node.args and isinstance(node.args[0], fx.Node):
         written.append(node.args[0])
-    if isinstance(node.kwargs.get("out"), fx.Node):
-        written.append(node.kwargs["out"])
+    out = node.kwargs.get("out")
+    if isinstance(out, fx.Node):
+        written.append(out)
     return written
 
 
 # Operators that move cells. The set holds the positions (or names) of arguments that say *where*, which must be known.
 _WHERE_NAMES = frozenset(["index", "indices", "mask", "condition", "dim", "start", "length"])
+_NOWHERE: frozenset[int] = frozenset()
 _MOVES: dict[str, frozenset[int]] = {
-    **dict.fromkeys(
-        """cat concat concatenate stack hstack vstack column_stack unsqueeze squeeze view view_as reshape reshape_as
-        flatten unflatten ravel transpose t permute swapaxes swapdims movedim moveaxis chunk split unbind expand
-        expand_as repeat tile roll flip clone contiguous detach pad slice_scatter select_scatter diagonal
-        squeeze_ unsqueeze_ copy_ fill_ zero_ getattr alias""".split(),
-        frozenset(),
-    ),
-    "getitem": frozenset([1]),
-    "setitem": frozenset([1]),
-    "select": frozenset([1, 2]),
+    **dict.fromkeys(["cat", "concat", "concatenate", "stack", "hstack", "vstack", "column_stack"], _NOWHERE),
+    **dict.fromkeys(["unsqueeze", "squeeze", "unsqueeze_", "squeeze_", "flatten", "unflatten", "ravel"], _NOWHERE),
+    **dict.fromkeys(["view", "view_as", "reshape", "reshape_as", "expand", "expand_as", "repeat", "tile"], _NOWHERE),
+    **dict.fromkeys(["transpose", "t", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "getattr"], _NOWHERE),
+    **dict.fromkeys(["chunk", "split", "unbind", "roll", "flip", "diagonal", "pad"], _NOWHERE),
+    **dict.fromkeys(["clone", "contiguous", "detach", "alias", "copy_", "fill_", "zero_"], _NOWHERE),
+    **dict.fromkeys(["slice_scatter", "select_scatter"], _NOWHERE),
+    **dict.fromkeys(["getitem", "setitem"], frozenset([1])),
+    **dict.fromkeys(["select", "index_select", "gather"], frozenset([1, 2])),
     "narrow": frozenset([1, 2, 3]),
-    **dict.fromkeys(
-        "index_select gather scatter scatter_ index_copy index_copy_ index_fill index_fill_".split(), frozenset([1, 2])
-    ),
-    **dict.fromkeys(
-        "take_along_dim masked_fill masked_fill_ masked_scatter masked_scatter_ index_put index_put_".split(),
-        frozenset([1]),
-    ),
+    **dict.fromkeys(["scatter", "scatter_", "index_copy", "index_copy_"], frozenset([1, 2])),
+    **dict.fromkeys(["index_fill", "index_fill_"], frozenset([1, 2])),
+    **dict.fromkeys(["take_along_dim", "masked_fill", "masked_fill_", "masked_scatter"], frozenset([1])),
+    **dict.fromkeys(["masked_scatter_", "index_put", "index_put_"], frozenset([1])),
     "where": frozenset([0]),
 }
 _CASTS = frozenset(["to", "long", "int", "type", "type_as", "cuda", "cpu"])
-_CREATES_LIKE = frozenset(
-    """zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty new_tensor
-    zeros ones full empty arange tensor as_tensor scalar_tensor""".split()
+_CREATES = frozenset(
+    f"{prefix}{name}{suffix}"
+    for name in ("zeros", "ones", "full", "empty", "arange", "tensor", "as_tensor", "scalar_tensor")
+    for prefix, suffix in (("", ""), ("new_", ""), ("", "_like"))
 )
+_FILLED_IN_PLACE = ("bernoulli", "cauchy", "exponential", "geometric", "log_normal", "normal", "random", "uniform")
 _RANDOM = frozenset(
-    """multinomial rand rand_like randn randn_like randint randint_like randperm normal normal_ bernoulli bernoulli_
-    exponential_ uniform_ geometric_ cauchy_ log_normal_ random_ poisson gumbel_softmax""".split()
+    {"multinomial", "rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "randperm"}
+    | {"poisson", "gumbel_softmax", "bernoulli", "normal"}
+    | {f"{name}_" for name in _FILLED_IN_PLACE}
 )
 
 
@@ -171,9 +178,7 @@ def interpret(nodes: Sequence[fx.Node], prompt: fx.Node) -> Layouts:
     interpreter = _Interpreter(nodes, prompt, rows, length)
     with _disable_current_modes(), torch.no_grad(), torch.device("cpu"):
         interpreter.run()
-    return Layouts(
-        prompt, rows, length, interpreter.readings, interpreter.outputs, tuple(nodes), interpreter.order
-    )
+    return Layouts(prompt, rows, length, interpreter.readings, interpreter.outputs, tuple(nodes), interpreter.order)
 
 
 class _Interpreter:
@@ -222,7 +227,7 @@ class _Interpreter:
         name = op_name(node)
         if is_random(node):
             return False, None
-        if name in _CREATES_LIKE:
+        if name in _CREATES:
             return self.create(node, name)
         if name in _CASTS:
             return self.cast(node)
@@ -248,7 +253,7 @@ class _Interpreter:
                 info = tensor_info(source)
                 # A part of a larger result (such as one column of sorted indices) is a source of its own.
                 movable = moves and not is_place and info is not None and info.dtype in TOKEN_DTYPES
-                if not movable or not (several or info.numel == self.batch):
+                if not movable or info is None or not (several or info.numel == self.batch):
                     return False
             elif (is_place or not moves) and _has_labels(value):
                 return False
@@ -306,9 +311,8 @@ class _Interpreter:
         return True, value if before.dtype == info.dtype else value.to(torch.int64, copy=True)
 
     def constant(self, node: fx.Node) -> None:
-        value = node.meta.get("constant")
-        plain = type(value) is torch.Tensor and value.dtype in _TRACKED_DTYPES and value.numel() <= self.fold_limit
-        if plain and value.device.type != "meta":
+        value = plain_tensor(node.meta.get("constant"))
+        if value is not None and value.dtype in _TRACKED_DTYPES and value.numel() <= self.fold_limit:
             self.values[node] = value.to("cpu", torch.bool if value.dtype == torch.bool else torch.int64, copy=True)
 
     def value(self, node: fx.Node, materialise: bool = False) -> Any:
@@ -327,7 +331,7 @@ class _Interpreter:
         size = torch.Size(shape).numel()
         cells = torch.arange(size, dtype=torch.int64)
         if node is self.prompt:
-            codes = base + torch.div(cells, self.length, rounding_mode="floor") * (1 << _ROW_SHIFT) + cells % self.length
+            codes = base + (cells // self.length) * (1 << _ROW_SHIFT) + cells % self.length
         elif size == self.batch and not uninitialised:
             codes = base + cells * (1 << _ROW_SHIFT)
         else:  # a column other than 0 never passes for a token
@@ -411,8 +415,7 @@ def _on_cpu(args: Any) -> Any:
     if isinstance(args, slice):
         return slice(_on_cpu(args.start), _on_cpu(args.stop), _on_cpu(args.step))
     if isinstance(args, dict):
-        return {key: _on_cpu("cpu" if key == "device" and isinstance(item, str) else item) for key, item in args.items()}
+        return {key: "cpu" if key == "device" else _on_cpu(item) for key, item in args.items()}
     if type(args) in (tuple, list, fx.immutable_collections.immutable_list):
         return (tuple if isinstance(args, tuple) else list)(_on_cpu(item) for item in args)
     return args
-

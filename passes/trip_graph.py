@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 import operator
 import os
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +18,11 @@ from torch import fx
 
 from smc_compile.errors import LoopError
 
-from .token_layout import Layouts, mutated_inputs, op_name, tensor_info
+from .token_layout import Layouts, mutated_inputs, op_name, plain_tensor, tensor_info
 
 _KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack")
 _TORCH_ROOT = os.path.dirname(torch.__file__)
-_COMPARISONS = frozenset("eq ne isin lt le gt ge where logical_or logical_and or_ and_ not_equal".split())
+_COMPARISONS = frozenset(["eq", "ne", "isin", "lt", "le", "gt", "ge", "where", "logical_or", "or_", "and_", "any"])
 NO_CACHE = (
     "call the model on all tokens so far, model(ids)[:, -1], without a KV cache (use_cache=False): "
     "the compiler inserts the cache itself"
@@ -50,17 +51,17 @@ class Trips:
     tokens: Sequence[fx.Node]
     writers: dict[int, list[fx.Node]] = field(default_factory=dict)  # storage -> nodes that write to it
     history: tuple[int, ...] = ()
+    carriers: frozenset[fx.Node] = frozenset()
 
     def __post_init__(self) -> None:
         self.history = self.layouts.history(self.tokens)
+        self.carriers = frozenset([self.layouts.prompt, *self.tokens])
         self.writers = find_writers(self.layouts.nodes)
 
     def reads_history(self, node: fx.Node, source: fx.Node, trip: int) -> bool:
         """True if `source` is the whole history of the trip when `node` reads it."""
         reading = self.layouts.readings.get((node, source))
-        return bool(
-            reading is not None and reading.exact and reading.columns == self.history[: self.length(trip)]
-        )
+        return bool(reading is not None and reading.exact and reading.columns == self.history[: self.length(trip)])
 
     def length(self, trip: int) -> int:
         return self.layouts.prompt_length + trip
@@ -68,7 +69,7 @@ class Trips:
     def check_reading(self, node: fx.Node, source: fx.Node, trip: int) -> None:
         """A reading of tokens must be the whole history, if need be in another arrangement ([S, B], flat)."""
         reading = self.layouts.readings.get((node, source))
-        if reading is None or not any(s is self.layouts.prompt or s in self.tokens for s in reading.sources):
+        if reading is None or not reading.sources & self.carriers:
             return
         if sorted(reading.columns or ()) == sorted(self.history[: self.length(trip)]):
             return
@@ -76,6 +77,8 @@ class Trips:
         found = f"{describe(node)} reads `{source.name}`, which holds {self.spell(reading.columns)}"
         expected = f"prompt[0:{self.layouts.prompt_length}] + tokens[0:{trip}]"
         fix = NO_CACHE
+        if reading.columns and reading.columns[: self.length(trip)] == self.history[: self.length(trip)]:
+            fix = "give the model the filled part of the buffer only, model(buf[:, :length])[:, -1]"
         if op_name(node) in _COMPARISONS:
             fix = "leave the end-of-sequence test out of the loop and pass eos_token_id instead"
         raise LoopError(what, f"{found}; a trip may read only {expected}", fix)
@@ -122,7 +125,8 @@ class Trips:
 
 def find_writers(nodes: Sequence[fx.Node]) -> dict[int, list[fx.Node]]:
     """Storage -> nodes that write to it, in program order. Writes to inputs and parameters are refused."""
-    owners = {info.storage: node for node in nodes if node.op in ("placeholder", "get_attr") and (info := tensor_info(node))}
+    inputs = [node for node in nodes if node.op in ("placeholder", "get_attr")]
+    owners = {info.storage: node for node in inputs if (info := tensor_info(node)) is not None}
     writers: dict[int, list[fx.Node]] = defaultdict(list)
     for node in nodes:
         for target in mutated_inputs(node):
@@ -222,9 +226,10 @@ def _compare_calls(trips: Trips, first: fx.Node, other: fx.Node, trip: int, vary
 def _same_target(first: fx.Node, other: fx.Node) -> bool:
     if first.target == other.target:
         return True
-    value, counterpart = first.meta.get("constant"), other.meta.get("constant")
-    both = type(value) is torch.Tensor and type(counterpart) is torch.Tensor
-    return both and value.dtype == counterpart.dtype and torch.equal(value, counterpart)
+    value, counterpart = plain_tensor(first.meta.get("constant")), plain_tensor(other.meta.get("constant"))
+    if value is None or counterpart is None:
+        return False
+    return value.dtype == counterpart.dtype and torch.equal(value, counterpart)
 
 
 def _same_constant(leaf: Any, other: Any) -> bool:
@@ -300,25 +305,24 @@ def build_step(
     by_node: dict[fx.Node, dict[int, fx.Node | int]] = defaultdict(dict)
     for (node, leaf), key in growing.items():
         by_node[node][leaf] = sizes[key]
-    flat: fx.Node | None = None
     for node in nodes:
         if node.op == "placeholder":
             continue
-        mapped = dict(copies)
-        for source in node.all_input_nodes:
-            if not trips.reads_history(node, source, 0):
-                continue
-            mapped[source] = ids
-            if trips.layouts.readings[node, source].ndim == 1:
-                flat = flat or graph.call_method("squeeze", (ids, 0))
-                mapped[source] = flat
-        args, kwargs = _replace_leaves(node, by_node.get(node, {}))
-        args, kwargs = fx.map_arg((args, kwargs), lambda source, mapped=mapped: mapped.get(source, source))
+        history = {source: _as_read(graph, ids, trips, node, source) for source in node.all_input_nodes}
+        inputs = {source: copies[source] if read is None else read for source, read in history.items()}
+        args, kwargs = _replace_leaves(node, by_node.get(node, {}), inputs)
         copies[node] = graph.create_node(node.op, node.target, args, kwargs, name=node.name)
         copies[node].meta = _kept_meta(node)
     graph.output(copies[trips.tokens[0]])
     graph.lint()
     return fx.GraphModule(gm, graph, class_name="Step"), invariants
+
+
+def _as_read(graph: fx.Graph, ids: fx.Node, trips: Trips, node: fx.Node, source: fx.Node) -> fx.Node | None:
+    """The token ids in the shape in which a node reads the history; None if it reads something else."""
+    if not trips.reads_history(node, source, 0):
+        return None
+    return ids if trips.layouts.readings[node, source].ndim == 2 else graph.call_method("squeeze", (ids, 0))
 
 
 def _kept_meta(node: fx.Node) -> dict[str, Any]:
@@ -337,26 +341,22 @@ def _emit_sizes(graph: fx.Graph, ids: fx.Node, wanted: Sequence[tuple[int, int]]
     return sizes
 
 
-def _replace_leaves(node: fx.Node, replaced: dict[int, Any]) -> tuple[Any, Any]:
-    """The arguments of a node with some leaves, numbered as by `flatten`, replaced."""
-    if not replaced:
-        return node.args, dict(node.kwargs)
-    counter = [0]
-    return _replace(node.args, counter, replaced), _replace(dict(node.kwargs), counter, replaced)
+def _replace_leaves(node: fx.Node, leaves: dict[int, Any], inputs: dict[fx.Node, fx.Node]) -> tuple[Any, Any]:
+    """The arguments of a node with its inputs, and some leaves, numbered as by `flatten`, replaced."""
+    numbers = itertools.count()
+    return _replace(node.args, numbers, leaves, inputs), _replace(dict(node.kwargs), numbers, leaves, inputs)
 
 
-def _replace(arg: Any, counter: list[int], replaced: dict[int, Any]) -> Any:
-    at = counter[0]
-    counter[0] += 1
+def _replace(arg: Any, numbers: Iterator[int], leaves: dict[int, Any], inputs: dict[fx.Node, fx.Node]) -> Any:
+    at = next(numbers)
     if isinstance(arg, slice):
-        # `flatten` lists a slice as "slice", then as a sequence of three.
-        counter[0] += 1
-        return slice(*(_replace(item, counter, replaced) for item in (arg.start, arg.stop, arg.step)))
+        next(numbers)  # `flatten` lists a slice as "slice", then as a sequence of three
+        return slice(*(_replace(item, numbers, leaves, inputs) for item in (arg.start, arg.stop, arg.step)))
     if isinstance(arg, dict):
-        counter[0] += 1
-        done = {key: _replace(arg[key], counter, replaced) for key in sorted(arg)}
+        next(numbers)
+        done = {key: _replace(arg[key], numbers, leaves, inputs) for key in sorted(arg)}
         return {key: done[key] for key in arg}
     if isinstance(arg, tuple | list):
-        items = [_replace(item, counter, replaced) for item in arg]
+        items = [_replace(item, numbers, leaves, inputs) for item in arg]
         return items if isinstance(arg, list) else tuple(items)
-    return replaced.get(at, arg)
+    return inputs[arg] if isinstance(arg, fx.Node) else leaves.get(at, arg)

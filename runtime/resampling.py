@@ -109,3 +109,18 @@ RESAMPLERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "multinomial": multinomial,
     "residual": residual,
 }
+
+
+def keep_survivors(ancestors: Tensor) -> Tensor:
+    """Reorder ancestors [B, N] so that a particle with offspring keeps its own place: ancestor[ancestor[i]] = ancestor[i].
+
+    Only the places of dead particles change hands, so states move by copying dead rows alone, in place. Particles are
+    exchangeable, so the law does not change. Runs on the host side of a cycle: it is not for compiled regions.
+    """
+    batch, n = ancestors.shape
+    reordered = torch.arange(n, device=ancestors.device).repeat(batch, 1)
+    for row in range(batch):
+        offspring = torch.bincount(ancestors[row], minlength=n)
+        spare = (offspring - 1).clamp(min=0)
+        reordered[row, offspring == 0] = torch.repeat_interleave(torch.arange(n, device=ancestors.device), spare)
+    return reordered

@@ -1,0 +1,55 @@
+"""A region: one function, compiled once, timed apart from its compilation."""
+
+from __future__ import annotations
+
+import time
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._dynamo.utils import counters
+
+
+class Region:
+    """Compiles ``function`` for static shapes (marked dimensions stay symbolic) and keeps two clocks.
+
+    Attributes:
+        seconds: time spent running.
+        compile_seconds: time of the calls that compiled.
+        compilations: how many times it was compiled.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any], compiler: str) -> None:
+        self.name = name
+        self.seconds = self.compile_seconds = 0.0
+        self.compilations = 0
+        self._function = torch.compile(_own_code(function, name), backend=compiler, fullgraph=True, dynamic=False)
+
+    def __call__(self, *args: Any) -> Any:
+        before = counters["stats"]["unique_graphs"]
+        start = time.perf_counter()
+        result = self._function(*args)
+        elapsed = time.perf_counter() - start
+        if counters["stats"]["unique_graphs"] != before:
+            self.compilations += 1
+            self.compile_seconds += elapsed
+        else:
+            self.seconds += elapsed
+        return result
+
+
+def _own_code(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """A copy with a code object of its own: Dynamo caches by code object, and regions must not share a cache."""
+    assert isinstance(function, types.FunctionType)
+    code = function.__code__.replace(co_name=f"smc_{name}")
+    copy = types.FunctionType(code, function.__globals__, f"smc_{name}", function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def mark_dynamic(tensor: torch.Tensor, *dims: int) -> torch.Tensor:
+    """Let these dimensions vary without recompilation."""
+    for dim in dims:
+        torch._dynamo.maybe_mark_dynamic(tensor, dim)
+    return tensor

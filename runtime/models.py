@@ -1,0 +1,134 @@
+"""A language model while it generates: prefill once, then advance rows whose state particles permute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .compiled import Region, mark_dynamic
+from .regions import Forward, State, unify
+
+
+class IncrementalGraphs(Protocol):
+    """What the compiler hands over for a model with a synthesized cache (see passes.ir.CachedLM)."""
+
+    @property
+    def prefill(self) -> Callable[..., Any]: ...
+    @property
+    def score(self) -> Callable[..., Any]: ...
+    @property
+    def advance(self) -> Callable[..., Any]: ...
+    @property
+    def tables(self) -> Callable[..., Any]: ...
+    @property
+    def sites(self) -> Sequence[Any]: ...
+    @property
+    def table_axes(self) -> Sequence[tuple[int, ...]]: ...
+
+
+class RuntimeModel(Protocol):
+    """How a session sees a model."""
+
+    score: Forward
+    advance: Forward
+
+    def begin(self, ids: Tensor, n_particles: int, capacity: int, length: int) -> tuple[Tensor, Any, State]:
+        """Prefill ``ids [B, P]``: rows [B, V], the shared context, and the state of B*N rows."""
+        ...
+
+    def copy_rows(self, state: State, dead: Tensor, source: Tensor, used: int) -> None:
+        """Overwrite rows ``dead`` of the state with rows ``source``, in place; ``used`` suffix positions hold anything."""
+        ...
+
+    @property
+    def prefill_region(self) -> Region | None: ...
+
+
+class CachedModel:
+    """A model whose cache the compiler derived. State: one suffix [R, H, S, d] per site; context: prompts, tables, weights."""
+
+    def __init__(self, graphs: IncrementalGraphs, weights: Callable[[], list[Tensor]], compiler: str, name: str) -> None:
+        self._graphs, self.weights = graphs, weights
+        self.prefill_region: Region | None = Region(f"{name}_prefill", _prefill_body(graphs.prefill), compiler)
+        self.score = _incremental_body(graphs.score)
+        self.advance = _incremental_body(graphs.advance)
+
+    def begin(self, ids: Tensor, n_particles: int, capacity: int, length: int) -> tuple[Tensor, Any, State]:
+        weights = self.weights()
+        assert self.prefill_region is not None
+        tables = list(self._graphs.tables(length, *weights))
+        rows, prompts = self.prefill_region(mark_dynamic(ids.clone(), 1), weights)
+        prompts = [mark_dynamic(p.contiguous(), 2) for p in prompts]
+        tables = [mark_dynamic(t.contiguous(), *axes) for t, axes in zip(tables, self._graphs.table_axes, strict=True)]
+        return rows, (prompts, tables, weights), self._suffixes(prompts, n_particles, capacity)
+
+    def has_tables(self, length: int) -> bool:
+        """Whether the model's position tables reach ``length``: a table of learned positions ends somewhere."""
+        try:
+            self._graphs.tables(length, *self.weights())
+        except (IndexError, RuntimeError):
+            return False
+        return True
+
+    def copy_rows(self, state: State, dead: Tensor, source: Tensor, used: int) -> None:
+        for suffix in state:
+            suffix[dead, :, :used] = suffix[source, :, :used]
+
+    @staticmethod
+    def _suffixes(prompts: Sequence[Tensor], n_particles: int, capacity: int) -> State:
+        return [
+            mark_dynamic(p.new_zeros(p.shape[0] * n_particles, p.shape[1], capacity, p.shape[3]), 2) for p in prompts
+        ]
+
+
+def _prefill_body(graph: Callable[..., Any]) -> Callable[..., tuple[Tensor, list[Tensor]]]:
+    def prefill(ids: Tensor, weights: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        rows, *caches = graph(ids, *weights)
+        return rows, caches
+
+    return prefill
+
+
+def _incremental_body(graph: Callable[..., Any]) -> Forward:
+    def forward(tokens: Tensor, positions: Tensor, slots: Tensor, state: State, context: Any) -> tuple[Tensor, State]:
+        prompts, tables, weights = context
+        unify(prompts, 2)
+        unify(state, 2)
+        return graph(tokens, positions, slots, *prompts, *state, *tables, *weights), []  # suffixes change in place
+
+    return forward
+
+
+class StatefulModel:
+    """A model that carries its own state: ``step(tokens [R, T], pos, state) -> (logits [R, T, V], state)``."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._spec: Any = None
+        self.prefill_region: Region | None = None
+        self.score = self._body(all_positions=True)
+        self.advance = self._body(all_positions=False)
+
+    def begin(self, ids: Tensor, n_particles: int, capacity: int, length: int) -> tuple[Tensor, Any, State]:
+        state = self.model.initial_state(ids.shape[0])
+        logits, state = self.model.step(ids, torch.zeros((), dtype=torch.int64, device=ids.device), state)
+        leaves, self._spec = pytree.tree_flatten(state)
+        return logits[:, -1], (), [leaf.repeat_interleave(n_particles, 0) for leaf in leaves]
+
+    def copy_rows(self, state: State, dead: Tensor, source: Tensor, used: int) -> None:
+        for leaf in state:
+            leaf[dead] = leaf[source]
+
+    def _body(self, all_positions: bool) -> Forward:
+        def forward(
+            tokens: Tensor, positions: Tensor, slots: Tensor, state: State, context: Any
+        ) -> tuple[Tensor, State]:
+            logits, new = self.model.step(tokens, positions[0], pytree.tree_unflatten(state, self._spec))
+            rows = logits.flatten(0, 1) if all_positions else logits[:, -1]
+            return rows, pytree.tree_leaves(new)
+
+        return forward

@@ -1,0 +1,116 @@
+"""The options of a compilation: the same names in torch.compile, in @decode and in generate."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import nn
+
+from smc_compile.errors import OptionError
+
+RESAMPLING_METHODS = ("systematic", "stratified", "multinomial", "residual")
+METHODS = ("smc", "autoregressive")
+COMPILERS = ("inductor", "aot_eager", "eager")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may set.
+
+    Attributes:
+        draft: the draft model, ``ids [B, S] -> logits [B, S, V]``, or one that follows the step protocol.
+        n_particles: N, particles per request.
+        lookahead: K, draft tokens per cycle; a cycle commits K+1 tokens.
+        ess_threshold: resample when the effective sample size falls below this share of N (0 never, 1 nearly always).
+        resampling_method: "systematic", "stratified", "multinomial" or "residual".
+        method: "smc", or "autoregressive" for the exact cached one-token loop.
+        draft_temperature: divides the draft's logits; None takes the temperature found in the loop.
+        eos_token_id: a sequence ends after this token; later tokens repeat it. None: no end of sequence.
+        seed: 64-bit seed; request b of a batch uses seed + b. None draws one from torch's global generator at each call.
+        validate: compare the cached model with the original when compiling.
+        compiler: what lowers the regions: "inductor", or "aot_eager" and "eager" for debugging.
+    """
+
+    draft: Any = None
+    n_particles: int = 8
+    lookahead: int = 6
+    ess_threshold: float = 0.5
+    resampling_method: str = "systematic"
+    method: str = "smc"
+    draft_temperature: float | None = None
+    eos_token_id: int | None = None
+    seed: int | None = None
+    validate: bool = True
+    compiler: str = "inductor"
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any] | None) -> Options:
+        """Check and build. Raises OptionError with the list of valid names and the nearest one."""
+        given = dict(given or {})
+        names = [field.name for field in fields(cls)]
+        for key in given:
+            if key not in names:
+                near = difflib.get_close_matches(str(key), names, 1)
+                raise OptionError(
+                    f"unknown option {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
+                    f"valid options are {', '.join(names)}",
+                    f"replace {key!r}" + (f" by {near[0]!r}" if near else " or leave it out"),
+                )
+        options = cls(**given)
+        options._check()
+        return options
+
+    def _check(self) -> None:
+        _integer("n_particles", self.n_particles, 1)
+        _integer("lookahead", self.lookahead, 1)
+        _number("ess_threshold", self.ess_threshold, 0.0, 1.0)
+        _choice("resampling_method", self.resampling_method, RESAMPLING_METHODS)
+        _choice("method", self.method, METHODS)
+        _choice("compiler", self.compiler, COMPILERS)
+        if self.draft_temperature is not None:
+            _number("draft_temperature", self.draft_temperature, 1e-6, 1e6)
+        if self.eos_token_id is not None:
+            _integer("eos_token_id", self.eos_token_id, 0)
+        if self.seed is not None:
+            _integer("seed", self.seed, -(2**63))
+            if self.seed >= 2**63:
+                raise OptionError("seed is too large", f"got {self.seed}", "use a signed 64-bit integer")
+        if not isinstance(self.validate, bool):
+            raise OptionError("validate must be True or False", f"got {self.validate!r}")
+        if self.draft is not None and not isinstance(self.draft, nn.Module) and not is_stateful(self.draft):
+            raise OptionError(
+                "draft must be a model",
+                f"got {type(self.draft).__name__}",
+                "pass an nn.Module mapping ids [B, S] to logits [B, S, V], or an object with step and initial_state",
+            )
+
+
+def is_stateful(model: Any) -> bool:
+    """Whether a model follows the explicit protocol ``step(tokens, pos, state)`` with ``initial_state(batch)``."""
+    return callable(getattr(model, "step", None)) and callable(getattr(model, "initial_state", None))
+
+
+def _integer(name: str, value: Any, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise OptionError(f"{name} must be an integer", f"got {value!r} of type {type(value).__name__}", f"pass {name}=8")
+    if value < low:
+        raise OptionError(f"{name} must be at least {low}", f"got {value}", f"raise {name}")
+
+
+def _number(name: str, value: Any, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise OptionError(f"{name} must be a number", f"got {value!r} of type {type(value).__name__}")
+    if not low <= value <= high:
+        raise OptionError(f"{name} must lie between {low:g} and {high:g}", f"got {value}")
+
+
+def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), allowed, 1)
+        raise OptionError(
+            f"{name} {value!r} is unknown" + (f"; did you mean {near[0]!r}?" if near else ""),
+            f"valid values are {', '.join(allowed)}",
+        )
