@@ -7,9 +7,6 @@ from operator import getitem
 from typing import Any
 
 import torch
-from torch import fx
-
-from smc_compile.errors import CacheError
 from smc_compile.passes.ir import user_line
 from smc_compile.passes.sequence_axes import (
     BATCH,
@@ -27,6 +24,9 @@ from smc_compile.passes.sequence_axes import (
     refuse,
     split_atoms,
 )
+from torch import fx
+
+from smc_compile.errors import CacheError
 
 Rule = Callable[[Typing, fx.Node], Any]
 RULES: dict[str, Rule] = {}
@@ -528,7 +528,9 @@ def gather(typing: Typing, node: fx.Node) -> Axes:
     _require_plain(node, index[d] or ())
     axes = [merge_axis(node, x, y) for x, y in zip(source, index, strict=True)]
     axes[d] = plain(int(node.meta["val"].shape[d]))
-    return tuple(_settle(typing, node, axis, expression(size)) for axis, size in zip(axes, node.meta["val"].shape, strict=True))
+    return tuple(
+        _settle(typing, node, axis, expression(size)) for axis, size in zip(axes, node.meta["val"].shape, strict=True)
+    )
 
 
 @rule("index_select")

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from math import prod
 
 import torch
+from smc_compile.passes.ir import CausalLM
+from smc_compile.passes.sequence_axes import type_axes
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 
 from smc_compile.errors import CacheError
-from smc_compile.passes.ir import CausalLM
-from smc_compile.passes.sequence_axes import type_axes
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,9 @@ class _Positional(nn.Module):
         return self.step(*inputs)
 
 
-def _causal_lm(program: torch.export.ExportedProgram, graph_module: fx.GraphModule, batch: int, require_symbolic: bool = True) -> CausalLM:
+def _causal_lm(
+    program: torch.export.ExportedProgram, graph_module: fx.GraphModule, batch: int, require_symbolic: bool = True
+) -> CausalLM:
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     kinds = [spec.kind == InputKind.USER_INPUT for spec in program.graph_signature.input_specs]
     user = [node for node, is_user in zip(placeholders, kinds, strict=True) if is_user]

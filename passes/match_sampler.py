@@ -7,15 +7,29 @@ import operator
 from dataclasses import dataclass, replace
 
 import torch
+from smc_compile.passes.axis_rules import arguments, op_name
+from smc_compile.passes.ir import CausalLM, output_values, user_line
 from torch import fx
 
 from smc_compile.errors import LoopError
-from smc_compile.passes.axis_rules import arguments, op_name
-from smc_compile.passes.ir import CausalLM, output_values, user_line
 
 log = logging.getLogger(__name__)
 
-MOVEMENT = {"view", "reshape", "t", "transpose", "squeeze", "unsqueeze", "_to_copy", "to", "clone", "contiguous", "expand", "alias", "detach"}
+MOVEMENT = {
+    "view",
+    "reshape",
+    "t",
+    "transpose",
+    "squeeze",
+    "unsqueeze",
+    "_to_copy",
+    "to",
+    "clone",
+    "contiguous",
+    "expand",
+    "alias",
+    "detach",
+}
 NOISE = {"exponential", "exponential_", "rand_like", "rand", "uniform", "randn", "randn_like", "bernoulli"}
 NOISE_SAMPLES = 100_000  # KS distance of an exact sample stays below 0.0062 with probability 0.999
 NOISE_TOLERANCE = 0.008
@@ -81,7 +95,9 @@ def _multinomial(draw: fx.Node) -> tuple[fx.Node, str, str]:
 def _law_of_probs(probs: fx.Node) -> tuple[fx.Node, str]:
     """Logits under a final softmax are kept in log space; anything else is taken as probabilities."""
     source = probs
-    while op_name(source) in ("view", "reshape", "_to_copy", "to", "clone", "contiguous") and source.op == "call_function":
+    while (
+        op_name(source) in ("view", "reshape", "_to_copy", "to", "clone", "contiguous") and source.op == "call_function"
+    ):
         if _rank(source) != 2 or _rank(source.all_input_nodes[0]) != 2:
             break
         source = source.all_input_nodes[0]
@@ -137,7 +153,11 @@ def _closure(node: fx.Node) -> list[fx.Node]:
 
 
 def _noise_sources(node: fx.Node) -> list[fx.Node]:
-    return [n for n in _closure(node) if n.op == "call_function" and n.target is not operator.getitem and op_name(n) in NOISE]
+    return [
+        n
+        for n in _closure(node)
+        if n.op == "call_function" and n.target is not operator.getitem and op_name(n) in NOISE
+    ]
 
 
 def _is_noise(node: fx.Node) -> bool:

@@ -245,7 +245,7 @@ def _is_argmax(node: fx.Node) -> bool:
         return True
     if op_name(node) != "getitem" or not isinstance(node.args[0], fx.Node):
         return False
-    return op_name(node.args[0]) in ("max", "topk", "sort") and node.args[1] == 1
+    return op_name(node.args[0]) in ("max", "topk", "sort") and bool(node.args[1] == 1)
 
 
 def is_draw(node: fx.Node) -> bool:

@@ -8,9 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx
-
-from smc_compile.errors import CacheError
 from smc_compile.passes.axis_rules import arguments, axis_index, op_name
 from smc_compile.passes.cached_attention import causal_mask, masked, mix_over_cache, scores_over_cache, write_cache
 from smc_compile.passes.ir import CachedLM, CacheSite, CausalLM, output_values
@@ -31,12 +28,26 @@ from smc_compile.passes.sequence_axes import (
     refuse,
     type_axes,
 )
+from torch import fx
+
+from smc_compile.errors import CacheError
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
 
 PREFILL, SCORE, ADVANCE = "prefill", "score", "advance"
-SIZED = {"view", "reshape", "_unsafe_view", "expand", "expand_as", "flatten", "unflatten", "_reshape_alias", "view_copy", "broadcast_to"}
+SIZED = {
+    "view",
+    "reshape",
+    "_unsafe_view",
+    "expand",
+    "expand_as",
+    "flatten",
+    "unflatten",
+    "_reshape_alias",
+    "view_copy",
+    "broadcast_to",
+}
 
 
 def synthesize_cache(lm: CausalLM) -> CachedLM:
@@ -90,9 +101,7 @@ def _is_over_positions(typing: Typing, node: fx.Node) -> bool:
     """A tensor, or a tuple of them, with an axis that grows with the sequence."""
     values = node.meta.get("val")
     values = values if isinstance(values, (list, tuple)) else [values]
-    return any(
-        bool(expression(size).free_symbols) for v in values if isinstance(v, torch.Tensor) for size in v.shape
-    )
+    return any(bool(expression(size).free_symbols) for v in values if isinstance(v, torch.Tensor) for size in v.shape)
 
 
 def _growing_axes(table: fx.Node) -> tuple[int, ...]:
@@ -162,7 +171,9 @@ def _table_graph(typing: Typing, tables: Sequence[fx.Node]) -> fx.GraphModule:
         if node in env or node not in needed:
             continue
         size = _sequence_size(typing, node)
-        env[node] = _affine(graph, length, size, typing) if size is not None else graph.node_copy(node, lambda n: env[n])
+        env[node] = (
+            _affine(graph, length, size, typing) if size is not None else graph.node_copy(node, lambda n: env[n])
+        )
     graph.output(tuple(env[node] for node in tables))
     graph.lint()
     return fx.GraphModule(typing.lm.graph_module, graph)
@@ -319,7 +330,9 @@ class _Emitter:
         if name in SIZED:
             source = self.env[node.all_input_nodes[0]]
             sizes = self._sizes(typing.of(node), node, self._keys_of(source, node.all_input_nodes[0]))
-            return self.call(aten.expand.default if "expand" in name or "broadcast" in name else aten.reshape.default, source, sizes)
+            return self.call(
+                aten.expand.default if "expand" in name or "broadcast" in name else aten.reshape.default, source, sizes
+            )
         if name == "slice":
             return self._slice(node)
         axes = typing.axes[node]
@@ -386,7 +399,9 @@ class _Emitter:
             self._aligned[signature] = self._read_table(value, sizes, axes, node, exact, keys)
         return self._aligned[signature]
 
-    def _read_table(self, value: fx.Node, sizes: list[Any], axes: Axes, node: fx.Node, exact: bool, keys: Any) -> fx.Node:
+    def _read_table(
+        self, value: fx.Node, sizes: list[Any], axes: Axes, node: fx.Node, exact: bool, keys: Any
+    ) -> fx.Node:
         result = self.env[value]
         target: list[Any] = []
         for d, (size, axis) in enumerate(zip(sizes, axes, strict=True)):

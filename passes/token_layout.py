@@ -104,6 +104,8 @@ def op_name(node: fx.Node) -> str:
     """``cat`` for torch.cat and Tensor.cat alike; '' for nodes that are not calls."""
     if node.op == "call_method":
         return str(node.target)
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.split("::")[-1]
     if node.op == "call_function":
         return str(getattr(node.target, "__name__", node.target))
     return ""
@@ -120,6 +122,9 @@ def mutated_inputs(node: fx.Node) -> list[fx.Node]:
     if node.op not in ("call_function", "call_method"):
         return []
     written = []
+    if isinstance(node.target, torch._ops.OpOverload):
+        pairs = zip(node.target._schema.arguments, node.args, strict=False)
+        return [arg for spec, arg in pairs if spec.is_write and isinstance(arg, fx.Node)]
     name = op_name(node)
     inplace = name in _INPLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
     flagged = node.kwargs.get("inplace") is True or (name in _INPLACE_FLAG and node.args[-1:] == (True,))

@@ -51,7 +51,9 @@ class RuntimeModel(Protocol):
 class CachedModel:
     """A model whose cache the compiler derived. State: one suffix [R, H, S, d] per site; context: prompts, tables, weights."""
 
-    def __init__(self, graphs: IncrementalGraphs, weights: Callable[[], list[Tensor]], compiler: str, name: str) -> None:
+    def __init__(
+        self, graphs: IncrementalGraphs, weights: Callable[[], list[Tensor]], compiler: str, name: str
+    ) -> None:
         self._graphs, self.weights = graphs, weights
         self.prefill_region: Region | None = Region(f"{name}_prefill", _prefill_body(graphs.prefill), compiler)
         self.score = _incremental_body(graphs.score)

@@ -46,7 +46,14 @@ def propose(forward: Forward, temperature: float) -> Callable[..., tuple[Tensor,
     """Draft step: the next token of every row from the draft, and its log-probability; ended rows repeat EOS."""
 
     def draft_step(
-        tokens: Tensor, ended: Tensor, eos: Tensor, u: Tensor, positions: Tensor, slots: Tensor, state: State, context: Any
+        tokens: Tensor,
+        ended: Tensor,
+        eos: Tensor,
+        u: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        state: State,
+        context: Any,
     ) -> tuple[Tensor, Tensor, Tensor, State]:
         rows, state = forward(tokens, positions, slots, state, context)  # rows: [R, V]
         log_q = log_law(rows, "logits", temperature)
@@ -57,7 +64,9 @@ def propose(forward: Forward, temperature: float) -> Callable[..., tuple[Tensor,
     return draft_step
 
 
-def score(forward: Forward, kind: str, temperature: float) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, State]]:
+def score(
+    forward: Forward, kind: str, temperature: float
+) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, State]]:
     """Target pass over pending and drafted tokens: weight increments, the bonus token, which rows ended or broke.
 
     Increments after the end of a sequence and beyond the length cap are zero; the bonus is drawn from the target itself
@@ -85,7 +94,7 @@ def score(forward: Forward, kind: str, temperature: float) -> Callable[..., tupl
         increments = torch.where(counts, pick(log_p[:, :-1], block[:, 1:]).double() - log_q.double(), 0.0).sum(1)
         bonus = torch.where(over[:, -1], eos, draw(log_p[:, -1], u, False))
         live = torch.cat([counts, ~over[:, -1:] & (remaining > width - 1)], 1)
-        return increments, bonus, over[:, -1], (broken(log_p) & live).any(1), state
+        return increments, bonus, over[:, -1].contiguous(), (broken(log_p) & live).any(1), state
 
     return score_block
 
@@ -96,7 +105,14 @@ def extend(
     """Autoregressive step: the next token of every row from the target."""
 
     def target_step(
-        tokens: Tensor, ended: Tensor, eos: Tensor, u: Tensor, positions: Tensor, slots: Tensor, state: State, context: Any
+        tokens: Tensor,
+        ended: Tensor,
+        eos: Tensor,
+        u: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        state: State,
+        context: Any,
     ) -> tuple[Tensor, Tensor, Tensor, State]:
         rows, state = forward(tokens, positions, slots, state, context)
         log_p = log_law(rows, kind, temperature)

@@ -77,16 +77,16 @@ class AutoregressiveSession:
         batch, prompt = ids.shape
         rows, context, state = self._target.begin(ids, 1, max(n, 2), prompt + n)
         clock.prefilled()
-        u = _uniforms(request.seeds, 1, n, philox.TARGET)[:, 0]  # [B, n]
+        u = _uniforms(request.seeds, 1, n, philox.TARGET)[:, 0].t().contiguous()  # [n, B]
         log_p = log_law(rows, self._law.kind, self._law.temperature)
         _require_law(log_p, None)
-        tokens = [draw(log_p, u[:, 0], self._greedy)]
+        tokens = [draw(log_p, u[0], self._greedy)]
         ended = torch.zeros(batch, dtype=torch.bool, device=ids.device)
         eos = torch.tensor(request.eos, device=ids.device)
         for i in range(1, n):
             slots = torch.tensor([i - 1], device=ids.device)
             token, ended, bad, new = self._step(
-                tokens[-1][:, None], ended, eos, u[:, i], _positions(slots, request), slots, state, context
+                tokens[-1][:, None], ended, eos, u[i], _positions(slots, request), slots, state, context
             )
             state = new or state
             if bad.any():
@@ -212,7 +212,10 @@ class SMCSession:
             raise _dead_population(dead, self._result(request, p, stats, clock), p.made, self._n, self._k)
         p.draft, p.target = draft_state or p.draft, target_state or p.target
         ancestors, p.log_w, p.log_evidence, ess, resampled = self._weigh(
-            p.log_w, increments.view(batch, -1), p.log_evidence - tries.double().log(), streams.resample[:, :, cycle].clone()
+            p.log_w,
+            increments.view(batch, -1),
+            p.log_evidence - tries.double().log(),
+            streams.resample[:, :, cycle].clone(),
         )
         p.tokens[:, p.made : p.made + width] = torch.cat([block[:, 1:], bonus[:, None]], 1)
         p.ended = ended
@@ -226,7 +229,9 @@ class SMCSession:
             clock.resample_seconds += time.perf_counter() - begin
         p.ancestors.append(ancestors)
 
-    def _propose(self, p: _Population, eos: Tensor, u: Tensor, request: Request, context: Any) -> tuple[Tensor, Tensor, State]:
+    def _propose(
+        self, p: _Population, eos: Tensor, u: Tensor, request: Request, context: Any
+    ) -> tuple[Tensor, Tensor, State]:
         """K tokens a row from the draft. u: [R, K]. Returns x_0..x_K [R, K+1], log q [R, K], the draft's state."""
         last = p.made - 1
         # The draft has not seen x_K of the cycle before: it enters with the bonus, as a block of two.
@@ -276,9 +281,7 @@ class SMCSession:
         ess = torch.stack(p.ess, 1) if p.ess else no_cycles
         none = torch.zeros(batch, 0, self._n, dtype=torch.int64, device=tokens.device)
         ancestors = torch.stack(p.ancestors, 1) if p.ancestors else none
-        return Generation(
-            sequences, particles, p.log_w, p.log_evidence + log_mean_exp(p.log_w), ess, ancestors, stats
-        )
+        return Generation(sequences, particles, p.log_w, p.log_evidence + log_mean_exp(p.log_w), ess, ancestors, stats)
 
 
 class _Streams:

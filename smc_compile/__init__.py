@@ -1,8 +1,9 @@
 """Compile a plain decode loop into Sequential Monte Carlo speculative decoding.
 
-    fast = torch.compile(decode, backend="smc", options={"draft": draft, "n_particles": 8, "lookahead": 6})
+fast = torch.compile(decode, backend="smc", options={"draft": draft, "n_particles": 8, "lookahead": 6})
 """
 
+from smc_compile.decode import decode
 from smc_compile.errors import (
     CacheError,
     GenerationError,
@@ -27,5 +28,6 @@ __all__ = [
     "SMCError",
     "Stats",
     "ValidationError",
+    "decode",
     "generate",
 ]

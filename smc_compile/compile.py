@@ -201,7 +201,9 @@ def check_prompt(ids: Any) -> None:
     if ids.dtype != torch.int64:
         raise InputError("prompts must be int64 token ids", f"got {ids.dtype}", "convert with ids.long()")
     if ids.shape[0] < 1 or ids.shape[1] < 1:
-        raise InputError("the prompt is empty", f"ids has shape {tuple(ids.shape)}", "pass at least one token (such as BOS)")
+        raise InputError(
+            "the prompt is empty", f"ids has shape {tuple(ids.shape)}", "pass at least one token (such as BOS)"
+        )
 
 
 def check_request(ids: Tensor, new_tokens: Any, target: Model, draft: Model | None) -> None:
@@ -211,12 +213,16 @@ def check_request(ids: Tensor, new_tokens: Any, target: Model, draft: Model | No
         raise InputError("the number of new tokens must be a positive integer", f"got {new_tokens!r}", "pass n >= 1")
     place = placement(target)
     if place and place[0] != ids.device:
-        raise InputError("prompt and model are on different devices", f"{ids.device} and {place[0]}", "move one of them")
+        raise InputError(
+            "prompt and model are on different devices", f"{ids.device} and {place[0]}", "move one of them"
+        )
     low, high = int(ids.min()), int(ids.max())
     vocab = target.vocab_size
     if low < 0 or (vocab is not None and high >= vocab):
         bad = low if low < 0 else high
-        raise InputError("a prompt token is out of range", f"id {bad}, vocabulary {vocab}", "use the model's own tokenizer")
+        raise InputError(
+            "a prompt token is out of range", f"id {bad}, vocabulary {vocab}", "use the model's own tokenizer"
+        )
     for name, model in (("target", target), ("draft", draft)):
         limit = _limit(model, ids.shape[1] + new_tokens) if model is not None else None
         if limit is not None and ids.shape[1] + new_tokens > limit:

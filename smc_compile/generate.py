@@ -29,7 +29,13 @@ _programs: weakref.WeakKeyDictionary[Any, dict[Any, Program]] = weakref.WeakKeyD
 
 
 def generate(
-    model: Any, draft: Any = None, ids: Tensor | None = None, *, max_new_tokens: int, temperature: float = 1.0, **options: Any
+    model: Any,
+    draft: Any = None,
+    ids: Tensor | None = None,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    **options: Any,
 ) -> Generation:
     """Sample ``max_new_tokens`` after each prompt from ``softmax(model(ids)[:, -1] / temperature)`` with SMC.
 
@@ -59,8 +65,14 @@ def generate(
 def _check_arguments(model: Any, ids: Any, temperature: Any) -> None:
     if not isinstance(model, nn.Module) and not is_stateful(model):
         raise InputError("model must be an nn.Module or follow the step protocol", f"got {type(model).__name__}")
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 <= temperature < float("inf"):
-        raise OptionError("temperature must be a number >= 0", f"got {temperature!r}", "0 means greedy, 1 the model's own law")
+    if (
+        isinstance(temperature, bool)
+        or not isinstance(temperature, (int, float))
+        or not 0 <= temperature < float("inf")
+    ):
+        raise OptionError(
+            "temperature must be a number >= 0", f"got {temperature!r}", "0 means greedy, 1 the model's own law"
+        )
     if not isinstance(ids, Tensor):
         raise InputError("prompts must be ids [B, P] int64", f"got {type(ids).__name__}", "pass a tensor of token ids")
 

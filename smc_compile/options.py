@@ -95,7 +95,9 @@ def is_stateful(model: Any) -> bool:
 
 def _integer(name: str, value: Any, low: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise OptionError(f"{name} must be an integer", f"got {value!r} of type {type(value).__name__}", f"pass {name}=8")
+        raise OptionError(
+            f"{name} must be an integer", f"got {value!r} of type {type(value).__name__}", f"pass {name}=8"
+        )
     if value < low:
         raise OptionError(f"{name} must be at least {low}", f"got {value}", f"raise {name}")
 

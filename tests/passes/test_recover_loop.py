@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from smc_compile.passes.recover_loop import DecodeLoop, recover_loop
 from torch import nn
 
 from smc_compile.errors import LoopError
-from smc_compile.passes.recover_loop import DecodeLoop, recover_loop
 
 V, P = 11, 4
 
@@ -232,8 +232,10 @@ def bind(loop: Any, model: Any, sample: Any, n: int) -> Any:
     return fn
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize(
+    ("loop", "dynamic"),
+    [*((loop, False) for loop in LOOPS), (growing_cat, True), (buffer_by_index, True), (list_of_tokens, True)],
+)
 def test_every_form_of_loop(loop, dynamic):
     fn = bind(loop, MODEL, temperature, 3)
     found, inputs = capture(fn, prompt(), dynamic=dynamic)
@@ -286,6 +288,35 @@ def test_loop_inside_a_module_and_model_as_argument():
     assert value == MODEL.norm.eps == inputs[placeholder].item()
     found, inputs = capture(by_argument, MODEL, prompt())
     check_step(found, inputs, lambda ids: greedy(MODEL(ids)[:, -1]))
+
+
+def test_a_symbolic_graph_is_recovered_again_for_other_sizes():
+    fn = bind(list_of_cats, MODEL, greedy, 3)
+    kept: list[Any] = []
+
+    def backend(gm, example_inputs):
+        kept.extend([gm, example_inputs])
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(fn, backend=backend, fullgraph=True, dynamic=True)(prompt())
+    gm, inputs = kept
+    longer = torch.randint(0, V, (5, 9))
+    sizes = {2: 5, P: 9}
+    again = [
+        sizes[x.node.hint] if isinstance(x, torch.SymInt) else longer if x.dtype == torch.long else x for x in inputs
+    ]  # int(x) would fix the size for good
+    found = recover_loop(gm, again)
+    assert (found.trips, found.batch, found.prompt_length) == (3, 5, 9)
+    check_step(found, again, lambda ids: greedy(MODEL(ids)[:, -1]))
+    check_outputs(found, fn, longer)
+
+
+def list_of_cats(model, sample, ids, n):
+    tokens = []
+    for _ in range(n):
+        tokens.append(sample(model(torch.cat([ids, *tokens], 1))[:, -1])[:, None])
+    return torch.cat([ids, *tokens], 1)
 
 
 def test_prompt_of_one_axis():

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import fx
-
 from smc_compile.passes.recover_loop import OutputLayout, concretise
 from smc_compile.passes.token_layout import Layouts, interpret, mutated_inputs
+from torch import fx
 
 B, P = 2, 3
 
@@ -174,6 +173,8 @@ def test_mutated_inputs():
     assert mutated_inputs(graph.call_method("__add__", (x, 1))) == []
     assert mutated_inputs(graph.call_function(torch.nn.functional.relu, (x,), {"inplace": True})) == [x]
     assert mutated_inputs(graph.call_function(torch.add, (1, 2), {"out": x})) == [x]
+    assert mutated_inputs(graph.call_function(torch.ops.aten.add_.Tensor, (x, x))) == [x]
+    assert mutated_inputs(graph.call_function(torch.ops.aten.add.Tensor, (x, x))) == []
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,224 @@
+"""``@smc_compile.decode``: compile a decode loop from three of its trips, so that the cost does not grow with their number."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from smc_compile.backend import find_loop
+from smc_compile.errors import InputError, LoopError, OptionError, SMCError
+from smc_compile.options import Options
+from smc_compile.passes.recover_loop import DecodeLoop
+from smc_compile.recovered import LoopProgram, program_for, step_text
+from smc_compile.result import Generation
+
+PROBE = 3  # trips that are traced: two would do for an affine fit, the third checks it
+CHECK = 2
+
+
+def decode(function: Callable[..., Any] | None = None, *, trip_count: str | None = None, **options: Any) -> Any:
+    """Compile a function that holds a decode loop.
+
+        @smc_compile.decode(draft=draft, n_particles=8, lookahead=6, seed=0)
+        def decode(model, ids, n): ...
+
+    Args:
+        trip_count: name of the integer argument that counts the trips; found by tracing when not given.
+        **options: see ``smc_compile.options.Options``.
+
+    The result is called like the function. ``result.last`` is the ``Generation`` behind the latest call.
+
+    Raises:
+        OptionError: for an unknown or ill-typed option, at decoration.
+        LoopError: at the first call, when the loop cannot be compiled, with the op and the user's line.
+    """
+    parsed = Options.parse(options)
+    if function is None:
+        return lambda f: CompiledLoop(f, parsed, trip_count)
+    return CompiledLoop(function, parsed, trip_count)
+
+
+@dataclass
+class _Call:
+    """What the backend of one traced function is asked for, and what it answers."""
+
+    trips: int | None = None  # None: only look at the loop
+    loop: DecodeLoop | None = None
+    program: LoopProgram | None = None
+    generation: Generation | None = None
+
+
+class _Looked(Exception):
+    """Leaves a traced function after the loop was found, before anything runs."""
+
+
+class CompiledLoop:
+    """A decode loop compiled by ``decode``."""
+
+    def __init__(self, function: Callable[..., Any], options: Options, trip_count: str | None) -> None:
+        self._function, self._options = function, options
+        self._signature = inspect.signature(function)
+        if trip_count is not None and trip_count not in self._signature.parameters:
+            raise OptionError(
+                f"trip_count={trip_count!r} is not an argument of {function.__name__}",
+                f"its arguments are {', '.join(self._signature.parameters)}",
+            )
+        self._trip_count = trip_count
+        self._offset = 0  # trips = argument - offset: a total length counts the prompt too
+        self._call = _Call()
+        self._traced = _trace(function, self._backend)
+        self.last: Generation | None = None
+        functools.update_wrapper(self, function)
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        """As a method: bind like a function."""
+        return self if instance is None else functools.partial(self, instance)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        bound = self._signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        for value in bound.arguments.values():
+            if isinstance(value, Tensor) and value.dim() == 2 and value.dtype == torch.int64 and value.shape[1] > 1:
+                torch._dynamo.maybe_mark_dynamic(value, 1)
+        if self._trip_count is None or self._call.program is None:
+            self._find_trip_count(bound)
+        assert self._trip_count is not None
+        asked = bound.arguments[self._trip_count]
+        if isinstance(asked, bool) or not isinstance(asked, int) or asked - self._prompt_offset(bound) < 1:
+            raise InputError(
+                f"{self._trip_count} asks for no tokens",
+                f"{self._trip_count}={asked!r}",
+                "ask for at least one new token",
+            )
+        trips = asked - self._prompt_offset(bound)
+        result = self._run(bound, _Call(trips=trips))
+        self.last = self._call.generation
+        return result
+
+    @property
+    def program(self) -> LoopProgram | None:
+        """What the latest call ran."""
+        return self._call.program
+
+    @property
+    def loop(self) -> DecodeLoop | None:
+        """The loop behind the latest call."""
+        return self._call.loop
+
+    def _prompt_offset(self, bound: inspect.BoundArguments) -> int:
+        if not self._offset:
+            return 0
+        prompts = [
+            v for v in bound.arguments.values() if isinstance(v, Tensor) and v.dim() == 2 and v.dtype == torch.int64
+        ]
+        return prompts[0].shape[1]
+
+    def _run(self, bound: inspect.BoundArguments, call: _Call, trips: int = PROBE, name: str | None = None) -> Any:
+        """Call the traced function with a short trip count; its backend answers with as many tokens as were asked."""
+        name = name or self._trip_count
+        assert name is not None
+        shifted = inspect.BoundArguments(self._signature, bound.arguments.copy())
+        shifted.arguments[name] = trips + self._prompt_offset(bound)
+        self._call = call
+        try:
+            return self._traced(*shifted.args, **shifted.kwargs)
+        except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
+            raise LoopError(
+                "the decode loop has Python control flow that depends on data, or code that Dynamo cannot trace",
+                _first_lines(error),
+                "remove the branch: pass eos_token_id instead of `if token == eos: break`, and keep prints and .item() outside",
+            ) from error
+
+    def _find_trip_count(self, bound: inspect.BoundArguments) -> None:
+        """Which integer argument counts the trips, and whether it counts the prompt too: change it and count draws."""
+        names = [self._trip_count] if self._trip_count else [n for n, v in bound.arguments.items() if type(v) is int]
+        refusals = []
+        for self._offset in (0, 1):
+            for name in names:
+                found = self._look(bound, PROBE, name)
+                if isinstance(found, SMCError):
+                    refusals.append(found)
+                elif found is not None and found.trips == PROBE:
+                    self._confirm(bound, name, found)
+                    return
+        if refusals:
+            raise refusals[0]
+        raise LoopError(
+            "no argument counts the trips of the loop",
+            f"integer arguments: {', '.join(map(str, names)) or 'none'}",
+            "take the number of new tokens as an integer argument, or name it: decode(trip_count='n')",
+        )
+
+    def _confirm(self, bound: inspect.BoundArguments, name: str, found: DecodeLoop) -> None:
+        """The same step must come out for another number of trips, or the number takes part in the law."""
+        other = self._look(bound, CHECK, name)
+        if isinstance(other, SMCError):
+            raise other
+        if other is None or other.trips != CHECK or step_text(other.step.graph) != step_text(found.step.graph):
+            raise LoopError(
+                f"argument {name!r} does not only count trips",
+                f"with {name}={PROBE} the loop has {found.trips} trips, with {CHECK} it has {other.trips if other else 0}"
+                + ("" if other is None or other.trips != CHECK else ", and what a trip computes differs"),
+                "keep the number of new tokens out of the sampling, or name the right argument: decode(trip_count='n')",
+            )
+        self._trip_count = name
+
+    def _look(self, bound: inspect.BoundArguments, trips: int, name: str) -> DecodeLoop | SMCError | None:
+        """The loop that a trace with this many trips shows, without running it."""
+        call = _Call()
+        try:
+            self._run(bound, call, trips, name)
+        except _Looked:
+            return call.loop
+        except SMCError as error:
+            return error
+        return None
+
+    def _backend(self, gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        """Recovers the loop when Dynamo traces, and answers the current call when Dynamo runs."""
+        found: DecodeLoop | SMCError | None
+        try:
+            found = find_loop(gm, example_inputs)
+        except SMCError as error:
+            found = error
+
+        def run(*arguments: Any) -> Any:
+            call = self._call
+            if isinstance(found, SMCError):
+                raise found
+            call.loop = found
+            if call.trips is None:
+                raise _Looked
+            if found is None:
+                raise LoopError("the function holds no decode loop", "no token is drawn and fed back")
+            call.program = program_for(found, arguments, self._options)
+            outputs, call.generation = call.program.run(found, arguments, call.trips)
+            return outputs
+
+        return run
+
+
+def _trace(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` under Dynamo, as a copy: the user's own function and its cache are left alone."""
+    if not isinstance(function, types.FunctionType):
+        raise OptionError("decode compiles a plain Python function", f"got {type(function).__name__}")
+    copy = types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return torch.compile(copy, backend=backend, fullgraph=True, dynamic=False)
+
+
+def _first_lines(error: Exception, count: int = 3) -> str:
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())[: 120 * count]
