@@ -241,9 +241,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=6e-3, help="peak learning rate")
     parser.add_argument("--tokens", type=int, default=2048, help="tokens per step")
     parser.add_argument("--share", type=float, default=0.9, help="share of the KL in the draft's loss")
-    parser.add_argument(
-        "--threads", type=int, default=2, help="on shared cores, 1 is faster: threads wait for each other"
-    )
+    parser.add_argument("--threads", type=int, default=2, help="1 is faster where other work shares the cores")
     parser.add_argument("--keep-target", action="store_true", help="train the draft only, on the target in --out")
     return parser.parse_args()
 

@@ -10,6 +10,7 @@ import torch
 from smc_compile.passes.axis_rules import arguments, op_name
 from smc_compile.passes.ir import CausalLM, output_values, user_line
 from torch import fx
+from torch._dynamo.utils import counters
 
 from smc_compile.errors import LoopError
 
@@ -71,6 +72,7 @@ def match_sampler(lm: CausalLM) -> tuple[CausalLM, Sampler]:
         )
     temperature = _temperature(rows)
     cut = _cut(lm, rows)
+    counters["smc_compile"][f"sampler_{kind}"] += 1
     log.debug("sampler: %s (%s, temperature %s)\n%s", form, kind, temperature, cut.graph)
     return cut, Sampler(kind, temperature, form)
 

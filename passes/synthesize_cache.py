@@ -29,6 +29,7 @@ from smc_compile.passes.sequence_axes import (
     type_axes,
 )
 from torch import fx
+from torch._dynamo.utils import counters
 
 from smc_compile.errors import CacheError
 
@@ -74,6 +75,8 @@ def synthesize_cache(lm: CausalLM) -> CachedLM:
         max_positions=lm.max_positions,
         report=_report(typing, prefill.sites, tables),
     )
+    counters["smc_compile"]["attention_over_cache"] += len(typing.attention)
+    counters["smc_compile"]["token_free_tables"] += len(tables)
     for name in (PREFILL, SCORE, ADVANCE):
         log.debug("cached %s\n%s", name, getattr(cached, name).graph)
     return cached

@@ -13,12 +13,14 @@ from smc_compile.errors import (
     SMCError,
     ValidationError,
 )
+from smc_compile.explain import Explanation, explain
 from smc_compile.generate import generate
 from smc_compile.options import Options
 from smc_compile.result import Generation, Stats
 
 __all__ = [
     "CacheError",
+    "Explanation",
     "Generation",
     "GenerationError",
     "InputError",
@@ -29,5 +31,6 @@ __all__ = [
     "Stats",
     "ValidationError",
     "decode",
+    "explain",
     "generate",
 ]

@@ -15,6 +15,10 @@ from smc_compile.passes.recover_loop import DecodeLoop, is_draw, recover_loop
 from smc_compile.recovered import program_for
 
 log = logging.getLogger(__name__)
+NO_LOOP = (
+    "no decode loop in this graph (%d nodes): compiled by Inductor unchanged. If you wrote one, Dynamo could not trace it "
+    "whole (a branch on a token?): compile with fullgraph=True or @smc_compile.decode to see why"
+)
 
 
 def smc(
@@ -32,7 +36,7 @@ def smc(
     except SMCError as error:
         return _raiser(error)
     if loop is None:
-        log.warning("no decode loop in this graph (%d nodes): compiled by Inductor unchanged", len(gm.graph.nodes))
+        log.warning(NO_LOOP, len(gm.graph.nodes))
         return torch._dynamo.lookup_backend("inductor")(gm, list(example_inputs))
 
     def run(*arguments: Any) -> Any:

@@ -1,0 +1,122 @@
+"""What the compiler found in a decode loop, what it made of it, or why it cannot."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from smc_compile.compile import Model, Program
+from smc_compile.decode import CompiledLoop
+from smc_compile.decode import decode as compile_loop
+from smc_compile.errors import SMCError
+from smc_compile.options import Options
+from smc_compile.passes.pipeline import Traced
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A report in sections; ``str()`` prints it.
+
+    Attributes:
+        compiled: whether the loop compiles.
+        reason: the error when it does not, else None.
+        sections: heading -> lines.
+    """
+
+    compiled: bool
+    reason: SMCError | None
+    sections: dict[str, list[str]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        if self.reason is not None:
+            return f"cannot be compiled: {self.reason}"
+        blocks = [
+            "\n".join([heading, *(f"  {line}" for line in lines)]) for heading, lines in self.sections.items() if lines
+        ]
+        return "\n".join(blocks)
+
+
+def explain(function: Callable[..., Any], *args: Any, trip_count: str | None = None, **options: Any) -> Explanation:
+    """Compile and run ``function(*args)`` once and tell what was found.
+
+    Args:
+        function: a decode loop, as for ``smc_compile.decode`` (or one that it already compiled).
+        *args: arguments of one call.
+        **options: as for ``smc_compile.decode``.
+
+    Raises:
+        OptionError: for bad options. A loop that cannot be compiled is no error here: see ``Explanation.reason``.
+    """
+    Options.parse(options)
+    if isinstance(function, nn.Module):
+        function = type(function).forward.__get__(function)
+    loop = function if isinstance(function, CompiledLoop) else compile_loop(_plain(function), trip_count=trip_count, **options)
+    receiver = (function.__self__,) if hasattr(function, "__self__") and not isinstance(function, CompiledLoop) else ()
+    start = time.perf_counter()
+    try:
+        loop(*receiver, *args)
+    except SMCError as error:
+        return Explanation(False, error)
+    return _describe(loop, time.perf_counter() - start)
+
+
+def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
+    return getattr(function, "__func__", function)
+
+
+def _describe(loop: CompiledLoop, seconds: float) -> Explanation:
+    assert loop.loop is not None and loop.program is not None and loop.last is not None
+    program = loop.program.program
+    sampler = loop.program.traced.sampler
+    assert sampler is not None
+    law = {"logits": "softmax of logits", "probs": "unnormalised probabilities", "greedy": "argmax"}[sampler.kind]
+    method = program.method
+    note = " (greedy loops run as the exact cached one-token loop)" if sampler.kind == "greedy" else ""
+    batch, n, length = loop.last.particles.shape
+    sections = {
+        "loop": list(loop.loop.report),
+        "sampler": [f"{sampler.form}: {law}, temperature {sampler.temperature:g}"],
+        "method": [f"{method}{note}"],
+        "target": _model(program.target, batch, n, length),
+        "draft": _model(program.draft, batch, n, length) if program.draft is not None else [],
+        "regions": _regions(program),
+        "time": [f"{seconds:.1f} s in all, {sum(r.compile_seconds for r in program.regions):.1f} s compiling regions"],
+        "warnings": list(loop.last.stats.warnings),
+    }
+    return Explanation(True, None, sections)
+
+
+def _model(model: Model, batch: int, n: int, length: int) -> list[str]:
+    if model.traced is None:
+        return ["explicit protocol step(tokens, pos, state): its state is permuted, nothing is synthesized"]
+    traced = model.traced
+    per_token = sum(site.bytes_per_token for site in traced.cached.sites)
+    limit = model.max_positions
+    return [
+        *traced.cached.report,
+        f"cache memory at this call: at most {_bytes(per_token * batch * length)} once per request, and "
+        f"{_bytes(per_token * batch * n * length)} for {n} particles",
+        f"positions: {'no limit found' if limit is None else f'at most {limit}'}",
+        f"validated: {'no' if traced.error is None else f'largest relative difference {traced.error:.1e}'}",
+        f"passes: {_seconds(traced)}",
+    ]
+
+
+def _seconds(traced: Traced) -> str:
+    return ", ".join(f"{name} {seconds:.2f} s" for name, seconds in traced.seconds.items())
+
+
+def _regions(program: Program) -> list[str]:
+    return [f"{r.name}: compiled {r.compilations} times, {r.compile_seconds:.1f} s" for r in program.regions]
+
+
+def _bytes(count: int) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count //= 1024
+    return f"{count} GiB"
