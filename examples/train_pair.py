@@ -236,7 +236,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("pair"), help="folder for the four files (default: pair)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--target-steps", type=int, default=3000)
-    parser.add_argument("--draft-steps", type=int, default=2000)
+    parser.add_argument("--draft-steps", type=int, default=1500)
     parser.add_argument("--minutes", type=float, default=math.inf, help="at most this long, a fifth for the draft")
     parser.add_argument("--rate", type=float, default=6e-3, help="peak learning rate")
     parser.add_argument("--tokens", type=int, default=2048, help="tokens per step")
