@@ -11,6 +11,7 @@ import torch
 from smc_compile.passes.ir import CausalLM
 from smc_compile.passes.sequence_axes import type_axes
 from torch import Tensor, fx, nn
+from torch._functorch.compile_utils import fx_graph_cse
 from torch.export.graph_signature import InputKind
 
 from smc_compile.errors import CacheError
@@ -36,6 +37,7 @@ def export_lm(step: nn.Module, ids: Tensor, weights: Sequence[Tensor] = ()) -> t
         _name_the_culprit(step, (example, *weights))
         raise _untraceable(error) from error
     graph_module = program.graph_module
+    graph_module.graph = fx_graph_cse(graph_module.graph)  # layers slice the same position tables again and again
     graph_module.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     graph_module.recompile()
     lm = _causal_lm(program, graph_module, ids.shape[0])
@@ -49,7 +51,15 @@ def _export(step: nn.Module, inputs: tuple[Tensor, ...], length: object) -> torc
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.export.export(_Positional(step), inputs, dynamic_shapes=(dynamic,), strict=False)
+        if _is_functional(program.graph):
+            return program  # decomposing traces everything again, which costs as much as the export
         return program.run_decompositions({torch.ops.aten.einsum.default: einsum_as_matmul})
+
+
+def _is_functional(graph: fx.Graph) -> bool:
+    """No op writes in place, and none is left to decompose."""
+    ops = [node.target for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    return not any(op._schema.is_mutable or op is torch.ops.aten.einsum.default for op in ops)
 
 
 def _name_the_culprit(step: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from smc_compile.passes.export_lm import OwnedWeights, export_lm
 from smc_compile.passes.ir import CachedLM, CausalLM
 from smc_compile.passes.match_sampler import Sampler, match_sampler
+from smc_compile.passes.outline_layers import outline_layers
 from smc_compile.passes.synthesize_cache import synthesize_cache
 from smc_compile.passes.verify import validate
 from torch import Tensor, nn
@@ -57,4 +58,6 @@ def trace_model(step: nn.Module, ids: Tensor, weights: Sequence[Tensor], check: 
     if check:
         error = validate(lm, cached, [*owned(), *weights])
         lap("validate")
+    cached = outline_layers(cached)
+    lap("outline_layers")
     return Traced(lm, sampler, cached, owned, error, seconds)

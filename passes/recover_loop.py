@@ -8,6 +8,7 @@
    the prompt and tokens 0..t-1 alone, and the same function for every t.
 4. Outputs are described by how they are put together from prompt and tokens.
 
+A model may read the tokens in a padded buffer (`padded_buffer`); the loop may be a `torch.while_loop` (`unroll_while`).
 The result holds for one batch size and one prompt length (those of `example_inputs`); `step` itself takes any length.
 """
 
@@ -15,29 +16,20 @@ from __future__ import annotations
 
 import itertools
 import logging
-import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
 from smc_compile.errors import LoopError
 
-from .token_layout import (
-    TOKEN_DTYPES,
-    Layouts,
-    TensorInfo,
-    interpret,
-    is_random,
-    mutated_inputs,
-    op_name,
-    plain_tensor,
-    tensor_info,
-)
-from .trip_graph import NO_CACHE, Trips, build_step, compare_trips, describe, trip_nodes
+from .concretise import Concrete, concretise
+from .lookups import simplify_lookups
+from .padded_buffer import PaddedTrip, draw_inputs, last_positions, padded_length, padding_of, resolve_lengths
+from .token_layout import TOKEN_DTYPES, Layouts, interpret, is_draw, is_random, mutated_inputs, op_name, tensor_info
+from .trip_graph import NO_CACHE, Leaves, Trips, build_step, compare_trips, describe, trip_nodes
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +91,16 @@ class DecodeLoop:
     outputs: tuple[OutputLayout, ...]
     report: list[str] = field(default_factory=list)
     fixed_floats: tuple[tuple[int, float], ...] = ()
+    padded: PaddedTrip | None = None
+
+    def check(self, arguments: Sequence[Any]) -> None:
+        """Compare `step` with the trip as it was written, if that reads a padded buffer; arguments of the graph.
+
+        Raises:
+            LoopError: the two differ: the model reads the padding.
+        """
+        if self.padded is not None:
+            self.padded.check(arguments[self.prompt_index], [arguments[i] for i in self.invariant_indices])
 
 
 def recover_loop(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> DecodeLoop | None:
@@ -107,9 +109,8 @@ def recover_loop(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> DecodeLoo
     Raises:
         LoopError: there is a loop, but not one that can be compiled.
     """
-    _refuse_while_loop(gm)
-    graph, fixed_floats = concretise(gm, example_inputs)
-    nodes = list(graph.nodes)
+    concrete = concretise(gm, example_inputs)
+    nodes = list(concrete.graph.nodes)
     if not any(is_draw(node) for node in nodes):
         log.info("no sampling and no argmax in the graph: left as it is")
         return None
@@ -120,137 +121,49 @@ def recover_loop(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> DecodeLoo
         return None
     layouts, tokens = found
     _refuse_hidden_state(nodes)
+    _refuse_uncounted_tokens(concrete, tokens)
+    simplify_lookups(layouts)
     trips = Trips(layouts, tokens)
     closures = [trip_nodes(trips, trip) for trip in range(len(tokens))]
     _check_randomness(closures[0], tokens[0])
     growing = compare_trips(trips)
-    step, invariants = build_step(gm, trips, closures[0], growing)
-    outputs = tuple(_output_layout(trips, output) for output in _output_nodes(nodes))
+    step, invariants, padded = _step(gm, trips, closures[0], growing)
+    drawn = len(tokens) + concrete.remaining
+    outputs = tuple(_output_layout(trips, output, concrete.remaining) for output in _output_nodes(nodes))
     placeholders = [node for node in nodes if node.op == "placeholder"]
     return DecodeLoop(
         step=step,
         prompt_index=placeholders.index(layouts.prompt),
         invariant_indices=tuple(placeholders.index(node) for node in invariants),
-        trips=len(tokens),
+        trips=drawn,
         prompt_length=layouts.prompt_length,
         batch=layouts.batch,
         outputs=outputs,
-        report=_report(trips, closures[0], growing, outputs),
-        fixed_floats=fixed_floats,
+        report=_report(trips, drawn, closures[0], growing, outputs, padded),
+        fixed_floats=concrete.fixed_floats,
+        padded=padded,
     )
 
 
-# ---- sizes become numbers ------------------------------------------------------------------------------------------
-
-
-class _Sizes:
-    """Values of symbolic sizes, taken from the inputs at hand."""
-
-    def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
-        self.values: dict[sympy.Expr, sympy.Integer] = {}
-        placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-        for node, real in zip(placeholders, example_inputs, strict=False):
-            symbolic = node.meta.get("example_value")
-            if isinstance(symbolic, torch.SymInt):
-                self.bind(symbolic, real)
-            elif isinstance(symbolic, torch.Tensor) and isinstance(real, torch.Tensor):
-                for size, real_size in zip(symbolic.shape, real.shape, strict=True):
-                    self.bind(size, real_size)
-
-    def bind(self, symbolic: Any, real: Any) -> None:
-        if isinstance(symbolic, torch.SymInt) and isinstance(real, int) and not isinstance(real, torch.SymInt):
-            self.values[symbolic.node.expr] = sympy.Integer(real)
-
-    def __call__(self, value: Any) -> Any:
-        """A plain int or bool for a symbolic one."""
-        if not isinstance(value, torch.SymInt | torch.SymBool):
-            return value
-        known = sympy.sympify(value.node.expr).xreplace(self.values)
-        plain = known if known.is_number or known in (sympy.true, sympy.false) else value.node.hint
-        return bool(plain) if isinstance(value, torch.SymBool) else int(plain)
-
-
-def _constant(value: Any, sizes: _Sizes) -> tuple[bool, Any]:
-    """(True, v) if a node's example value is a size, a shape or a truth value."""
-    if isinstance(value, int | torch.SymInt | torch.SymBool):
-        return True, sizes(value)
-    if isinstance(value, tuple | list) and all(isinstance(v, int | torch.SymInt) for v in value):
-        return True, tuple(sizes(v) for v in value)
-    return False, None
-
-
-def concretise(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[fx.Graph, tuple[tuple[int, float], ...]]:
-    """A copy of the graph in which every size is a number; nodes know their ``meta["tensor"]``.
-
-    Also returns the lifted floats that became constants, as (placeholder, value).
-    """
-    sizes = _Sizes(gm, example_inputs)
-    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    inputs = dict(zip(placeholders, example_inputs, strict=False))
-    graph = fx.Graph()
-    known: dict[fx.Node, Any] = {}
-    floats: dict[fx.Node, fx.Node] = {}  # a float read from a tensor -> the tensor
-    fixed: dict[int, float] = {}
-
-    def operand(source: fx.Node) -> Any:
-        """The copy of a node or the number that it is; a lifted float that must be a number becomes one."""
-        value = plain_tensor(inputs.get(floats[source])) if source in floats else None
-        if value is None:
-            return known[source]
-        fixed[placeholders.index(floats[source])] = value.item()
-        return value.item()
-
-    for node in gm.graph.nodes:
-        value = node.meta.get("example_value")
-        is_constant, constant = _constant(value, sizes)
-        if is_constant and node.op not in ("placeholder", "output"):
-            known[node] = constant
-            continue
-        args, kwargs = fx.map_arg(_with_tensor_floats(node, floats), operand)
-        copy = graph.create_node(node.op, node.target, args, kwargs, node.name)
-        copy.meta = dict(node.meta)
-        known[node] = constant if is_constant else copy
-        if isinstance(value, torch.SymFloat) and node.target == "item":
-            floats[node] = node.args[0]
-        if isinstance(value, torch.Tensor):
-            shape = tuple(sizes(size) for size in value.shape)
-            copy.meta["tensor"] = TensorInfo(shape, value.dtype, value.untyped_storage()._cdata)
-        if node.op == "get_attr":
-            copy.meta["constant"] = operator.attrgetter(node.target)(gm)
-    return graph, tuple(sorted(fixed.items()))
-
-
-_TENSOR_ARITHMETIC = frozenset(["add", "sub", "mul", "truediv", "div", "pow", "rsub", "lt", "le", "gt", "ge", "clamp"])
-
-
-def _with_tensor_floats(node: fx.Node, floats: dict[fx.Node, fx.Node]) -> tuple[Any, Any]:
-    """Reads a lifted Python float as the 0-dim tensor that holds it, so that its value stays an input of `step`."""
-    if not floats or not any(source in floats for source in node.all_input_nodes):
-        return node.args, node.kwargs
-    name, args = op_name(node), node.args
-    if name == "embedding" and len(args) > 4 and args[3] is None:
-        return (*args[:4], 2.0, *args[5:]), node.kwargs  # norm_type counts only with max_norm
-    if name == "dropout" and len(args) > 2 and args[2] is False:
-        return (args[0], 0.0, *args[2:]), node.kwargs
-    if name in _TENSOR_ARITHMETIC and isinstance(node.meta.get("example_value"), torch.Tensor):
-        return fx.map_arg((args, node.kwargs), lambda source: floats.get(source, source))
-    return args, node.kwargs
+def _step(
+    gm: fx.GraphModule, trips: Trips, closure: Sequence[fx.Node], growing: Leaves
+) -> tuple[fx.GraphModule, list[fx.Node], PaddedTrip | None]:
+    """One trip that reads the history alone, also when the loop reads it in a padded buffer."""
+    length = padded_length(trips, closure)
+    if length is None:
+        return (*build_step(gm, trips, closure, growing), None)
+    sizes = {**growing, **resolve_lengths(trips, closure, growing, length)}
+    fixed = last_positions(closure, growing)
+    sizes = {leaf: pair for leaf, pair in sizes.items() if leaf not in fixed}
+    step, invariants = build_step(gm, trips, closure, sizes, fixed)
+    seen = draw_inputs(trips.tokens[0], closure, [node for node in closure if is_draw(node)])
+    written, _ = build_step(gm, trips, closure, growing, seen=seen, padded=True)
+    rewritten, _ = build_step(gm, trips, closure, sizes, fixed, seen=seen)
+    padding = padding_of(trips, closure)
+    return step, invariants, PaddedTrip(written, rewritten, padding, length, bool(seen))
 
 
 # ---- tokens --------------------------------------------------------------------------------------------------------
-
-
-def _is_argmax(node: fx.Node) -> bool:
-    if op_name(node) in ("argmax", "argmin"):
-        return True
-    if op_name(node) != "getitem" or not isinstance(node.args[0], fx.Node):
-        return False
-    return op_name(node.args[0]) in ("max", "topk", "sort") and bool(node.args[1] == 1)
-
-
-def is_draw(node: fx.Node) -> bool:
-    """True for calls that may pick a token."""
-    return is_random(node) or _is_argmax(node)
 
 
 def _find_tokens(nodes: Sequence[fx.Node]) -> tuple[Layouts, list[fx.Node]] | None:
@@ -328,6 +241,17 @@ def _is_float(node: fx.Node) -> bool:
 # ---- what may not be in a trip -------------------------------------------------------------------------------------
 
 
+def _refuse_uncounted_tokens(concrete: Concrete, tokens: Sequence[fx.Node]) -> None:
+    """Each trip of a while_loop must append one token, or the trips that were not unrolled could not be counted."""
+    found = [token.meta.get("trip") for token in tokens]
+    if concrete.unrolled and found != list(range(concrete.unrolled)):
+        raise LoopError(
+            "A trip of torch.while_loop does not append one token to the sequence.",
+            f"{len(tokens)} tokens follow the prompt after {concrete.unrolled} trips, up to {describe(tokens[-1])}",
+            "carry (i, buf), write the token that is drawn at column i, and return buf",
+        )
+
+
 def _refuse_hidden_state(nodes: Sequence[fx.Node]) -> None:
     for node in nodes:
         if "autocast" in op_name(node):
@@ -335,20 +259,6 @@ def _refuse_hidden_state(nodes: Sequence[fx.Node]) -> None:
                 "The decode loop switches autocast on inside.",
                 f"{describe(node)} changes the precision of the operators after it",
                 "put the autocast around the call of the compiled function, or convert the model with model.to(dtype)",
-            )
-
-
-def _refuse_while_loop(gm: fx.GraphModule) -> None:
-    """torch.while_loop keeps its buffer at full length, so that the model reads padding behind the tokens."""
-    for node in gm.graph.nodes:
-        if op_name(node) != "while_loop" or not isinstance(node.args[1], fx.Node):
-            continue
-        body = operator.attrgetter(str(node.args[1].target))(gm)
-        if any(is_draw(inner) for inner in body.graph.nodes):
-            raise LoopError(
-                "A decode loop written with torch.while_loop cannot be compiled yet.",
-                f"{describe(node)} draws tokens in its body",
-                "write it as a Python for loop over the number of new tokens",
             )
 
 
@@ -402,7 +312,7 @@ def _output_nodes(nodes: Sequence[fx.Node]) -> list[Any]:
     return list(returned) if isinstance(returned, tuple | list) else [returned]
 
 
-def _output_layout(trips: Trips, output: Any) -> OutputLayout:
+def _output_layout(trips: Trips, output: Any, remaining: int = 0) -> OutputLayout:
     layouts = trips.layouts
     labels = layouts.outputs.get(output) if isinstance(output, fx.Node) else None
     if labels is None:
@@ -422,8 +332,9 @@ def _output_layout(trips: Trips, output: Any) -> OutputLayout:
             same = not any(layouts.source(value) for value in padding) and torch.equal(
                 layout.build(parts["prompt"], parts["tokens"]), labels
             )
-            if same:
-                return OutputLayout(segments, axes, tuple(padding), info.dtype)
+            if same and ("tokens" not in segments or pads >= remaining):  # later trips write over padding
+                rest = padding[remaining:] if "tokens" in segments else padding
+                return OutputLayout(segments, axes, tuple(rest), info.dtype)
     columns = _columns_in_words(trips, labels)
     raise LoopError(
         "An output of the decode loop is not the whole sequence.",
@@ -453,16 +364,22 @@ def _axes(shape: tuple[int, ...], batch: int, length: int) -> Iterator[tuple[str
 
 
 def _report(
-    trips: Trips, nodes: Sequence[fx.Node], growing: dict[Any, tuple[int, int]], outputs: Sequence[OutputLayout]
+    trips: Trips,
+    drawn: int,
+    nodes: Sequence[fx.Node],
+    growing: Leaves,
+    outputs: Sequence[OutputLayout],
+    padded: PaddedTrip | None,
 ) -> list[str]:
     layouts = trips.layouts
     draws = [node for node in nodes if is_draw(node)]
     pads = [f" + {len(layout.padding)} constants" if layout.padding else "" for layout in outputs]
     returned = [" + ".join(layout.segments) + pad for layout, pad in zip(outputs, pads, strict=True)]
     return [
-        f"decode loop of {len(trips.tokens)} trips",
+        f"decode loop of {drawn} trips",
         f"prompt `{layouts.prompt.name}` [{layouts.batch}, {layouts.prompt_length}]",
         f"token drawn by {describe(draws[-1])}",
         f"one trip has {len(nodes)} nodes; {len(growing)} integers grow with the sequence length",
+        *([f"read in a padded buffer of {padded.length} columns"] if padded is not None else []),
         *(f"returns {text}" for text in returned),
     ]

@@ -1,4 +1,4 @@
-"""Turn a causal graph into its incremental form: the same ops on T new positions, earlier keys and values read from caches."""
+"""Turn a causal graph into its incremental form: the same ops on T new positions, earlier keys and values cached."""
 
 from __future__ import annotations
 
@@ -279,7 +279,7 @@ class _Emitter:
             self.env[node] = self._default(node)
 
     def _emit_token_free(self, node: fx.Node) -> None:
-        """Values without positions are recomputed (they fuse); those with positions come from tables, or, in prefill, in place."""
+        """Values without positions are recomputed (they fuse); those with positions come from tables, except in prefill."""
         if self.mode == PREFILL:
             size = _sequence_size(self.typing, node)
             self.env[node] = (
@@ -416,11 +416,16 @@ class _Emitter:
                 if self.mode != PREFILL:
                     index = self.positions if axis == (Q,) else self._key_positions(keys, result, d)
                     result = self.call(aten.index_select.default, result, d, index)
-            target.append(self._size(axis, node, keys) if size != 1 else 1)
+            broadcasts = size == 1 and not (axis == (B,) and self.typing.lm.batch == 1)
+            target.append(1 if broadcasts else self._size(axis, node, keys))
         return self.call(aten.expand.default, result, target) if exact else result
 
     def _key_positions(self, keys: Any, table: fx.Node, d: int) -> fx.Node:
-        """Positions of all keys, prompt then suffix; slots past the table are never visible, any row will do for them."""
+        """Positions of all keys, prompt then suffix.
+
+        Slots past the table read its last row, which no earlier query sees. So where slots are to spare, a table must be
+        one position longer than the last query whose result is read.
+        """
         return self.call(key_positions, keys, table, d)
 
     def _key_length(self, node: fx.Node) -> Any:
@@ -492,7 +497,7 @@ class _Emitter:
     def _scores(
         self, node: fx.Node, query: fx.Node, key: fx.Node, out: Axes, emitted: Any = None, key_axes: Axes | None = None
     ) -> fx.Node:
-        """query [..., q, d] @ key [..., d, k] over the cache; ``emitted`` and ``key_axes`` override what the graph holds."""
+        """query [..., q, d] @ key [..., d, k] over the cache; ``emitted`` and ``key_axes`` override the graph's own."""
         axes = self.typing.of(query)
         swapped = key_axes is not None
         key_axes = key_axes or self.typing.of(key)
@@ -604,7 +609,7 @@ class _Heads:
 
 
 def _common_split(query: Axis, key: Axis) -> list[Atom]:
-    """A query axis split the way the key's axis is made of heads and repeats; repeated or missing key heads are REPEAT."""
+    """A query axis split as the key's axis is, into heads and repeats; repeated or missing key heads are REPEAT."""
     batch = [atom for atom in query if atom.kind == BATCH]
     mine = _product(tuple(atom for atom in query if atom.kind != BATCH))
     theirs = [atom for atom in key if atom.kind != BATCH]

@@ -58,6 +58,15 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class Place:
+    """A constant that says where a look-up reads: the one index it holds (None: several), or 0, 1, 2, ..."""
+
+    shape: tuple[int, ...]
+    index: int | None
+    counts: bool
+
+
+@dataclass(frozen=True)
 class Layouts:
     """The result of `interpret`."""
 
@@ -65,6 +74,7 @@ class Layouts:
     batch: int
     prompt_length: int
     readings: dict[tuple[fx.Node, fx.Node], Reading]
+    places: dict[tuple[fx.Node, fx.Node], Place]  # constants that look-ups read by
     outputs: dict[fx.Node, torch.Tensor]  # labels of each output that is tracked
     nodes: tuple[fx.Node, ...]
     order: dict[fx.Node, int]
@@ -156,6 +166,7 @@ _MOVES: dict[str, frozenset[int]] = {
     **dict.fromkeys(["masked_scatter_", "index_put", "index_put_"], frozenset([1])),
     "where": frozenset([0]),
 }
+LOOKUPS = frozenset(["index_select", "gather", "take_along_dim", "getitem"])
 _CASTS = frozenset(["to", "long", "int", "type", "type_as", "cuda", "cpu"])
 _CREATES = frozenset(
     f"{prefix}{name}{suffix}"
@@ -175,6 +186,19 @@ def is_random(node: fx.Node) -> bool:
     return op_name(node) in _RANDOM
 
 
+def is_draw(node: fx.Node) -> bool:
+    """True for calls that may pick a token."""
+    return is_random(node) or _is_argmax(node)
+
+
+def _is_argmax(node: fx.Node) -> bool:
+    if op_name(node) in ("argmax", "argmin"):
+        return True
+    if op_name(node) != "getitem" or not isinstance(node.args[0], fx.Node):
+        return False
+    return op_name(node.args[0]) in ("max", "topk", "sort") and bool(node.args[1] == 1)
+
+
 def interpret(nodes: Sequence[fx.Node], prompt: fx.Node) -> Layouts:
     """Runs the moving of cells through a graph of concrete shapes, with `prompt` ([B, P] or [P]) as the token input."""
     info = tensor_info(prompt)
@@ -183,7 +207,8 @@ def interpret(nodes: Sequence[fx.Node], prompt: fx.Node) -> Layouts:
     interpreter = _Interpreter(nodes, prompt, rows, length)
     with _disable_current_modes(), torch.no_grad(), torch.device("cpu"):
         interpreter.run()
-    return Layouts(prompt, rows, length, interpreter.readings, interpreter.outputs, tuple(nodes), interpreter.order)
+    found = (interpreter.readings, interpreter.places, interpreter.outputs)
+    return Layouts(prompt, rows, length, *found, tuple(nodes), interpreter.order)
 
 
 class _Interpreter:
@@ -192,6 +217,7 @@ class _Interpreter:
         self.order = {node: i for i, node in enumerate(nodes)}
         self.values: dict[fx.Node, Any] = {}
         self.readings: dict[tuple[fx.Node, fx.Node], Reading] = {}
+        self.places: dict[tuple[fx.Node, fx.Node], Place] = {}
         self.outputs: dict[fx.Node, torch.Tensor] = {}
         self.lost: list[torch.Tensor] = []  # written with something that no label can express
         self.fold_limit = max(_FOLD_LIMIT, 4 * batch * (length + len(nodes)))
@@ -268,8 +294,8 @@ class _Interpreter:
         def operand(source: fx.Node) -> Any:
             return self.value(source, materialise)
 
-        args = _on_cpu(fx.map_arg(node.args, operand))
-        kwargs = _on_cpu(fx.map_arg(dict(node.kwargs), operand))
+        args = on_cpu(fx.map_arg(node.args, operand))
+        kwargs = on_cpu(fx.map_arg(dict(node.kwargs), operand))
         target: Callable[..., Any] = (
             getattr(torch.Tensor, str(node.target)) if node.op == "call_method" else node.target  # type: ignore[assignment]
         )
@@ -367,6 +393,11 @@ class _Interpreter:
                     value = self.labels(source, info.shape)  # type: ignore[union-attr]
             if isinstance(value, torch.Tensor) and _has_labels(value):
                 self.readings[node, source] = self.read_columns(value)
+            elif op_name(node) in LOOKUPS and isinstance(value, torch.Tensor) and value.dtype == torch.int64:
+                flat = value.flatten()
+                index = int(flat[0]) if len(flat) and bool((flat == flat[0]).all()) else None
+                counts = value.ndim == 1 and torch.equal(flat, torch.arange(len(flat)))
+                self.places[node, source] = Place(tuple(value.shape), index, counts)
 
     def read_columns(self, value: torch.Tensor) -> Reading:
         """Sees an integer tensor as columns over the batch, if it is made of such."""
@@ -411,16 +442,16 @@ def _operands(node: fx.Node, where: frozenset[int]) -> Iterator[tuple[fx.Node, b
             yield source, is_place
 
 
-def _on_cpu(args: Any) -> Any:
+def on_cpu(args: Any) -> Any:
     """Label tensors live on the CPU as int64, whatever device and width the program asked for."""
     if isinstance(args, torch.device):
         return torch.device("cpu")
     if args is torch.int32:
         return torch.int64
     if isinstance(args, slice):
-        return slice(_on_cpu(args.start), _on_cpu(args.stop), _on_cpu(args.step))
+        return slice(on_cpu(args.start), on_cpu(args.stop), on_cpu(args.step))
     if isinstance(args, dict):
-        return {key: "cpu" if key == "device" else _on_cpu(item) for key, item in args.items()}
+        return {key: "cpu" if key == "device" else on_cpu(item) for key, item in args.items()}
     if type(args) in (tuple, list, fx.immutable_collections.immutable_list):
-        return (tuple if isinstance(args, tuple) else list)(_on_cpu(item) for item in args)
+        return (tuple if isinstance(args, tuple) else list)(on_cpu(item) for item in args)
     return args

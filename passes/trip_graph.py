@@ -59,9 +59,17 @@ class Trips:
         self.writers = find_writers(self.layouts.nodes)
 
     def reads_history(self, node: fx.Node, source: fx.Node, trip: int) -> bool:
-        """True if `source` is the whole history of the trip when `node` reads it."""
+        """True if `source` is the whole history of the trip when `node` reads it, be it followed by padding."""
+        return self.read_length(node, source, trip) is not None
+
+    def read_length(self, node: fx.Node, source: fx.Node, trip: int) -> int | None:
+        """The columns of the history and of constant padding that `node` reads; None if it reads something else."""
         reading = self.layouts.readings.get((node, source))
-        return bool(reading is not None and reading.exact and reading.columns == self.history[: self.length(trip)])
+        if reading is None or not reading.exact or reading.columns is None:
+            return None
+        length, columns = self.length(trip), reading.columns
+        whole = columns[:length] == self.history[:length]
+        return len(columns) if whole and all(self.layouts.source(c) is None for c in columns[length:]) else None
 
     def length(self, trip: int) -> int:
         return self.layouts.prompt_length + trip
@@ -165,10 +173,11 @@ def trip_nodes(trips: Trips, trip: int) -> list[fx.Node]:
     return sorted(found, key=order.__getitem__)
 
 
+Leaves = dict[tuple[fx.Node, int], Any]  # (node of trip 0, leaf) -> (a, b) for a*S + b
 Varying = dict[tuple[fx.Node, int], dict[int, int]]  # (node of trip 0, leaf) -> value by trip, where it differs
 
 
-def compare_trips(trips: Trips) -> dict[tuple[fx.Node, int], tuple[int, int]]:
+def compare_trips(trips: Trips) -> Leaves:
     """Proves that every trip equals trip 0 node by node, up to integers a*S + b; returns (a, b) of those."""
     varying: Varying = defaultdict(dict)
     for trip in range(1, len(trips.tokens)):
@@ -214,13 +223,21 @@ def _compare_calls(trips: Trips, first: fx.Node, other: fx.Node, trip: int, vary
         raise _unlike(first, other, trip, str(first.args), str(other.args))
     for i, (leaf, counterpart) in enumerate(zip(leaves, others, strict=True)):
         if isinstance(leaf, fx.Node) and isinstance(counterpart, fx.Node):
-            if trips.reads_history(first, leaf, 0) != trips.reads_history(other, counterpart, trip):
+            if not _read_alike(trips, (first, leaf), (other, counterpart), trip):
                 raise _unlike(first, other, trip, f"`{leaf.name}`", f"`{counterpart.name}`")
         elif _is_int(leaf) and _is_int(counterpart):
             if leaf != counterpart:
                 varying[first, i][trip] = counterpart
         elif not _same_constant(leaf, counterpart):
             raise _unlike(first, other, trip, str(leaf), str(counterpart))
+
+
+def _read_alike(trips: Trips, first: tuple[fx.Node, fx.Node], other: tuple[fx.Node, fx.Node], trip: int) -> bool:
+    """Both read the history exactly, both read it in a buffer of one length, or neither reads it."""
+    length, found = trips.read_length(*first, 0), trips.read_length(*other, trip)
+    if length is None or found is None:
+        return length is found
+    return found == (length if length > trips.length(0) else trips.length(trip))
 
 
 def _same_target(first: fx.Node, other: fx.Node) -> bool:
@@ -292,36 +309,58 @@ def _unlike(first: fx.Node, other: fx.Node, trip: int, value: str, counterpart: 
 
 
 def build_step(
-    gm: fx.GraphModule, trips: Trips, nodes: Sequence[fx.Node], growing: dict[tuple[fx.Node, int], tuple[int, int]]
+    gm: fx.GraphModule,
+    trips: Trips,
+    nodes: Sequence[fx.Node],
+    growing: Leaves,
+    fixed: Leaves | None = None,
+    seen: Sequence[fx.Node] = (),
+    padded: bool = False,
 ) -> tuple[fx.GraphModule, list[fx.Node]]:
-    """The graph ``forward(ids, *invariants) -> token`` of one trip, and the placeholders behind the invariants."""
+    """The graph ``forward(ids, *invariants) -> token`` of one trip, and the placeholders behind the invariants.
+
+    Args:
+        growing: leaves that become a*S + b.
+        fixed: leaves that become other constants.
+        seen: nodes whose values are returned too.
+        padded: the trip as it was written: ``forward(buffer, length, *invariants)``.
+    """
     graph = fx.Graph()
     ids = graph.placeholder("ids")
+    length = graph.placeholder("length") if padded else None
     invariants = [node for node in nodes if node.op == "placeholder"]
     copies: dict[fx.Node, fx.Node] = {node: graph.placeholder(node.name) for node in invariants}
     for node, copy in copies.items():
         copy.meta = _kept_meta(node)
-    sizes = _emit_sizes(graph, ids, sorted(set(growing.values())))
-    by_node: dict[fx.Node, dict[int, fx.Node | int]] = defaultdict(dict)
+    sizes = _emit_sizes(graph, ids, length, sorted(set(growing.values())))
+    by_node: dict[fx.Node, dict[int, Any]] = defaultdict(dict)
     for (node, leaf), key in growing.items():
         by_node[node][leaf] = sizes[key]
+    for (node, leaf), value in (fixed or {}).items():
+        by_node[node][leaf] = value
     for node in nodes:
         if node.op == "placeholder":
             continue
-        history = {source: _as_read(graph, ids, trips, node, source) for source in node.all_input_nodes}
+        history = {source: _as_read(graph, ids, length, trips, node, source) for source in node.all_input_nodes}
         inputs = {source: copies[source] if read is None else read for source, read in history.items()}
-        args, kwargs = _replace_leaves(node, by_node.get(node, {}), inputs)
+        args, kwargs = replace_leaves(node, by_node.get(node, {}), inputs)
         copies[node] = graph.create_node(node.op, node.target, args, kwargs, name=node.name)
         copies[node].meta = _kept_meta(node)
-    graph.output(copies[trips.tokens[0]])
+    token = copies[trips.tokens[0]]
+    graph.output((token, *(copies[node] for node in seen)) if seen else token)
     graph.lint()
     return fx.GraphModule(gm, graph, class_name="Step"), invariants
 
 
-def _as_read(graph: fx.Graph, ids: fx.Node, trips: Trips, node: fx.Node, source: fx.Node) -> fx.Node | None:
+def _as_read(
+    graph: fx.Graph, ids: fx.Node, length: fx.Node | None, trips: Trips, node: fx.Node, source: fx.Node
+) -> fx.Node | None:
     """The token ids in the shape in which a node reads the history; None if it reads something else."""
-    if not trips.reads_history(node, source, 0):
+    columns = trips.read_length(node, source, 0)
+    if columns is None:
         return None
+    if length is not None and columns == trips.length(0):
+        ids = graph.call_method("narrow", (ids, 1, 0, length))
     return ids if trips.layouts.readings[node, source].ndim == 2 else graph.call_method("squeeze", (ids, 0))
 
 
@@ -329,11 +368,13 @@ def _kept_meta(node: fx.Node) -> dict[str, Any]:
     return {key: node.meta[key] for key in _KEPT_META if key in node.meta}
 
 
-def _emit_sizes(graph: fx.Graph, ids: fx.Node, wanted: Sequence[tuple[int, int]]) -> dict[tuple[int, int], Any]:
-    """Nodes for a*S + b, S = ids.size(1)."""
+def _emit_sizes(
+    graph: fx.Graph, ids: fx.Node, length: fx.Node | None, wanted: Sequence[tuple[int, int]]
+) -> dict[tuple[int, int], Any]:
+    """Nodes for a*S + b; S is ids.size(1) unless it is given."""
     if not wanted:
         return {}
-    length = graph.call_method("size", (ids, 1))
+    length = length or graph.call_method("size", (ids, 1))
     sizes: dict[tuple[int, int], Any] = {}
     for slope, offset in wanted:
         value = length if slope == 1 else graph.call_function(operator.mul, (length, slope))
@@ -341,7 +382,7 @@ def _emit_sizes(graph: fx.Graph, ids: fx.Node, wanted: Sequence[tuple[int, int]]
     return sizes
 
 
-def _replace_leaves(node: fx.Node, leaves: dict[int, Any], inputs: dict[fx.Node, fx.Node]) -> tuple[Any, Any]:
+def replace_leaves(node: fx.Node, leaves: dict[int, Any], inputs: dict[fx.Node, fx.Node]) -> tuple[Any, Any]:
     """The arguments of a node with its inputs, and some leaves, numbered as by `flatten`, replaced."""
     numbers = itertools.count()
     return _replace(node.args, numbers, leaves, inputs), _replace(dict(node.kwargs), numbers, leaves, inputs)

@@ -49,7 +49,8 @@ def sample_inverse_cdf(probs: Tensor, u: Tensor) -> Tensor:
 
     before = block_cdf.gather(-1, (block - 1).clamp_min(0)[..., None])[..., 0]
     before = torch.where(block > 0, before, 0.0)  # mass of the blocks to the left
-    token = block[..., None] * BLOCK + torch.arange(BLOCK, device=probs.device)  # [..., 128]
+    width = min(BLOCK, vocabulary)
+    token = block[..., None] * BLOCK + torch.arange(width, device=probs.device)  # [..., 128], or [..., V] if smaller
     mass = _mass(probs.gather(-1, token.clamp_max(vocabulary - 1))).to(torch.float64)
     mass = torch.where(token < vocabulary, mass, 0.0)
     return block * BLOCK + _first_above(mass, mass.cumsum(-1), target - before)

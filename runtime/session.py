@@ -90,15 +90,16 @@ class AutoregressiveSession:
             )
             state = new or state
             if bad.any():
-                raise _not_finite(bad, self._result(request, tokens, clock), i)
+                raise _not_finite(bad, self._result(request, tokens, clock, pad=False), i)
             tokens.append(token)
             if ended.all():
                 break
         return self._result(request, tokens, clock)
 
-    def _result(self, request: Request, tokens: list[Tensor], clock: _Clock) -> Generation:
+    def _result(self, request: Request, tokens: list[Tensor], clock: _Clock, pad: bool = True) -> Generation:
         batch = request.ids.shape[0]
-        made = _padded(torch.stack(tokens, 1), request)
+        made = torch.stack(tokens, 1)
+        made = _padded(made, request) if pad else made
         sequences = torch.cat([request.ids, made], 1)
         zeros = torch.zeros(batch, 1, dtype=torch.float64, device=made.device)
         stats = clock.stats(Stats("autoregressive", made.shape[1], len(tokens) - 1))
@@ -201,8 +202,11 @@ class SMCSession:
             increments, bonus, ended, bad, target_state = self._score(
                 block, log_q, p.ended, eos, remaining, u_bonus, positions, slots, p.target, contexts[0]
             )
-            if bad.any():
-                raise _not_finite(bad.view(batch, -1).any(1), self._result(request, p, stats, clock), p.made)
+            undefined = bad | increments.isnan()  # NaN with a sound target comes from the draft
+            if undefined.any():
+                who = "target" if bad.any() else "draft"
+                rows = undefined.view(batch, -1).any(1)
+                raise _not_finite(rows, self._result(request, p, stats, clock), p.made, who)
             dead = (p.log_w + increments.view(batch, -1) == -math.inf).all(1)  # [B]
             if not dead.any():
                 break

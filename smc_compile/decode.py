@@ -6,16 +6,16 @@ import functools
 import inspect
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from smc_compile.backend import find_loop
+from smc_compile.backend import LoopFinder
 from smc_compile.errors import InputError, LoopError, OptionError, SMCError
 from smc_compile.options import Options
-from smc_compile.passes.recover_loop import DecodeLoop
+from smc_compile.passes.recover_loop import DecodeLoop, OutputLayout
 from smc_compile.recovered import LoopProgram, program_for, step_text
 from smc_compile.result import Generation
 
@@ -72,6 +72,7 @@ class CompiledLoop:
             )
         self._trip_count = trip_count
         self._offset = 0  # trips = argument - offset: a total length counts the prompt too
+        self._fixed_lengths: list[int | None] = []  # of each output, what fills it up to a length that is always the same
         self._call = _Call()
         self._traced = _trace(function, self._backend)
         self.last: Generation | None = None
@@ -85,8 +86,8 @@ class CompiledLoop:
         bound = self._signature.bind(*args, **kwargs)
         bound.apply_defaults()
         for value in bound.arguments.values():
-            if isinstance(value, Tensor) and value.dim() == 2 and value.dtype == torch.int64 and value.shape[1] > 1:
-                torch._dynamo.maybe_mark_dynamic(value, 1)
+            if _may_be_prompt(value) and value.shape[-1] > 1:
+                torch._dynamo.maybe_mark_dynamic(value, value.dim() - 1)
         if self._trip_count is None or self._call.program is None:
             self._find_trip_count(bound)
         assert self._trip_count is not None
@@ -115,10 +116,7 @@ class CompiledLoop:
     def _prompt_offset(self, bound: inspect.BoundArguments) -> int:
         if not self._offset:
             return 0
-        prompts = [
-            v for v in bound.arguments.values() if isinstance(v, Tensor) and v.dim() == 2 and v.dtype == torch.int64
-        ]
-        return prompts[0].shape[1]
+        return next((v.shape[-1] for v in bound.arguments.values() if _may_be_prompt(v)), 0)
 
     def _run(self, bound: inspect.BoundArguments, call: _Call, trips: int = PROBE, name: str | None = None) -> Any:
         """Call the traced function with a short trip count; its backend answers with as many tokens as were asked."""
@@ -169,6 +167,23 @@ class CompiledLoop:
                 "keep the number of new tokens out of the sampling, or name the right argument: decode(trip_count='n')",
             )
         self._trip_count = name
+        self._fixed_lengths = [_fixed_length(*pair) for pair in zip(found.outputs, other.outputs, strict=True)]
+
+    def _for_trips(self, loop: DecodeLoop, trips: int) -> DecodeLoop:
+        """The loop with the padding that its outputs have after this many trips."""
+        outputs = []
+        for layout, pad in zip(loop.outputs, self._fixed_lengths, strict=True):
+            padding = layout.padding
+            if pad is not None and trips - loop.trips > len(padding):
+                raise InputError(
+                    "the tokens do not fit the buffer of the loop",
+                    f"{trips} new tokens were asked for, and there is room for {loop.trips + len(padding)}",
+                    "make the buffer longer, or ask for fewer tokens",
+                )
+            if pad is not None:
+                padding = padding[trips - loop.trips :] if trips > loop.trips else (pad,) * (loop.trips - trips) + padding
+            outputs.append(replace(layout, padding=padding))
+        return replace(loop, outputs=tuple(outputs))
 
     def _look(self, bound: inspect.BoundArguments, trips: int, name: str) -> DecodeLoop | SMCError | None:
         """The loop that a trace with this many trips shows, without running it."""
@@ -183,26 +198,45 @@ class CompiledLoop:
 
     def _backend(self, gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         """Recovers the loop when Dynamo traces, and answers the current call when Dynamo runs."""
-        found: DecodeLoop | SMCError | None
+        finder: LoopFinder | SMCError
         try:
-            found = find_loop(gm, example_inputs)
+            finder = LoopFinder(gm, example_inputs)
         except SMCError as error:
-            found = error
+            finder = error
 
         def run(*arguments: Any) -> Any:
             call = self._call
-            if isinstance(found, SMCError):
-                raise found
-            call.loop = found
+            if isinstance(finder, SMCError):
+                raise finder
+            found = call.loop = finder.loop_for(arguments) if finder.loop is not None else None
             if call.trips is None:
                 raise _Looked
             if found is None:
                 raise LoopError("the function holds no decode loop", "no token is drawn and fed back")
             call.program = program_for(found, arguments, self._options)
-            outputs, call.generation = call.program.run(found, arguments, call.trips)
+            shown = self._for_trips(found, call.trips)
+            outputs, call.generation = call.program.run(shown, arguments, call.trips)
             return outputs
 
         return run
+
+
+def _may_be_prompt(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() in (1, 2) and value.dtype == torch.int64
+
+
+def _fixed_length(layout: OutputLayout, shorter: OutputLayout) -> int | None:
+    """The padding of an output whose length does not depend on the number of trips; None if it grows with them."""
+    if layout == shorter:
+        return None
+    rest = shorter.padding[PROBE - CHECK :]
+    if layout != replace(shorter, padding=rest):
+        raise LoopError(
+            "an output of the loop changes with the number of trips in other ways than by its tokens",
+            f"after {PROBE} trips it is {layout}, after {CHECK} {shorter}",
+            "return prompt + tokens, or all tokens",
+        )
+    return shorter.padding[0]
 
 
 def _trace(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:

@@ -33,7 +33,7 @@ class LoopProgram:
     def run(self, loop: DecodeLoop, arguments: Sequence[Any], trips: int) -> tuple[tuple[Tensor, ...], Generation]:
         """What the loop returns for ``trips`` trips, and the generation behind it."""
         self.weights[:] = _weights(loop, arguments)
-        prompt = arguments[loop.prompt_index]
+        prompt = _prompt(loop, arguments)
         result = self.program.run(prompt, trips)
         tokens = result.sequences[:, prompt.shape[1] :]
         return tuple(layout.build(prompt, tokens) for layout in loop.outputs), result
@@ -48,7 +48,7 @@ def program_for(loop: DecodeLoop, arguments: Sequence[Any], options: Options) ->
                 f"it was {value}, it is {float(arguments[index])}",
                 "pass it as a tensor, or call torch._dynamo.reset() before changing it",
             )
-    check_prompt(arguments[loop.prompt_index])
+    check_prompt(_prompt(loop, arguments))
     weights = _weights(loop, arguments)
     signature = (
         step_text(loop.step.graph),
@@ -76,13 +76,20 @@ def step_text(graph: fx.Graph) -> str:
     return "\n".join(lines)
 
 
+def _prompt(loop: DecodeLoop, arguments: Sequence[Any]) -> Tensor:
+    """The prompt as [B, P]; a loop may take one prompt [P]."""
+    prompt: Tensor = arguments[loop.prompt_index]
+    return prompt[None] if prompt.dim() == 1 else prompt
+
+
 def _weights(loop: DecodeLoop, arguments: Sequence[Any]) -> list[Tensor]:
     found = [arguments[i] for i in loop.invariant_indices]
     return [value if isinstance(value, Tensor) else torch.tensor(value) for value in found]
 
 
 def _compile(loop: DecodeLoop, arguments: Sequence[Any], weights: list[Tensor], options: Options) -> LoopProgram:
-    ids = arguments[loop.prompt_index]
+    loop.check(arguments)
+    ids = _prompt(loop, arguments)
     traced = trace_model(loop.step, ids.new_zeros(loop.batch, 2), weights, options.validate)
     assert traced.sampler is not None
     current = list(weights)

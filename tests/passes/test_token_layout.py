@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from smc_compile.passes.recover_loop import OutputLayout, concretise
+from smc_compile.passes.concretise import concretise
+from smc_compile.passes.recover_loop import OutputLayout
 from smc_compile.passes.token_layout import Layouts, interpret, mutated_inputs
 from torch import fx
 
@@ -16,7 +17,7 @@ def layouts_of(fn) -> Layouts:
     found: list[Layouts] = []
 
     def backend(gm, example_inputs):
-        nodes = list(concretise(gm, example_inputs)[0].nodes)
+        nodes = list(concretise(gm, example_inputs).graph.nodes)
         prompt = next(node for node in nodes if "ids" in node.name)
         found.append(interpret(nodes, prompt))
         return gm.forward

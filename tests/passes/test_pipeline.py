@@ -1,0 +1,43 @@
+"""The passes in their order, timed, with validation on request."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from smc_compile.passes.pipeline import trace_model
+from torch import nn
+from traces import Last, Step, model
+
+from smc_compile.errors import CacheError, LoopError
+
+IDS = torch.zeros(2, 2, dtype=torch.long)
+
+
+def draw(x):
+    return torch.multinomial(x[:, -1].softmax(-1), 1)
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_pipeline_names_its_passes_and_validates_on_request(check: bool) -> None:
+    traced = trace_model(Step(draw), IDS, (), check)
+    assert list(traced.seconds) == ["export", "match_sampler", "synthesize_cache", *["validate"] * check]
+    assert traced.sampler is not None
+    assert (traced.error is not None) == check
+
+
+def test_a_step_that_returns_logits_has_no_sampler() -> None:
+    traced = trace_model(Last(model("one_layer_one_head")), IDS, (), check=True, sampled=False)
+    assert traced.sampler is None
+    assert traced.error < 1e-12
+    assert len(traced.cached.sites) == 2
+
+
+def test_a_step_that_returns_logits_is_no_sampler() -> None:
+    with pytest.raises(LoopError, match="not recognised"):
+        trace_model(Step(lambda x: torch.tanh(x)[:, -1]), IDS, (), check=False)
+
+
+def test_dropout_that_is_still_active_asks_for_eval() -> None:
+    step = Step(lambda x: draw(nn.functional.dropout(x, 0.5)))
+    with pytest.raises(CacheError, match=r"model\.eval\(\)"):
+        trace_model(step, IDS, (), check=True)
