@@ -1,4 +1,4 @@
-"""How each ATen op carries axes from its inputs to its outputs. One small rule a family; an op without a rule is refused."""
+"""How each ATen op carries axes from its inputs to its outputs: one small rule a family; without a rule, refused."""
 
 from __future__ import annotations
 
@@ -121,8 +121,8 @@ def tensors(values: Iterable[Any]) -> list[fx.Node]:
 
 
 @rule("clone", "contiguous", "_to_copy", "to", "detach", "alias", "lift_fresh_copy", "type_as", "where", "masked_fill",
-      "rand_like", "randn_like", "empty_like", "zeros_like", "ones_like", "full_like", "exponential", "exponential_", "log_sigmoid",
-      "nan_to_num", "float_power", "clamp", "clip", "isin", "uniform")  # fmt: skip
+      "rand_like", "randn_like", "empty_like", "zeros_like", "ones_like", "full_like", "exponential", "exponential_",
+      "log_sigmoid", "nan_to_num", "float_power", "clamp", "clip", "isin", "uniform")  # fmt: skip
 def pointwise(typing: Typing, node: fx.Node) -> Axes:
     return broadcast(typing, node, tensors([*node.args, *node.kwargs.values()]))
 
@@ -174,8 +174,8 @@ def reduction(typing: Typing, node: fx.Node) -> Any:
     return [tuple(axes)] * len(node.meta["val"]) if isinstance(node.meta["val"], (tuple, list)) else tuple(axes)
 
 
-@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "logcumsumexp", "cumprod", "sort", "argsort", "flip",
-      "roll", "scatter", "scatter_add", "scatter_reduce", "cummax")  # fmt: skip
+@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "logcumsumexp", "cumprod", "sort", "argsort",
+      "flip", "roll", "scatter", "scatter_add", "scatter_reduce", "cummax")  # fmt: skip
 def along_axis(typing: Typing, node: fx.Node) -> Any:
     bound = arguments(node)
     source = typing.of(bound.get("self", bound.get("input"))) if typing.is_dependent(bound.get("self")) else None

@@ -22,7 +22,7 @@ TRACE_LENGTH = 7  # any length >= 2: the sequence axis is symbolic
 
 
 def export_lm(step: nn.Module, ids: Tensor, weights: Sequence[Tensor] = ()) -> tuple[CausalLM, OwnedWeights]:
-    """Export ``step(ids [B, S], *weights) -> [B, ...]`` with S symbolic, ATen ops kept whole (attention stays attention).
+    """Export ``step(ids [B, S], *weights) -> [B, ...]`` with S symbolic, ATen ops kept whole (so is attention).
 
     Returns the graph and the weights that ``step`` owns itself (parameters, buffers, constants); they precede the
     explicit ``weights`` in the order of ``CausalLM.weights``.
@@ -57,9 +57,10 @@ def _export(step: nn.Module, inputs: tuple[Tensor, ...], length: object) -> torc
 
 
 def _is_functional(graph: fx.Graph) -> bool:
-    """No op writes in place, and none is left to decompose."""
+    """No op writes in place, and none is left to decompose or inline (`with torch.no_grad()` makes a nested graph)."""
     ops = [node.target for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
-    return not any(op._schema.is_mutable or op is torch.ops.aten.einsum.default for op in ops)
+    nested = any(isinstance(node.target, torch._ops.HigherOrderOperator) for node in graph.nodes)
+    return not nested and not any(op._schema.is_mutable or op is torch.ops.aten.einsum.default for op in ops)
 
 
 def _name_the_culprit(step: nn.Module, inputs: tuple[Tensor, ...]) -> None:

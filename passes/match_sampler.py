@@ -26,6 +26,8 @@ MOVEMENT = {
     "t",
     "transpose",
     "permute",
+    "numpy_T",
+    "flatten",
     "squeeze",
     "unsqueeze",
     "_to_copy",

@@ -1,6 +1,7 @@
 """Repeated layers compile once: find the period of a graph and move each repetition behind one shared function.
 
-The shared function is a nested compile region: the compiler lowers it a single time and calls it for every layer.
+The shared function is a nested compile region: the compiler lowers it a single time and calls it for every layer. Cache
+writes stay outside of it, between two calls, so that the function is pure: a region that mutates is traced anew each time.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import fx
 from torch._dynamo.utils import counters
 
+from smc_compile.passes.cached_attention import write_cache
 from smc_compile.passes.ir import CachedLM, output_values
 
 log = logging.getLogger(__name__)
@@ -26,9 +28,13 @@ MIN_PERIOD = 8  # shorter repetitions are patterns inside a layer
 
 @dataclass(frozen=True)
 class _Layers:
-    """``repeats`` runs of ``period`` consecutive nodes; every run reads ``inputs[t]`` and gives the nodes at ``outputs``."""
+    """Runs of consecutive nodes with equal wiring; run t reads ``inputs[t]`` and gives the nodes at places ``outputs``.
+
+    ``writes[t]`` are the cache writes that follow run t.
+    """
 
     runs: list[list[fx.Node]]
+    writes: list[list[fx.Node]]
     inputs: list[list[fx.Node]]
     outputs: list[int]
 
@@ -45,7 +51,7 @@ def outline_layers(cached: CachedLM) -> CachedLM:
 
 def outline(module: fx.GraphModule) -> fx.GraphModule:
     """``module`` with its longest repetition outlined, or ``module`` itself when nothing repeats often enough."""
-    layers = find_layers(module.graph)
+    layers = find_layers(gather_writes(module.graph))
     if layers is None:
         return module
     counters["smc_compile"]["layers_outlined"] += len(layers.runs)
@@ -54,14 +60,48 @@ def outline(module: fx.GraphModule) -> fx.GraphModule:
     return result
 
 
+def gather_writes(graph: fx.Graph) -> fx.Graph:
+    """Move each cache write, with what it needs, up to the write before it unless it depends on that one.
+
+    Keys and values of a layer are then written side by side, before its attention.
+    """
+    previous: fx.Node | None = None
+    for node in [n for n in graph.nodes if n.target is write_cache]:
+        if previous is not None:
+            needed = _between(previous, node)
+            if needed is not None:
+                for moved in needed:
+                    previous.prepend(moved)
+                previous.append(node)
+        previous = node
+    graph.lint()
+    return graph
+
+
+def _between(first: fx.Node, last: fx.Node) -> list[fx.Node] | None:
+    """What ``last`` needs and stands after ``first``, in order; None when something of it depends on ``first``."""
+    order = {node: i for i, node in enumerate(first.graph.nodes)}
+    needed: set[fx.Node] = set()
+    stack = [n for n in last.all_input_nodes if order[n] >= order[first]]
+    while stack:
+        node = stack.pop()
+        if node is first:
+            return None
+        if node not in needed:
+            needed.add(node)
+            stack.extend(n for n in node.all_input_nodes if order[n] >= order[first])
+    return sorted(needed, key=order.__getitem__)
+
+
 def find_layers(graph: fx.Graph) -> _Layers | None:
     """The repetition that covers most nodes, at the phase where layers exchange fewest values."""
     nodes = [node for node in graph.nodes if node.op == "call_function"]
-    for start, period, repeats, slack in _repetitions(nodes):
+    for start, length, period in _repetitions(nodes):
         best: _Layers | None = None
-        for shift in range(slack + 1):
+        for shift in range(min(period, length - MIN_REPEATS * period + 1)):
+            repeats = (length - shift) // period
             runs = [nodes[start + shift + t * period :][:period] for t in range(repeats)]
-            found = _consistent(runs, graph)
+            found = _consistent(runs)
             if found is not None and (best is None or _traffic(found) < _traffic(best)):
                 best = found
         if best is not None:
@@ -73,8 +113,8 @@ def _traffic(layers: _Layers) -> int:
     return len(layers.outputs) * 100 + len(layers.inputs[0])
 
 
-def _repetitions(nodes: Sequence[fx.Node]) -> Iterator[tuple[int, int, int, int]]:
-    """(start, period, repeats, slack) of repeated stretches of equal ops, best coverage first."""
+def _repetitions(nodes: Sequence[fx.Node]) -> Iterator[tuple[int, int, int]]:
+    """(start, length, period) of stretches in which every op equals the op one period later, best coverage first."""
     codes: dict[Any, int] = {}
     marks = np.array([codes.setdefault(_signature(node), len(codes)) for node in nodes])
     found = []
@@ -82,16 +122,14 @@ def _repetitions(nodes: Sequence[fx.Node]) -> Iterator[tuple[int, int, int, int]
         equal = marks[:-period] == marks[period:]
         edges = np.flatnonzero(np.diff(np.concatenate([[False], equal, [False]]).astype(np.int8)))
         for begin, end in zip(edges[::2], edges[1::2], strict=True):
-            length = int(end - begin)
-            repeats = length // period + 1
-            if repeats >= MIN_REPEATS:
-                found.append((repeats * period, -period, int(begin), repeats, length % period))
+            length = int(end - begin) + period
+            if length >= MIN_REPEATS * period:
+                found.append((length, -period, int(begin)))
     # Smaller periods first among equal coverage: a period of two layers covers the same nodes with half the repeats.
-    for coverage, negative, begin, repeats, slack in sorted(found, key=lambda f: (f[0] + f[4], f[1]), reverse=True)[:8]:
-        del coverage
-        yield begin, -negative, repeats, slack
-        if repeats - 1 >= MIN_REPEATS:  # the first layer may read other values than the rest
-            yield begin - negative, -negative, repeats - 1, slack
+    for length, negative, begin in sorted(found, reverse=True)[:8]:
+        yield begin, length, -negative
+        if length + negative >= MIN_REPEATS * -negative:  # the first layer may read other values than the rest
+            yield begin - negative, length + negative, -negative
 
 
 def _signature(node: fx.Node) -> str:
@@ -99,14 +137,24 @@ def _signature(node: fx.Node) -> str:
     return f"{node.target} {args} {kwargs}"
 
 
-def _consistent(runs: list[list[fx.Node]], graph: fx.Graph) -> _Layers | None:
-    """Check that all runs have the same wiring inside and the same pattern of values from outside."""
-    wiring, inputs = zip(*(_wire(run) for run in runs), strict=True)
+def _consistent(runs: list[list[fx.Node]]) -> _Layers | None:
+    """Check that cache writes come last, and that runs have the same wiring and the same pattern of outside values."""
+    is_write = [[node.target is write_cache for node in run] for run in runs]
+    count = sum(is_write[0])
+    if any(flags != sorted(flags) or sum(flags) != count for flags in is_write):
+        return None
+    cut = len(runs[0]) - count
+    bodies, writes = [run[:cut] for run in runs], [run[cut:] for run in runs]
+    wiring, inputs = zip(*(_wire(body) for body in bodies), strict=True)
     if any(w != wiring[0] for w in wiring):
         return None
-    place = [{node: i for i, node in enumerate(run)} for run in runs]
-    outputs = {i for t, run in enumerate(runs) for i, node in enumerate(run) if _escapes(node, place[t])}
-    return _Layers(runs, list(inputs), sorted(outputs))
+    outputs = {i for body in bodies for i in _escaping(body)}
+    return _Layers(bodies, writes, list(inputs), sorted(outputs))
+
+
+def _escaping(body: list[fx.Node]) -> Iterator[int]:
+    inside = set(body)
+    return (i for i, node in enumerate(body) if any(user not in inside for user in node.users))
 
 
 def _wire(run: list[fx.Node]) -> tuple[list[tuple[str, int]], list[fx.Node]]:
@@ -125,10 +173,6 @@ def _wire(run: list[fx.Node]) -> tuple[list[tuple[str, int]], list[fx.Node]]:
     for node in run:
         fx.map_arg((node.args, node.kwargs), note)
     return wiring, list(outside)
-
-
-def _escapes(node: fx.Node, inside: dict[fx.Node, int]) -> bool:
-    return any(user not in inside for user in node.users)
 
 
 def _rewrite(module: fx.GraphModule, layers: _Layers) -> fx.GraphModule:

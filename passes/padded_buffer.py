@@ -28,9 +28,9 @@ from .trip_graph import Leaves, Trips, describe, flatten, replace_leaves
 from .verify import TOLERANCE, relative_error
 
 _ALL_SIZES = frozenset(
-    "view reshape expand repeat tile broadcast_to unflatten split split_with_sizes narrow pad arange "
-    "zeros ones empty rand randn new_zeros new_ones new_empty".split()
-)
+    ["view", "reshape", "expand", "repeat", "tile", "broadcast_to", "unflatten", "split", "split_with_sizes", "narrow",
+     "pad", "arange", "zeros", "ones", "empty", "rand", "randn", "new_zeros", "new_ones", "new_empty"]
+)  # fmt: skip
 _FIRST_SEQUENCE = frozenset(["full", "new_full"])  # the shape, not the value
 _SLICES = frozenset(["getitem", "setitem"])
 _BACKTRACKS = 64
@@ -121,6 +121,7 @@ class _Probe:
             branches: list[tuple[_State, list[Assignment]]] = []
             found = self.first(_State(0, [{} for _ in self.lengths], []), branches)
             if found is None:
+                self.refuse_another_position()
                 where = describe(self.misfit) if self.misfit is not None else "its token"
                 raise LoopError(
                     "The model reads a padded buffer, and which of its sizes are the buffer's length is not clear.",
@@ -139,6 +140,16 @@ class _Probe:
                             "the model (vocabulary, width)",
                         )
         return {leaf: pair for assignment in found for leaf, pair in assignment}
+
+    def refuse_another_position(self) -> None:
+        """The likeliest reason why nothing fits: the logits are not those of the last token."""
+        for (node, _), (a, b) in self.growing.items():
+            if node is self.misfit and op_name(node) in ("getitem", "select", "narrow") and (a, b) != (1, -1):
+                raise LoopError(
+                    "The decode loop does not take the logits of the last token.",
+                    f"{describe(node)} reads position length{b:+} of the padded buffer, the last token is at length-1",
+                    "draw from model(buf)[:, length - 1], the logits behind the last token written",
+                )
 
     def first(self, state: _State, branches: list[tuple[_State, list[Assignment]]]) -> list[Assignment] | None:
         """The first assignment that fits everywhere; `branches` are the places where others fit locally."""
@@ -381,7 +392,6 @@ class PaddedTrip:
                 "use a causal model (is_causal=True), or give it the filled part only, model(buf[:, :length])[:, -1]",
             )
 
-
     def returned(self, values: Any) -> tuple[torch.Tensor, ...]:
         return values if self.sees_law else (values,)
 
@@ -402,4 +412,3 @@ def draw_inputs(token: fx.Node, closure: Sequence[fx.Node], draws: Sequence[fx.N
         sources = list(sources[0].all_input_nodes)  # values, indices = logits.topk(1)
     found = [s for s in sources if (info := tensor_info(s)) and info.dtype.is_floating_point]
     return [source for source in found if source in closure and source is not token]
-

@@ -221,7 +221,9 @@ def _refuse_unrecognised_feedback(nodes: Sequence[fx.Node]) -> None:
             raise LoopError(
                 "Tokens are drawn and fed back, but the decode loop could not be recovered.",
                 f"{describe(node)} depends on an earlier draw, yet no node reads prompt + tokens as one sequence",
-                f"let the prompt be an integer tensor [B, P] given as an argument, and {NO_CACHE}",
+                "fill the buffer with a constant, torch.zeros instead of torch.empty: the model reads all of it"
+                if any(_is_uninitialised(other) for other in nodes)
+                else f"let the prompt be an integer tensor [B, P] given as an argument, and {NO_CACHE}",
             )
         lookup = op_name(node) in ("embedding", "index_select", "one_hot", "getitem")
         places = {a for a in node.all_input_nodes if (i := tensor_info(a)) and i.dtype in TOKEN_DTYPES}
@@ -231,6 +233,11 @@ def _refuse_unrecognised_feedback(nodes: Sequence[fx.Node]) -> None:
             drawn.add(node)
             writers.update({i.storage: node for t in mutated_inputs(node) if (i := tensor_info(t))})
             drawn.update(mutated_inputs(node))
+
+
+def _is_uninitialised(node: fx.Node) -> bool:
+    info = tensor_info(node)
+    return op_name(node) in ("empty", "new_empty", "empty_like") and info is not None and info.dtype in TOKEN_DTYPES
 
 
 def _is_float(node: fx.Node) -> bool:

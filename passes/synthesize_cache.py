@@ -279,7 +279,7 @@ class _Emitter:
             self.env[node] = self._default(node)
 
     def _emit_token_free(self, node: fx.Node) -> None:
-        """Values without positions are recomputed (they fuse); those with positions come from tables, except in prefill."""
+        """Values without positions are recomputed (they fuse); others come from tables, except in prefill."""
         if self.mode == PREFILL:
             size = _sequence_size(self.typing, node)
             self.env[node] = (
@@ -423,8 +423,8 @@ class _Emitter:
     def _key_positions(self, keys: Any, table: fx.Node, d: int) -> fx.Node:
         """Positions of all keys, prompt then suffix.
 
-        Slots past the table read its last row, which no earlier query sees. So where slots are to spare, a table must be
-        one position longer than the last query whose result is read.
+        Slots past the table read its last row, which no earlier query sees. So where slots are to spare, a table must
+        be one position longer than the last query whose result is read.
         """
         return self.call(key_positions, keys, table, d)
 

@@ -95,7 +95,7 @@ def check_prefix_tables(cached: CachedLM, weights: Sequence[Tensor], total: int)
 
 
 def check_causal(lm: CausalLM, ids: Tensor, weights: Sequence[Tensor]) -> None:
-    """Change one token at a time: no earlier position of any per-position value may move. Names the first op that leaks."""
+    """Change one token at a time: no earlier position of any value may move. Names the first op that leaks."""
     typing = type_axes(lm)
     vocab = int(ids.max()) + 1
     base = _trace_values(lm, typing, ids, weights)
@@ -113,7 +113,7 @@ def check_causal(lm: CausalLM, ids: Tensor, weights: Sequence[Tensor]) -> None:
 
 
 def _leaks(typing: Typing, node: fx.Node, before: Tensor, after: Tensor, changed: int) -> bool:
-    """Whether positions before ``changed`` moved; attention probabilities leak when they give a later key any weight."""
+    """Whether positions before ``changed`` moved; attention probabilities leak when a later key has any weight."""
     axes = typing.of(node)
     d = axes.index((Q,))
     if (K,) in axes:

@@ -72,7 +72,7 @@ class CompiledLoop:
             )
         self._trip_count = trip_count
         self._offset = 0  # trips = argument - offset: a total length counts the prompt too
-        self._fixed_lengths: list[int | None] = []  # of each output, what fills it up to a length that is always the same
+        self._fixed_lengths: list[int | None] = []  # what fills up an output whose length is always the same
         self._call = _Call()
         self._traced = _trace(function, self._backend)
         self.last: Generation | None = None
@@ -181,7 +181,8 @@ class CompiledLoop:
                     "make the buffer longer, or ask for fewer tokens",
                 )
             if pad is not None:
-                padding = padding[trips - loop.trips :] if trips > loop.trips else (pad,) * (loop.trips - trips) + padding
+                more = trips - loop.trips
+                padding = padding[more:] if more > 0 else (pad,) * -more + padding
             outputs.append(replace(layout, padding=padding))
         return replace(loop, outputs=tuple(outputs))
 

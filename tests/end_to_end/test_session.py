@@ -112,7 +112,7 @@ def test_a_request_does_not_depend_on_the_retries_of_others(truncated):
 
 @pytest.mark.parametrize("kind", ["one_layer_one_head", "llama", "sliding_window"])
 def test_after_resampling_the_caches_are_those_of_the_surviving_tokens(kind):
-    """Slot by slot, gst a fresh prefill of prompt and tokens. The target has seen all tokens but the pending one;
+    """Slot by slot, against a fresh prefill of prompt and tokens. The target has seen all tokens but the pending one;
     the draft has not seen the last drafted one either."""
     target = CACHEABLE[kind](vocab=VOCAB).double()
     pair = target, perturbed(target, 0.5)

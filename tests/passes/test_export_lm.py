@@ -51,6 +51,14 @@ def test_dead_code_is_gone_and_placeholders_stay() -> None:
     assert len(lm.weights) == 1
 
 
+def test_code_under_no_grad_is_inlined() -> None:
+    def step(x):
+        with torch.no_grad():
+            return torch.tanh(x)[:, -1]
+
+    assert op_names(export_then(step).graph)[-2:] == ["tanh.default", "select.int"]
+
+
 @pytest.mark.parametrize(
     ("name", "limit"), [("gpt_sliced_positions", 64), ("llama_buffered", 64), ("eager", 64), ("llama", None)]
 )

@@ -20,7 +20,8 @@ def draw(x):
 @pytest.mark.parametrize("check", [True, False])
 def test_pipeline_names_its_passes_and_validates_on_request(check: bool) -> None:
     traced = trace_model(Step(draw), IDS, (), check)
-    assert list(traced.seconds) == ["export", "match_sampler", "synthesize_cache", *["validate"] * check]
+    assert list(traced.seconds)[:3] == ["export", "match_sampler", "synthesize_cache"]
+    assert ("validate" in traced.seconds) == check
     assert traced.sampler is not None
     assert (traced.error is not None) == check
 

@@ -528,24 +528,3 @@ def test_refuses_autocast_inside():
         return ids
 
     assert "autocast" in refusal(fn, prompt()).what
-
-
-def test_refuses_a_padded_buffer_and_while_loop():
-    def padded(ids):
-        buf = F.pad(ids, (0, 3))
-        for i in range(P, P + 3):
-            buf[:, i] = greedy(MODEL(buf)[:, i - 1])
-        return buf
-
-    def while_loop(ids):
-        def body(i, buf):
-            logits = torch.index_select(MODEL(buf), 1, (i - 1).reshape(1)).squeeze(1)
-            return i + 1, buf.index_copy(1, i.reshape(1), logits.argmax(-1, keepdim=True))
-
-        state = (torch.tensor(P), F.pad(ids, (0, 3)))
-        return torch._higher_order_ops.while_loop(lambda i, buf: i < P + 3, body, state)[1]
-
-    error = refusal(padded, prompt())
-    assert "prompt[0:4] + constant 0" in error.why
-    assert "buf[:, :length]" in error.fix
-    assert "Python for loop" in refusal(while_loop, prompt()).fix

@@ -1,0 +1,157 @@
+"""Regions compiled by Inductor, by AOT autograd and by Dynamo alone give what the plain functions give, and are compiled
+once: another length, seed, prompt or prompt length finds them ready."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from models import CACHEABLE, GRUStep, perturbed
+from smc_compile import Generation, generate
+from smc_compile.generate import _programs
+from smc_compile.options import COMPILERS
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+VOCAB = 17
+PROMPTS = torch.tensor([[5, 3, 11, 7], [1, 16, 0, 2]])
+SMC_REGIONS = {"target_prefill", "draft_prefill", "draft_head", "draft_step", "score", "weigh"}
+
+Run = Callable[..., Generation]
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[nn.Module, nn.Module]:
+    target = CACHEABLE["llama"](vocab=VOCAB).double()
+    return target, perturbed(target, 0.3)
+
+
+@pytest.fixture(scope="module")
+def run(pair) -> Run:
+    """Generations of the one pair, each program compiled at its first use."""
+
+    def call(compiler: str, ids: Tensor = PROMPTS, n: int = 12, seed: int = 3) -> Generation:
+        return generate(*pair, ids, max_new_tokens=n, seed=seed, compiler=compiler, n_particles=4, lookahead=2)
+
+    return call
+
+
+def plain(run: Run, *args: Any, **options: Any) -> Generation:
+    with torch.compiler.set_stance("force_eager"):
+        return run("eager", *args, **options)
+
+
+def compilations() -> tuple[int, ...]:
+    """Graphs traced by Dynamo, and graphs that reached Inductor whether its cache knew them or not."""
+    inductor = counters["inductor"]
+    return counters["stats"]["unique_graphs"], sum(v for k, v in inductor.items() if k.startswith("fxgraph_cache_"))
+
+
+def assert_same(a: Generation, b: Generation) -> None:
+    """The same draws, and weights to rounding."""
+    assert torch.equal(a.particles, b.particles)
+    assert torch.equal(a.sequences, b.sequences)
+    assert torch.equal(a.ancestors, b.ancestors)
+    for name in ("log_weights", "log_evidence", "ess"):
+        torch.testing.assert_close(getattr(a, name), getattr(b, name), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_compiled_equals_plain(run, compiler):
+    result = run(compiler)
+    assert result.stats.resamplings > 0, "or copies of states are not seen"
+    assert_same(result, plain(run))
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_nothing_is_compiled_again(run, compiler):
+    run(compiler)
+    before = compilations()
+    variations = {
+        "seed": {"seed": 4},
+        "prompt": {"ids": PROMPTS.flip(0)},
+        "longer prompt": {"ids": PROMPTS.repeat(1, 3)},
+        "shorter prompt": {"ids": PROMPTS[:, :2]},
+        "longer answer": {"n": 31},
+        "shorter answer": {"n": 5},
+        "no cycle": {"n": 1},
+        "both": {"ids": PROMPTS.repeat(1, 2), "n": 20, "seed": 9},
+    }
+    for name, variation in variations.items():
+        result = run(compiler, **variation)
+        assert compilations() == before, name
+        assert result.stats.compile_seconds == 0, name
+        assert_same(result, plain(run, **variation))
+
+
+def test_a_prompt_of_one_token_is_right(run):
+    """It may compile once more: sizes 0 and 1 are special to Dynamo."""
+    for compiler in COMPILERS:
+        assert_same(run(compiler, PROMPTS[:, :1]), plain(run, PROMPTS[:, :1]))
+    before = compilations()
+    for compiler in COMPILERS:
+        run(compiler, PROMPTS[:, 2:3], n=9, seed=8)
+    assert compilations() == before
+
+
+def test_weights_updated_in_place_need_no_compilation(run, pair):
+    result, before = run("inductor"), compilations()
+    weight = pair[0].head.weight
+    saved = weight.detach().clone()
+    with torch.no_grad():
+        weight.mul_(1.5)
+    try:
+        updated = run("inductor")
+        assert compilations() == before
+        assert_same(updated, plain(run))
+        assert not torch.equal(updated.particles, result.particles)
+    finally:
+        with torch.no_grad():
+            weight.copy_(saved)
+
+
+def test_regions_count_their_compilations_and_seconds(run, pair):
+    run("inductor")
+    program = next(p for p in _programs[pair[0]].values() if p.options.compiler == "inductor")
+    regions = {region.name: region for region in program.regions}
+    assert set(regions) == SMC_REGIONS
+    assert all(region.compilations >= 1 for region in regions.values())
+    assert all(region.compile_seconds > 0.01 for region in regions.values())
+    compiled = {name: (region.compilations, region.compile_seconds) for name, region in regions.items()}
+    spent = {name: region.seconds for name, region in regions.items()}
+
+    result = run("inductor")
+    assert {name: (region.compilations, region.compile_seconds) for name, region in regions.items()} == compiled
+    gained = {name: region.seconds - spent[name] for name, region in regions.items()}
+    assert min(gained.values()) > 0
+    assert result.stats.draft_seconds == pytest.approx(gained["draft_head"] + gained["draft_step"])
+    assert result.stats.score_seconds == pytest.approx(gained["score"])
+    assert sum(gained.values()) < result.stats.seconds
+
+
+def test_a_first_call_reports_its_compilation():
+    target = GRUStep(VOCAB)
+    options = {"max_new_tokens": 8, "n_particles": 2, "lookahead": 2, "compiler": "eager", "seed": 0}
+    first, second = (generate(target, perturbed(target), PROMPTS, **options) for _ in range(2))
+    assert first.stats.compile_seconds > 0
+    # another draft object is another program; the regions of the first do not serve it
+    assert second.stats.compile_seconds > 0
+    assert torch.equal(first.particles, second.particles)
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_a_stateful_pair_compiles_too(compiler):
+    """Inductor sees the same graphs as aot_eager; one pair in this suite is enough."""
+    target = GRUStep(VOCAB).double()
+    draft = perturbed(target, 0.5)
+    options = {"n_particles": 4, "lookahead": 2, "compiler": compiler, "ess_threshold": 0.9}
+    result = generate(target, draft, PROMPTS, max_new_tokens=12, seed=3, **options)
+    before = compilations()
+    again = generate(target, draft, PROMPTS[:, :3], max_new_tokens=20, seed=4, **options)
+    assert compilations() == before
+    with torch.compiler.set_stance("force_eager"):
+        assert_same(result, generate(target, draft, PROMPTS, max_new_tokens=12, seed=3, **options))
+        assert_same(again, generate(target, draft, PROMPTS[:, :3], max_new_tokens=20, seed=4, **options))
+    assert result.stats.resamplings > 0
