@@ -24,7 +24,7 @@ Run = Callable[..., Generation]
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[nn.Module, nn.Module]:
-    target = CACHEABLE["llama"](vocab=VOCAB).double()
+    target = CACHEABLE["llama"](vocab=VOCAB, layers=1).double()
     return target, perturbed(target, 0.3)
 
 
@@ -86,14 +86,15 @@ def test_nothing_is_compiled_again(run, compiler):
         assert_same(result, plain(run, **variation))
 
 
-def test_a_prompt_of_one_token_is_right(run):
-    """It may compile once more: sizes 0 and 1 are special to Dynamo."""
-    for compiler in COMPILERS:
-        assert_same(run(compiler, PROMPTS[:, :1]), plain(run, PROMPTS[:, :1]))
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_a_prompt_of_one_token_is_right(run, compiler):
+    """It may compile once more, since sizes 0 and 1 are special to Dynamo; with Inductor that would take a minute."""
+    assert_same(run(compiler, PROMPTS[:, :1]), plain(run, PROMPTS[:, :1]))
     before = compilations()
-    for compiler in COMPILERS:
-        run(compiler, PROMPTS[:, 2:3], n=9, seed=8)
+    assert_same(run(compiler, PROMPTS[:, 2:3], n=9, seed=8), plain(run, PROMPTS[:, 2:3], n=9, seed=8))
     assert compilations() == before
+    run(compiler)
+    assert compilations() == before, "what was compiled for longer prompts is still there"
 
 
 def test_weights_updated_in_place_need_no_compilation(run, pair):
