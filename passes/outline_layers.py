@@ -1,7 +1,6 @@
-"""Repeated layers compile once: find the period of a graph and move each repetition behind one shared function.
+"""Repeated layers compile once: split a graph into what comes before its layers, one layer, and what comes after.
 
-The shared function is a nested compile region: the compiler lowers it a single time and calls it for every layer. Cache
-writes stay outside of it, between two calls, so that the function is pure: a region that mutates is traced anew each time.
+Layers are found by structure alone: the longest stretch of ops that repeats with a period and with equal wiring.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from operator import getitem
 from typing import Any
 
 import numpy as np
@@ -17,30 +15,52 @@ import torch
 from torch import fx
 from torch._dynamo.utils import counters
 
-from smc_compile.passes.cached_attention import write_cache
 from smc_compile.passes.ir import CachedLM, output_values
 
 log = logging.getLogger(__name__)
 
-MIN_REPEATS = 3  # two equal layers do not pay for a call
+MIN_REPEATS = 6  # below that one whole graph costs little more to compile, and runs without the calls in between
 MIN_PERIOD = 8  # shorter repetitions are patterns inside a layer
+
+
+class Layered:
+    """A graph as ``head``, ``layer`` (called once a layer with its own weights and caches) and ``tail``.
+
+    Values are numbered: the graph's arguments first, then what the head gives, then what each layer gives. Called like
+    the graph it came from.
+
+    Attributes:
+        pieces: the three graph modules; replace their callables with ``with_pieces`` to run compiled ones.
+        reads: which values each call reads: the head, every layer, the tail.
+    """
+
+    def __init__(self, pieces: Sequence[Callable[..., Any]], reads: Sequence[Sequence[int]]) -> None:
+        self.pieces, self.reads = tuple(pieces), tuple(tuple(r) for r in reads)
+
+    def with_pieces(self, pieces: Sequence[Callable[..., Any]]) -> Layered:
+        return Layered(pieces, self.reads)
+
+    def __call__(self, *arguments: Any) -> Any:
+        head, layer, tail = self.pieces
+        first, *layers, last = self.reads
+        values = list(arguments)
+        values.extend(head(*(values[i] for i in first)))
+        for reads in layers:
+            values.extend(layer(*(values[i] for i in reads)))
+        return tail(*(values[i] for i in last))
 
 
 @dataclass(frozen=True)
 class _Layers:
-    """Runs of consecutive nodes with equal wiring; run t reads ``inputs[t]`` and gives the nodes at places ``outputs``.
-
-    ``writes[t]`` are the cache writes that follow run t.
-    """
+    """Runs of consecutive nodes with equal wiring; run t reads ``inputs[t]`` and gives the nodes at ``outputs``."""
 
     runs: list[list[fx.Node]]
-    writes: list[list[fx.Node]]
     inputs: list[list[fx.Node]]
     outputs: list[int]
 
 
 def outline_layers(cached: CachedLM) -> CachedLM:
-    """The same model with repeated layers outlined in each of its graphs; graphs without repetition stay as they are."""
+    """The same model with its graphs split at repeated layers; graphs without enough repetition stay whole."""
     return replace(
         cached,
         prefill=outline(cached.prefill),
@@ -49,53 +69,19 @@ def outline_layers(cached: CachedLM) -> CachedLM:
     )
 
 
-def outline(module: fx.GraphModule) -> fx.GraphModule:
-    """``module`` with its longest repetition outlined, or ``module`` itself when nothing repeats often enough."""
-    layers = find_layers(gather_writes(module.graph))
+def outline(module: fx.GraphModule) -> fx.GraphModule | Layered:
+    """``module`` split at its longest repetition, or ``module`` itself when nothing repeats often enough."""
+    layers = find_layers(module.graph)
     if layers is None:
         return module
     counters["smc_compile"]["layers_outlined"] += len(layers.runs)
-    result = _rewrite(module, layers)
-    log.debug("outlined %d layers of %d nodes\n%s", len(layers.runs), len(layers.runs[0]), result.graph)
-    return result
-
-
-def gather_writes(graph: fx.Graph) -> fx.Graph:
-    """Move each cache write, with what it needs, up to the write before it unless it depends on that one.
-
-    Keys and values of a layer are then written side by side, before its attention.
-    """
-    previous: fx.Node | None = None
-    for node in [n for n in graph.nodes if n.target is write_cache]:
-        if previous is not None:
-            needed = _between(previous, node)
-            if needed is not None:
-                for moved in needed:
-                    previous.prepend(moved)
-                previous.append(node)
-        previous = node
-    graph.lint()
-    return graph
-
-
-def _between(first: fx.Node, last: fx.Node) -> list[fx.Node] | None:
-    """What ``last`` needs and stands after ``first``, in order; None when something of it depends on ``first``."""
-    order = {node: i for i, node in enumerate(first.graph.nodes)}
-    needed: set[fx.Node] = set()
-    stack = [n for n in last.all_input_nodes if order[n] >= order[first]]
-    while stack:
-        node = stack.pop()
-        if node is first:
-            return None
-        if node not in needed:
-            needed.add(node)
-            stack.extend(n for n in node.all_input_nodes if order[n] >= order[first])
-    return sorted(needed, key=order.__getitem__)
+    log.debug("outlined %d layers of %d nodes", len(layers.runs), len(layers.runs[0]))
+    return _split(module, layers)
 
 
 def find_layers(graph: fx.Graph) -> _Layers | None:
     """The repetition that covers most nodes, at the phase where layers exchange fewest values."""
-    nodes = [node for node in graph.nodes if node.op == "call_function"]
+    nodes = [node for node in graph.nodes if node.op == "call_function" and not _is_size(node)]
     for start, length, period in _repetitions(nodes):
         best: _Layers | None = None
         for shift in range(min(period, length - MIN_REPEATS * period + 1)):
@@ -107,6 +93,15 @@ def find_layers(graph: fx.Graph) -> _Layers | None:
         if best is not None:
             return best
     return None
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Sizes are integers computed from shapes: every piece computes its own, so that none crosses as a constant."""
+    if node.op != "call_function":
+        return False
+    if node.target is torch.ops.aten.sym_size.int:
+        return True
+    return bool(node.all_input_nodes) and all(_is_size(source) for source in node.all_input_nodes)
 
 
 def _traffic(layers: _Layers) -> int:
@@ -133,41 +128,45 @@ def _repetitions(nodes: Sequence[fx.Node]) -> Iterator[tuple[int, int, int]]:
 
 
 def _signature(node: fx.Node) -> str:
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _: "%")
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: "#" if _is_size(n) else "%")
     return f"{node.target} {args} {kwargs}"
 
 
 def _consistent(runs: list[list[fx.Node]]) -> _Layers | None:
-    """Check that cache writes come last, and that runs have the same wiring and the same pattern of outside values."""
-    is_write = [[node.target is write_cache for node in run] for run in runs]
-    count = sum(is_write[0])
-    if any(flags != sorted(flags) or sum(flags) != count for flags in is_write):
-        return None
-    cut = len(runs[0]) - count
-    bodies, writes = [run[:cut] for run in runs], [run[cut:] for run in runs]
-    wiring, inputs = zip(*(_wire(body) for body in bodies), strict=True)
+    """Check that all runs have the same wiring inside and the same pattern of values from outside."""
+    wiring, inputs = zip(*(_wire(run) for run in runs), strict=True)
     if any(w != wiring[0] for w in wiring):
         return None
-    outputs = {i for body in bodies for i in _escaping(body)}
-    return _Layers(bodies, writes, list(inputs), sorted(outputs))
+    outputs = {i for run in runs for i in _escaping(run)}
+    return _Layers(runs, list(inputs), sorted(outputs))
 
 
-def _escaping(body: list[fx.Node]) -> Iterator[int]:
-    inside = set(body)
-    return (i for i, node in enumerate(body) if any(user not in inside for user in node.users))
+def _escaping(run: list[fx.Node]) -> Iterator[int]:
+    inside = set(run)
+    return (i for i, node in enumerate(run) if any(_reaches_out(user, inside) for user in node.users))
 
 
-def _wire(run: list[fx.Node]) -> tuple[list[tuple[str, int]], list[fx.Node]]:
-    """Every node argument in order, as (inside, position in the run) or (outside, number of the input)."""
+def _reaches_out(user: fx.Node, inside: set[fx.Node]) -> bool:
+    """Whether a use lies outside the run; a size counts as where it is used."""
+    if _is_size(user):
+        return any(_reaches_out(further, inside) for further in user.users)
+    return user not in inside
+
+
+def _wire(run: list[fx.Node]) -> tuple[list[Any], list[fx.Node]]:
+    """Every node argument in order, as a place in the run or the number of an input; sizes are followed to tensors."""
     inside = {node: i for i, node in enumerate(run)}
     outside: dict[fx.Node, int] = {}
-    wiring: list[tuple[str, int]] = []
+    wiring: list[Any] = []
 
     def note(value: fx.Node) -> fx.Node:
-        if value in inside:
-            wiring.append(("inside", inside[value]))
+        if _is_size(value):
+            wiring.append(str(value.target))
+            fx.map_arg((value.args, value.kwargs), note)
+        elif value in inside:
+            wiring.append(inside[value])
         else:
-            wiring.append(("outside", outside.setdefault(value, len(outside))))
+            wiring.append(-1 - outside.setdefault(value, len(outside)))
         return value
 
     for node in run:
@@ -175,39 +174,51 @@ def _wire(run: list[fx.Node]) -> tuple[list[tuple[str, int]], list[fx.Node]]:
     return wiring, list(outside)
 
 
-def _rewrite(module: fx.GraphModule, layers: _Layers) -> fx.GraphModule:
-    layer = _layer_function(module, layers)
-    first = {run[0]: t for t, run in enumerate(layers.runs)}
-    moved = {node for run in layers.runs for node in run}
+def _split(module: fx.GraphModule, layers: _Layers) -> Layered:
+    nodes = [n for n in module.graph.nodes if n.op == "call_function" and not _is_size(n)]
+    first, last = nodes.index(layers.runs[0][0]), nodes.index(layers.runs[-1][-1])
+    before, after = nodes[:first], nodes[last + 1 :]
+    results = output_values(module.graph)
+    number = {node: i for i, node in enumerate(n for n in module.graph.nodes if n.op == "placeholder")}
+    in_layers = {node for run in layers.runs for node in run}
+    head_outputs = [n for n in before if n in results or any(_reaches_out(user, set(before)) for user in n.users)]
+    _, head_inputs = _wire(before)
+    for node in head_outputs:
+        number[node] = len(number)
+    for run in layers.runs:
+        for i in layers.outputs:
+            number[run[i]] = len(number)
+    _, tail_inputs = _wire(after)
+    tail_inputs += [n for n in results if n not in tail_inputs and n not in after]
+    assert not in_layers & set(after)
+    pieces = (
+        _piece(module, before, head_inputs, head_outputs),
+        _piece(module, layers.runs[0], layers.inputs[0], [layers.runs[0][i] for i in layers.outputs]),
+        _piece(module, after, tail_inputs, results, unwrap=not _returns_tuple(module.graph)),
+    )
+    reads = [head_inputs, *layers.inputs, tail_inputs]
+    return Layered(pieces, [[number[node] for node in read] for read in reads])
+
+
+def _returns_tuple(graph: fx.Graph) -> bool:
+    return isinstance(graph.output_node().args[0], (tuple, list))
+
+
+def _piece(
+    module: fx.GraphModule, run: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node], unwrap: bool = False
+) -> fx.GraphModule:
+    """Some nodes as a graph of their own; the sizes that they use are computed inside from its inputs."""
     graph = fx.Graph()
-    env: dict[fx.Node, Any] = {}
-    for node in module.graph.nodes:
-        if node in first:
-            t = first[node]
-            call = graph.call_function(layer, tuple(env[value] for value in layers.inputs[t]))
-            for k, i in enumerate(layers.outputs):
-                env[layers.runs[t][i]] = graph.call_function(getitem, (call, k))
-        elif node not in moved and node.op != "output":
-            env[node] = graph.node_copy(node, lambda n: env[n])
-    values = tuple(env[value] for value in output_values(module.graph))
-    graph.output(values if isinstance(module.graph.output_node().args[0], (tuple, list)) else values[0])
+    env: dict[fx.Node, Any] = {value: graph.placeholder(f"input_{i}") for i, value in enumerate(inputs)}
+
+    def place(node: fx.Node) -> Any:
+        if node not in env:
+            env[node] = graph.node_copy(node, place)
+        return env[node]
+
+    for node in run:
+        env[node] = graph.node_copy(node, place)
+    values = tuple(env[node] for node in outputs)
+    graph.output(values[0] if unwrap else values)
     graph.lint()
     return fx.GraphModule(module, graph)
-
-
-def _layer_function(module: fx.GraphModule, layers: _Layers) -> Callable[..., Any]:
-    """One layer as a function of its inputs; the compiler sees the same function at every call."""
-    graph = fx.Graph()
-    env: dict[fx.Node, Any] = {value: graph.placeholder(f"input_{i}") for i, value in enumerate(layers.inputs[0])}
-    for node in layers.runs[0]:
-        env[node] = graph.node_copy(node, lambda n: env[n])
-    graph.output(tuple(env[layers.runs[0][i]] for i in layers.outputs))
-    graph.lint()
-    body = fx.GraphModule(module, graph)
-
-    def layer(*inputs: Any) -> Any:
-        return body(*inputs)
-
-    marked = torch.compiler.nested_compile_region(layer)
-    marked.__module__, marked.__name__ = __name__, "layer"  # generated code calls it by this name
-    return marked

@@ -392,11 +392,12 @@ class _Emitter:
             for axis, size in zip(axes[len(axes) - len(sizes) :], sizes, strict=True)
         )
 
-    def _align(self, value: fx.Node, axes: Axes, node: fx.Node, exact: bool) -> fx.Node:
+    def _align(self, value: fx.Node, axes: Axes, node: fx.Node, exact: bool, keys: Any = None) -> fx.Node:
         """Read a token-free value at the new positions: rows for a query axis, all keys for a key axis."""
         sizes = [expression(size) for size in value.meta["val"].shape]
         axes = axes[len(axes) - len(sizes) :]
-        keys = self._key_length(node) if any(K in axis for axis in axes) else None
+        if keys is None and any(K in axis for axis in axes):
+            keys = self._key_length(node)
         signature = (value, tuple(axes), exact, keys, node in self.typing.after_last)
         if signature not in self._aligned:
             self._aligned[signature] = self._read_table(value, sizes, axes, node, exact, keys)
@@ -429,13 +430,14 @@ class _Emitter:
         return self.call(key_positions, keys, table, d)
 
     def _key_length(self, node: fx.Node) -> Any:
-        """P + S, taken from the caches of the attention that a score-like node belongs to."""
+        """P + S as the score-like operands of ``node`` have it: each layer reads its own, so that layers stay alike."""
         if self.mode == PREFILL:
             return self.length
-        if not hasattr(self, "_keys"):
-            prompt = self.call(aten.sym_size.int, self._prompts[0], 2)
-            self._keys = self.call(_add, prompt, self.call(aten.sym_size.int, self._suffixes[0], 2))
-        return self._keys
+        for source in node.all_input_nodes:
+            keys = self._keys_of(self.env.get(source), source) if self.typing.is_dependent(source) else None
+            if keys is not None:
+                return keys
+        raise refuse(node, "a table over keys meets no attention scores")
 
     # -- the last position ------------------------------------------------------------------------------------------
 
@@ -489,7 +491,7 @@ class _Emitter:
             scores = self.call(causal_mask, scores, self.positions)
         if bound["attn_mask"] is not None:
             mask = bound["attn_mask"]
-            scores = self.call(masked, scores, self._align(mask, score_axes, node, False))
+            scores = self.call(masked, scores, self._align(mask, score_axes, node, False, self._last_size(scores, score_axes)))
         probs = self.call(aten.softmax.int, scores, -1)
         probs = self.call(aten._to_copy.default, probs, dtype=value.meta["val"].dtype)
         return self._mix(probs, score_axes, value, self.typing.of(node))
@@ -506,7 +508,10 @@ class _Emitter:
         prompt, suffix = self._cache(key, new, ("key", swapped))
         canonical = self._to_canonical(emitted or self.env[query], heads, _product(axes[-1]))
         scores = self.call(scores_over_cache, canonical, prompt, suffix)
-        return self._from_canonical(scores, heads, out, self._key_length(node))
+        return self._from_canonical(scores, heads, out, self.call(aten.sym_size.int, scores, 3))
+
+    def _last_size(self, value: Any, axes: Axes) -> fx.Node:
+        return self.call(aten.sym_size.int, value, len(axes) - 1)
 
     def _mix(self, probs: Any, axes: Axes, value: fx.Node, out: Axes) -> fx.Node:
         """probs [..., q, k] @ value [..., k, d] over the cache."""
@@ -514,7 +519,7 @@ class _Emitter:
         heads = _Heads(axes[:-2], axes[-2], _padded(value_axes, len(axes))[:-2])
         new = self._canonical_keys(value, value_axes, False, last_is_position=False)
         prompt, suffix = self._cache(value, new, ("value", False))
-        canonical = self._to_canonical(probs, heads, self._key_length(None))  # type: ignore[arg-type]
+        canonical = self._to_canonical(probs, heads, self._last_size(probs, axes))
         mixed = self.call(mix_over_cache, canonical, prompt, suffix)
         return self._from_canonical(mixed, heads, out, _product(value_axes[-1]))
 

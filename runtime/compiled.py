@@ -14,17 +14,19 @@ from torch._dynamo.utils import counters
 class Region:
     """Compiles ``function`` for static shapes (marked dimensions stay symbolic) and keeps two clocks.
 
+    ``whole`` is False for a function that calls compiled pieces itself: only what is around them is compiled here.
+
     Attributes:
         seconds: time spent running.
         compile_seconds: time of the calls that compiled.
         compilations: how many times it was compiled.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any], compiler: str) -> None:
+    def __init__(self, name: str, function: Callable[..., Any], compiler: str, whole: bool = True) -> None:
         self.name = name
         self.seconds = self.compile_seconds = 0.0
         self.compilations = 0
-        self._function = torch.compile(_own_code(function, name), backend=compiler, fullgraph=True, dynamic=False)
+        self._function = compile_function(function, name, compiler, whole)
 
     def __call__(self, *args: Any) -> Any:
         before = counters["stats"]["unique_graphs"]
@@ -37,6 +39,13 @@ class Region:
         else:
             self.seconds += elapsed
         return result
+
+
+def compile_function(
+    function: Callable[..., Any], name: str, compiler: str, whole: bool = True
+) -> Callable[..., Any]:
+    """``function`` compiled with a Dynamo cache of its own; ``whole`` forbids graph breaks."""
+    return torch.compile(_own_code(function, name), backend=compiler, fullgraph=whole, dynamic=False)
 
 
 def _own_code(function: Callable[..., Any], name: str) -> Callable[..., Any]:

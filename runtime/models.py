@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .compiled import Region, mark_dynamic
+from .compiled import Region, compile_function, mark_dynamic
 from .regions import Forward, State, unify
 
 
@@ -35,6 +35,7 @@ class RuntimeModel(Protocol):
 
     score: Forward
     advance: Forward
+    whole: bool  # False: the model calls compiled pieces itself
 
     def begin(self, ids: Tensor, n_particles: int, capacity: int, length: int) -> tuple[Tensor, Any, State]:
         """Prefill ``ids [B, P]``: rows [B, V], the shared context, and the state of B*N rows."""
@@ -55,9 +56,15 @@ class CachedModel:
         self, graphs: IncrementalGraphs, weights: Callable[[], list[Tensor]], compiler: str, name: str
     ) -> None:
         self._graphs, self.weights = graphs, weights
-        self.prefill_region: Region | None = Region(f"{name}_prefill", _prefill_body(graphs.prefill), compiler)
-        self.score = _incremental_body(graphs.score)
-        self.advance = _incremental_body(graphs.advance)
+        self.whole = not hasattr(graphs.advance, "with_pieces")  # repeated layers come in pieces: see Layered
+        prefill, score, advance = (
+            _compile_pieces(graph, f"{name}_{kind}", compiler)
+            for graph, kind in ((graphs.prefill, "prefill"), (graphs.score, "score"), (graphs.advance, "advance"))
+        )
+        whole = not hasattr(graphs.prefill, "with_pieces")
+        self.prefill_region: Region | None = Region(f"{name}_prefill", _prefill_body(prefill), compiler, whole)
+        self.score = _incremental_body(score, self.whole)
+        self.advance = _incremental_body(advance, self.whole)
 
     def begin(self, ids: Tensor, n_particles: int, capacity: int, length: int) -> tuple[Tensor, Any, State]:
         weights = self.weights()
@@ -87,6 +94,45 @@ class CachedModel:
         ]
 
 
+def _compile_pieces(graph: Any, name: str, compiler: str) -> Callable[..., Any]:
+    """A split graph with its pieces compiled: one layer serves all; a whole graph compiles with the region around it."""
+    if not hasattr(graph, "with_pieces"):
+        return graph
+    head, layer, tail = (
+        compile_function(_as_function(piece), f"{name}_{part}", compiler)
+        for piece, part in zip(graph.pieces, ("head", "layer", "tail"), strict=True)
+    )
+
+    @torch._dynamo.disable
+    def run(*arguments: Any) -> Any:
+        growing = arguments[0].shape[1] if name.endswith("prefill") else 1
+        pieces = head, layer, tail
+        if growing > 1:  # a prompt's length stays symbolic in what pieces hand to each other
+            pieces = _marking(head, growing), _marking(layer, growing), tail
+        return graph.with_pieces(pieces)(*arguments)
+
+    return run
+
+
+def _as_function(piece: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*inputs: Any) -> Any:
+        return piece(*inputs)
+
+    return run
+
+
+def _marking(piece: Callable[..., Any], size: int) -> Callable[..., Any]:
+    """``piece`` with the dimensions of its results that have this size marked as varying."""
+
+    def run(*inputs: Any) -> Any:
+        results = piece(*inputs)
+        for result in results:
+            mark_dynamic(result, *(d for d, length in enumerate(result.shape) if length == size))
+        return results
+
+    return run
+
+
 def _prefill_body(graph: Callable[..., Any]) -> Callable[..., tuple[Tensor, list[Tensor]]]:
     def prefill(ids: Tensor, weights: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         rows, *caches = graph(ids, *weights)
@@ -95,11 +141,12 @@ def _prefill_body(graph: Callable[..., Any]) -> Callable[..., tuple[Tensor, list
     return prefill
 
 
-def _incremental_body(graph: Callable[..., Any]) -> Forward:
+def _incremental_body(graph: Callable[..., Any], whole: bool) -> Forward:
     def forward(tokens: Tensor, positions: Tensor, slots: Tensor, state: State, context: Any) -> tuple[Tensor, State]:
         prompts, tables, weights = context
-        unify(prompts, 2)
-        unify(state, 2)
+        if whole:
+            unify(prompts, 2)
+            unify(state, 2)
         return graph(tokens, positions, slots, *prompts, *state, *tables, *weights), []  # suffixes change in place
 
     return forward
@@ -111,6 +158,7 @@ class StatefulModel:
     def __init__(self, model: Any) -> None:
         self.model = model
         self._spec: Any = None
+        self.whole = True
         self.prefill_region: Region | None = None
         self.score = self._body(all_positions=True)
         self.advance = self._body(all_positions=False)

@@ -63,7 +63,7 @@ class AutoregressiveSession:
     def __init__(self, target: RuntimeModel, law: Law, compiler: str) -> None:
         self._target, self._law = target, law
         self._greedy = law.kind == "greedy"
-        self._step = Region("target_step", extend(target.advance, law.kind, law.temperature, self._greedy), compiler)
+        self._step = Region("target_step", extend(target.advance, law.kind, law.temperature, self._greedy), compiler, target.whole)
 
     @property
     def regions(self) -> list[Region]:
@@ -128,9 +128,9 @@ class SMCSession:
         self._draft_temperature = draft_temperature
         self._n, self._k = n_particles, lookahead
         step = propose(draft.advance, draft_temperature)
-        self._draft_step = Region("draft_step", step, compiler)
-        self._draft_head = Region("draft_head", step, compiler)  # two tokens: the last drafted one and the bonus
-        self._score = Region("score", score(target.score, law.kind, law.temperature), compiler)
+        self._draft_step = Region("draft_step", step, compiler, draft.whole)
+        self._draft_head = Region("draft_head", step, compiler, draft.whole)  # two tokens: the last drafted one and the bonus
+        self._score = Region("score", score(target.score, law.kind, law.temperature), compiler, target.whole)
         self._weigh = Region("weigh", weigh(ess_threshold, resampling_method), compiler)
 
     @property
