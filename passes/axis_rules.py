@@ -7,6 +7,9 @@ from operator import getitem
 from typing import Any
 
 import torch
+from torch import fx
+
+from smc_compile.errors import CacheError
 from smc_compile.passes.ir import user_line
 from smc_compile.passes.sequence_axes import (
     BATCH,
@@ -24,9 +27,6 @@ from smc_compile.passes.sequence_axes import (
     refuse,
     split_atoms,
 )
-from torch import fx
-
-from smc_compile.errors import CacheError
 
 Rule = Callable[[Typing, fx.Node], Any]
 RULES: dict[str, Rule] = {}

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from math import prod
 
 import torch
-from smc_compile.passes.ir import CausalLM
-from smc_compile.passes.sequence_axes import type_axes
 from torch import Tensor, fx, nn
 from torch._functorch.compile_utils import fx_graph_cse
 from torch.export.graph_signature import InputKind
 
 from smc_compile.errors import CacheError
+from smc_compile.passes.ir import CausalLM
+from smc_compile.passes.sequence_axes import type_axes
 
 log = logging.getLogger(__name__)
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from smc_compile.passes.axis_rules import arguments, op_name
-from smc_compile.passes.ir import CausalLM, output_values, user_line
 from torch import fx
 from torch._dynamo.utils import counters
 
 from smc_compile.errors import LoopError
+from smc_compile.passes.axis_rules import arguments, op_name
+from smc_compile.passes.ir import CausalLM, output_values, user_line
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten

@@ -205,7 +205,11 @@ def _returns_tuple(graph: fx.Graph) -> bool:
 
 
 def _piece(
-    module: fx.GraphModule, run: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node], unwrap: bool = False
+    module: fx.GraphModule,
+    run: Sequence[fx.Node],
+    inputs: Sequence[fx.Node],
+    outputs: Sequence[fx.Node],
+    unwrap: bool = False,
 ) -> fx.GraphModule:
     """Some nodes as a graph of their own; the sizes that they use are computed inside from its inputs."""
     graph = fx.Graph()

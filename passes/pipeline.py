@@ -6,13 +6,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor, nn
+
 from smc_compile.passes.export_lm import OwnedWeights, export_lm
 from smc_compile.passes.ir import CachedLM, CausalLM
 from smc_compile.passes.match_sampler import Sampler, match_sampler
 from smc_compile.passes.outline_layers import outline_layers
 from smc_compile.passes.synthesize_cache import synthesize_cache
 from smc_compile.passes.verify import validate
-from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Traced:
 
 
 def trace_model(step: nn.Module, ids: Tensor, weights: Sequence[Tensor], check: bool, sampled: bool = True) -> Traced:
-    """Run every pass on ``step(ids [B, S], *weights)``, which returns a token draw, or logits [B, V] if not ``sampled``.
+    """Run every pass on ``step(ids [B, S], *weights)``, which returns a draw, or logits [B, V] if not ``sampled``.
 
     Raises:
         CacheError, LoopError, ValidationError: from the pass that refuses.

@@ -12,10 +12,10 @@ from typing import Any
 
 import sympy
 import torch
-from smc_compile.passes.ir import CausalLM, user_line
 from torch import fx
 
 from smc_compile.errors import CacheError
+from smc_compile.passes.ir import CausalLM, user_line
 
 BATCH, QUERY, KEY, REPEAT, OTHER = "batch", "query", "key", "repeat", "other"
 

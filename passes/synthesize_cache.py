@@ -8,6 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import fx
+from torch._dynamo.utils import counters
+
+from smc_compile.errors import CacheError
 from smc_compile.passes.axis_rules import arguments, axis_index, op_name
 from smc_compile.passes.cached_attention import causal_mask, masked, mix_over_cache, scores_over_cache, write_cache
 from smc_compile.passes.ir import CachedLM, CacheSite, CausalLM, output_values
@@ -28,10 +32,6 @@ from smc_compile.passes.sequence_axes import (
     refuse,
     type_axes,
 )
-from torch import fx
-from torch._dynamo.utils import counters
-
-from smc_compile.errors import CacheError
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -491,7 +491,9 @@ class _Emitter:
             scores = self.call(causal_mask, scores, self.positions)
         if bound["attn_mask"] is not None:
             mask = bound["attn_mask"]
-            scores = self.call(masked, scores, self._align(mask, score_axes, node, False, self._last_size(scores, score_axes)))
+            scores = self.call(
+                masked, scores, self._align(mask, score_axes, node, False, self._last_size(scores, score_axes))
+            )
         probs = self.call(aten.softmax.int, scores, -1)
         probs = self.call(aten._to_copy.default, probs, dtype=value.meta["val"].dtype)
         return self._mix(probs, score_axes, value, self.typing.of(node))

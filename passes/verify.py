@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from smc_compile.passes.ir import CachedLM, CausalLM, user_line
-from smc_compile.passes.sequence_axes import KEY, K, Q, Typing, type_axes
 from torch import Tensor, fx
 
 from smc_compile.errors import CacheError, ValidationError
+from smc_compile.passes.ir import CachedLM, CausalLM, user_line
+from smc_compile.passes.sequence_axes import KEY, K, Q, Typing, type_axes
 
 # Largest difference allowed, relative to the spread of the logits: a few hundred roundings of each format.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.12, torch.float16: 0.02}

@@ -41,9 +41,7 @@ class Region:
         return result
 
 
-def compile_function(
-    function: Callable[..., Any], name: str, compiler: str, whole: bool = True
-) -> Callable[..., Any]:
+def compile_function(function: Callable[..., Any], name: str, compiler: str, whole: bool = True) -> Callable[..., Any]:
     """``function`` compiled with a Dynamo cache of its own; ``whole`` forbids graph breaks."""
     return torch.compile(_own_code(function, name), backend=compiler, fullgraph=whole, dynamic=False)
 

@@ -42,7 +42,7 @@ class RuntimeModel(Protocol):
         ...
 
     def copy_rows(self, state: State, dead: Tensor, source: Tensor, used: int) -> None:
-        """Overwrite rows ``dead`` of the state with rows ``source``, in place; ``used`` suffix positions hold anything."""
+        """Overwrite rows ``dead`` by rows ``source``, in place; ``used`` positions of a suffix hold anything."""
         ...
 
     @property
@@ -50,7 +50,10 @@ class RuntimeModel(Protocol):
 
 
 class CachedModel:
-    """A model whose cache the compiler derived. State: one suffix [R, H, S, d] per site; context: prompts, tables, weights."""
+    """A model whose cache the compiler derived.
+
+    State: one suffix [R, H, S, d] per site. Context: prompts, tables, weights.
+    """
 
     def __init__(
         self, graphs: IncrementalGraphs, weights: Callable[[], list[Tensor]], compiler: str, name: str
@@ -95,7 +98,7 @@ class CachedModel:
 
 
 def _compile_pieces(graph: Any, name: str, compiler: str) -> Callable[..., Any]:
-    """A split graph with its pieces compiled: one layer serves all; a whole graph compiles with the region around it."""
+    """A split graph with its pieces compiled, one layer for all; a whole graph compiles with the region around it."""
     if not hasattr(graph, "with_pieces"):
         return graph
     head, layer, tail = (

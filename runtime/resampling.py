@@ -112,7 +112,7 @@ RESAMPLERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def keep_survivors(ancestors: Tensor) -> Tensor:
-    """Reorder ancestors [B, N] so that a particle with offspring keeps its own place: ancestor[ancestor[i]] = ancestor[i].
+    """Reorder ancestors [B, N] so that a particle with offspring keeps its place: ancestor[ancestor[i]] = ancestor[i].
 
     Only the places of dead particles change hands, so states move by copying dead rows alone, in place. Particles are
     exchangeable, so the law does not change. Runs on the host side of a cycle: it is not for compiled regions.

@@ -63,7 +63,9 @@ class AutoregressiveSession:
     def __init__(self, target: RuntimeModel, law: Law, compiler: str) -> None:
         self._target, self._law = target, law
         self._greedy = law.kind == "greedy"
-        self._step = Region("target_step", extend(target.advance, law.kind, law.temperature, self._greedy), compiler, target.whole)
+        self._step = Region(
+            "target_step", extend(target.advance, law.kind, law.temperature, self._greedy), compiler, target.whole
+        )
 
     @property
     def regions(self) -> list[Region]:
@@ -129,7 +131,9 @@ class SMCSession:
         self._n, self._k = n_particles, lookahead
         step = propose(draft.advance, draft_temperature)
         self._draft_step = Region("draft_step", step, compiler, draft.whole)
-        self._draft_head = Region("draft_head", step, compiler, draft.whole)  # two tokens: the last drafted one and the bonus
+        self._draft_head = Region(
+            "draft_head", step, compiler, draft.whole
+        )  # two tokens: the last drafted one and the bonus
         self._score = Region("score", score(target.score, law.kind, law.temperature), compiler, target.whole)
         self._weigh = Region("weigh", weigh(ess_threshold, resampling_method), compiler)
 
@@ -147,7 +151,7 @@ class SMCSession:
 
     @torch.no_grad()
     def run(self, request: Request) -> Generation:
-        """Generate; raises GenerationError (with the partial result) on logits that are not finite or a dead population."""
+        """Generate; raises GenerationError, with the partial result, on logits not finite or a dead population."""
         clock = _Clock(self.regions)
         stats = Stats("smc", request.new_tokens)
         ids, n = request.ids, request.new_tokens
@@ -298,17 +302,14 @@ class _Streams:
         self.resample = _uniforms(seeds, n, max(cycles, 1), philox.RESAMPLE)  # [B, N, C]
 
     def cycle(self, start: int, k: int, tries: Tensor) -> tuple[Tensor, Tensor]:
-        """Uniforms for x_{start+1} .. x_{start+k} [R, K] and the bonus [R]; later tries of a request use other streams."""
+        """Uniforms for x_{start+1} .. x_{start+k} [R, K] and the bonus [R]; later tries use other streams."""
         draft = self.draft[:, :, start + 1 : start + k + 1]
         bonus = self.target[:, :, start + k + 1]
         if bool((tries > 1).any()):
             steps = torch.arange(start + 1, start + k + 2, device=tries.device)
-            drafts, bonuses = [], []
-            for b, attempt in enumerate((tries - 1).tolist()):
-                seed = self._seeds[b : b + 1]
-                drafts.append(philox.uniforms(seed, self._n, steps[:-1], philox.PROPOSE + ATTEMPT * attempt))
-                bonuses.append(philox.uniforms(seed, self._n, steps[-1:], philox.TARGET + ATTEMPT * attempt)[:, :, 0])
-            draft, bonus = torch.cat(drafts), torch.cat(bonuses)
+            later = ATTEMPT * (tries - 1)  # [B]
+            draft = philox.uniforms(self._seeds, self._n, steps[:-1], philox.PROPOSE + later)
+            bonus = philox.uniforms(self._seeds, self._n, steps[-1:], philox.TARGET + later)
         return draft.flatten(0, 1), bonus.flatten().clone()
 
 
@@ -347,7 +348,7 @@ def _uniforms(seeds: Tensor, n: int, steps: int, purpose: int) -> Tensor:
 def _permute(
     p: _Population, ancestors: Tensor, used: int, copy_states: bool, target: RuntimeModel, draft: RuntimeModel
 ) -> None:
-    """Give every dead row its ancestor's tokens and state; survivors keep their place, so only dead rows are written."""
+    """Give every dead row its ancestor's tokens and state; survivors keep their place and are not written."""
     batch, n = ancestors.shape
     flat = (ancestors + n * torch.arange(batch, device=ancestors.device)[:, None]).flatten()
     dead = (flat != torch.arange(batch * n, device=flat.device)).nonzero()[:, 0]

@@ -17,8 +17,8 @@ from smc_compile.recovered import program_for, step_text
 
 log = logging.getLogger(__name__)
 NO_LOOP = (
-    "no decode loop in this graph (%d nodes): compiled by Inductor unchanged. If you wrote one, Dynamo could not trace it "
-    "whole (a branch on a token?): compile with fullgraph=True or @smc_compile.decode to see why"
+    "no decode loop in this graph (%d nodes): compiled by Inductor unchanged. If you wrote one, Dynamo could not trace "
+    "it whole (a branch on a token?): compile with fullgraph=True or @smc_compile.decode to see why"
 )
 
 
@@ -122,7 +122,7 @@ def find_loop(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> DecodeLoop |
         raise LoopError(
             "the decode loop has Python control flow that depends on data, or code that Dynamo cannot trace",
             str(reason.reason).strip().splitlines()[0] if reason else "",
-            "remove the branch: pass eos_token_id instead of `if token == eos: break`, and keep prints and .item() outside",
+            "remove the branch: pass eos_token_id instead of `if token == eos: break`; keep prints and .item() outside",
         )
     return loop
 

@@ -1,4 +1,4 @@
-"""``@smc_compile.decode``: compile a decode loop from three of its trips, so that the cost does not grow with their number."""
+"""``@smc_compile.decode``: compile a decode loop from three of its trips: the cost does not grow with n."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class CompiledLoop:
             raise LoopError(
                 "the decode loop has Python control flow that depends on data, or code that Dynamo cannot trace",
                 _first_lines(error),
-                "remove the branch: pass eos_token_id instead of `if token == eos: break`, and keep prints and .item() outside",
+                "remove the branch: pass eos_token_id instead of `if token == eos: break`; keep prints and .item() outside",
             ) from error
 
     def _find_trip_count(self, bound: inspect.BoundArguments) -> None:
@@ -162,7 +162,7 @@ class CompiledLoop:
         if other is None or other.trips != CHECK or step_text(other.step.graph) != step_text(found.step.graph):
             raise LoopError(
                 f"argument {name!r} does not only count trips",
-                f"with {name}={PROBE} the loop has {found.trips} trips, with {CHECK} it has {other.trips if other else 0}"
+                f"with {name}={PROBE} the loop has {found.trips} trips, with {CHECK} {other.trips if other else 0}"
                 + ("" if other is None or other.trips != CHECK else ", and what a trip computes differs"),
                 "keep the number of new tokens out of the sampling, or name the right argument: decode(trip_count='n')",
             )

@@ -54,7 +54,11 @@ def explain(function: Callable[..., Any], *args: Any, trip_count: str | None = N
     Options.parse(options)
     if isinstance(function, nn.Module):
         function = type(function).forward.__get__(function)
-    loop = function if isinstance(function, CompiledLoop) else compile_loop(_plain(function), trip_count=trip_count, **options)
+    loop = (
+        function
+        if isinstance(function, CompiledLoop)
+        else compile_loop(_plain(function), trip_count=trip_count, **options)
+    )
     receiver = (function.__self__,) if hasattr(function, "__self__") and not isinstance(function, CompiledLoop) else ()
     start = time.perf_counter()
     try:
@@ -69,7 +73,9 @@ def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _describe(loop: CompiledLoop, seconds: float) -> Explanation:
-    assert loop.loop is not None and loop.program is not None and loop.last is not None
+    assert loop.loop is not None
+    assert loop.program is not None
+    assert loop.last is not None
     program = loop.program.program
     sampler = loop.program.traced.sampler
     assert sampler is not None

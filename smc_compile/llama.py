@@ -1,4 +1,4 @@
-"""A plain Llama-shaped language model: RMSNorm, rotary positions, grouped-query attention, SwiGLU, tied embeddings, no cache.
+"""A plain Llama-shaped model: RMSNorm, rotary positions, grouped-query attention, SwiGLU, tied embeddings, no cache.
 
 It is what the shipped pair and the benchmark are made of. Nothing in the compiler knows it.
 """

@@ -29,7 +29,7 @@ class Options:
         method: "smc", or "autoregressive" for the exact cached one-token loop.
         draft_temperature: divides the draft's logits; None takes the temperature found in the loop.
         eos_token_id: a sequence ends after this token; later tokens repeat it. None: no end of sequence.
-        seed: 64-bit seed; request b of a batch uses seed + b. None draws one from torch's global generator at each call.
+        seed: 64-bit seed; request b of a batch uses seed + b. None draws one from torch's generator at each call.
         validate: compare the cached model with the original when compiling.
         compiler: what lowers the regions: "inductor", or "aot_eager" and "eager" for debugging.
     """

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from smc_compile import Generation, generate
 from smc_compile.runtime.session import Request, SMCSession
-from torch import Tensor
 
 
 def replicate(target: Any, draft: Any, prompt: Tensor, n: int, runs: int, **options: Any) -> Generation:
@@ -28,7 +29,7 @@ def drawn(generation: Generation, law: Tensor) -> Tensor:
 
 
 def weighted_law(generation: Generation, law: Tensor) -> Tensor:
-    """The law of the returned sequence given the particles, averaged over runs: as `law`, with less noise than draws."""
+    """The law of the returned sequence given the particles, averaged over runs: less noisy than draws."""
     return contributions(generation, law, generation.log_weights.softmax(-1)).mean(0).view(law.shape)
 
 
@@ -40,8 +41,8 @@ def evidence_measure(generation: Generation, law: Tensor) -> Tensor:
 def contributions(generation: Generation, law: Tensor, weights: Tensor) -> Tensor:
     """Particle weights [B, N] summed by sequence: [B, V^n]."""
     tokens = generation.particles[..., -law.ndim :]  # [B, N, n]
-    strides = torch.tensor(law.stride())
-    return torch.zeros(len(tokens), law.numel(), dtype=torch.float64).scatter_add_(1, (tokens * strides).sum(-1), weights)
+    sequence = (tokens * torch.tensor(law.stride())).sum(-1)  # [B, N], the index in law.flatten()
+    return torch.zeros(len(tokens), law.numel(), dtype=torch.float64).scatter_add_(1, sequence, weights)
 
 
 def distance(estimate: Tensor, law: Tensor) -> float:
@@ -54,12 +55,12 @@ def z_scores(samples: Tensor, expected: Tensor | float) -> Tensor:
     return (samples.mean(0) - expected) / (samples.std(0) / len(samples) ** 0.5)
 
 
-def draft_chain(target: Callable, draft: Callable, prompt: Tensor, lookahead: int, draft_scale: float = 1.0) -> Callable:
-    """The model that a single particle follows: K tokens of the draft after each token of the target."""
+def draft_chain(target: Callable, draft: Callable, prompt: Tensor, lookahead: int, scale: float = 1.0) -> Callable:
+    """The model that one particle follows: K tokens of the draft (logits times `scale`) after each of the target."""
 
     def logits(ids: Tensor) -> Tensor:
         from_target = (ids.shape[1] - len(prompt)) % (lookahead + 1) == 0
-        return target(ids) if from_target else draft(ids) * draft_scale
+        return target(ids) if from_target else draft(ids) * scale
 
     return logits
 

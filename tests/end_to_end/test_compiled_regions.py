@@ -1,4 +1,4 @@
-"""Regions compiled by Inductor, by AOT autograd and by Dynamo alone give what the plain functions give, and are compiled
+"""Regions compiled by Inductor, by AOT autograd and by Dynamo alone give what the plain functions give, and compile
 once: another length, seed, prompt or prompt length finds them ready."""
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from models import CACHEABLE, GRUStep, perturbed
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
 from smc_compile import Generation, generate
 from smc_compile.generate import _programs
 from smc_compile.options import COMPILERS
-from torch import Tensor, nn
-from torch._dynamo.utils import counters
 
 VOCAB = 17
 PROMPTS = torch.tensor([[5, 3, 11, 7], [1, 16, 0, 2]])

@@ -53,7 +53,7 @@ def test_the_law_approaches_the_target_as_particles_are_added(pair, n, temperatu
         g = replicate(target, draft, PROMPT, n, runs, temperature=temperature, n_particles=particles, lookahead=1)
         bias[particles] = distance(weighted_law(g, law), law)
         returned[particles] = total_variation(drawn(g, law), law) - tv_noise_floor(law, runs)
-        print(f"{pair} N={particles}: weights {bias[particles]:.4f}, returned {returned[particles]:+.4f} over its floor")
+        print(f"{pair} N={particles}: weights {bias[particles]:.4f}, draws {returned[particles]:+.4f} over their floor")
 
     chain = sequence_law(draft_chain(target, draft, PROMPT, 1), PROMPT, n, VOCAB, temperature)
     assert bias[1] == pytest.approx(distance(chain, law), abs=0.03)
@@ -122,7 +122,7 @@ def test_draft_temperature_changes_the_proposal():
     options = {"n_particles": 1, "lookahead": 2, "temperature": 0.8}
     g = replicate(target, draft, PROMPT, 5, 2**13, draft_temperature=2.0, **options)
     sharp = sequence_law(draft_chain(target, draft, PROMPT, 2), PROMPT, 5, VOCAB, 0.8)
-    flat = sequence_law(draft_chain(target, draft, PROMPT, 2, draft_scale=0.8 / 2.0), PROMPT, 5, VOCAB, 0.8)
+    flat = sequence_law(draft_chain(target, draft, PROMPT, 2, scale=0.8 / 2.0), PROMPT, 5, VOCAB, 0.8)
     assert chi_square_p_value(drawn(g, flat), flat) > 1e-3
     assert chi_square_p_value(drawn(g, sharp), sharp) < 1e-9
 

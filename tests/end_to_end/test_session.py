@@ -10,12 +10,13 @@ import math
 import pytest
 import torch
 from models import CACHEABLE, TableLM, TinyTransformerLM, perturbed
-from replicates import recorded_cycles, replicate, z_scores
+from replicates import recorded_cycles, replicate
+from torch import Tensor, nn
+
 from smc_compile import Generation, generate
 from smc_compile.errors import GenerationError
 from smc_compile.generate import _programs
 from smc_compile.runtime.session import MAX_TRIES
-from torch import Tensor, nn
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 

@@ -12,9 +12,10 @@ import torch
 from enumeration import chi_square_p_value, sequence_law
 from models import GRUStep, TinyTransformerLM, perturbed
 from replicates import distance, drawn, evidence_measure, recorded_cycles, replicate, weighted_law, z_scores
+from torch import Tensor, nn
+
 from smc_compile import generate
 from smc_compile.errors import GenerationError
-from torch import Tensor, nn
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 

@@ -7,12 +7,12 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F
-from smc_compile.passes.axis_rules import RULES, rule_for
-from smc_compile.passes.sequence_axes import OTHER, REPEAT, Atom, B, K, Q, type_axes
 from torch import fx, nn
 from traces import Step, export, export_then
 
 from smc_compile.errors import CacheError
+from smc_compile.passes.axis_rules import RULES, rule_for
+from smc_compile.passes.sequence_axes import OTHER, REPEAT, Atom, B, K, Q, type_axes
 
 D8, D4, D2 = (Atom(OTHER, 8),), (Atom(OTHER, 4),), (Atom(OTHER, 2),)
 WEIGHT = torch.randn(8, 8, dtype=torch.float64)

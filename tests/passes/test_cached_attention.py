@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from models import CACHEABLE
-from smc_compile.passes.cached_attention import causal_mask, masked, mix_over_cache, scores_over_cache, write_cache
 from torch import Tensor
 from traces import traced
+
+from smc_compile.passes.cached_attention import causal_mask, masked, mix_over_cache, scores_over_cache, write_cache
 
 SIZES = [  # b, n, h, m, d, p, s
     (1, 1, 1, 1, 4, 1, 1),

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import REFUSED
-from smc_compile.passes.export_lm import einsum_as_matmul, export_lm
 from torch import nn
 from traces import Last, Step, export, export_then, model, op_names, rows_of, tokens, traced
 
 from smc_compile.errors import CacheError
+from smc_compile.passes.export_lm import einsum_as_matmul, export_lm
 
 # ---- the graph -------------------------------------------------------------------------------------------------------
 

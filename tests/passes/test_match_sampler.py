@@ -8,16 +8,16 @@ from functools import lru_cache
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from traces import Step, export, export_then, rows_of, tokens
+
+from smc_compile.errors import LoopError
 from smc_compile.passes.export_lm import export_lm
 from smc_compile.passes.ir import CausalLM
 from smc_compile.passes.match_sampler import Sampler, match_sampler
 from smc_compile.passes.synthesize_cache import synthesize_cache
 from smc_compile.passes.verify import validate
 from smc_compile.runtime.regions import log_law
-from torch import Tensor
-from traces import Step, export, export_then, rows_of, tokens
-
-from smc_compile.errors import LoopError
 
 V, BATCH = 11, 2
 BIAS = torch.linspace(-2.0, 2.0, V, dtype=torch.float64)

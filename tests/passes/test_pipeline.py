@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from smc_compile.passes.pipeline import trace_model
 from torch import nn
 from traces import Last, Step, model
 
 from smc_compile.errors import CacheError, LoopError
+from smc_compile.passes.pipeline import trace_model
 
 IDS = torch.zeros(2, 2, dtype=torch.long)
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from smc_compile.passes.recover_loop import DecodeLoop, recover_loop
 from torch import nn
 
 from smc_compile.errors import LoopError
+from smc_compile.passes.recover_loop import DecodeLoop, recover_loop
 
 V, P = 11, 4
 

@@ -6,12 +6,12 @@ import pytest
 import sympy
 import torch
 from models import REFUSED
-from smc_compile.passes.ir import CausalLM
-from smc_compile.passes.pipeline import trace_model
-from smc_compile.passes.sequence_axes import OTHER, REPEAT, Atom, B, K, Q, Typing, split_atoms, type_axes
 from traces import Last, export_then, op_names, traced
 
 from smc_compile.errors import CacheError
+from smc_compile.passes.ir import CausalLM
+from smc_compile.passes.pipeline import trace_model
+from smc_compile.passes.sequence_axes import OTHER, REPEAT, Atom, B, K, Q, Typing, split_atoms, type_axes
 
 S = sympy.Symbol("S", positive=True, integer=True)
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import CACHEABLE, TableLM, build
-from smc_compile.passes.export_lm import export_lm
-from smc_compile.passes.synthesize_cache import synthesize_cache
-from smc_compile.passes.verify import TOLERANCE, check_prefix_tables, relative_error, replay
 from torch import Tensor, nn
 from traces import Last, export, export_then, model, op_names, rows_of, tokens, traced
 
 from smc_compile.errors import CacheError
+from smc_compile.passes.export_lm import export_lm
+from smc_compile.passes.synthesize_cache import synthesize_cache
+from smc_compile.passes.verify import TOLERANCE, check_prefix_tables, relative_error, replay
 
 VOCAB = 17
 every_model = pytest.mark.parametrize("name", CACHEABLE)

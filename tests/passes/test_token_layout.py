@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import fx
+
 from smc_compile.passes.concretise import concretise
 from smc_compile.passes.recover_loop import OutputLayout
 from smc_compile.passes.token_layout import Layouts, interpret, mutated_inputs
-from torch import fx
 
 B, P = 2, 3
 

@@ -8,12 +8,12 @@ import models
 import pytest
 import torch
 import torch.nn.functional as F
-from smc_compile.passes.recover_loop import DecodeLoop, recover_loop
 from torch import nn
 
 import smc_compile
 from smc_compile.backend import LoopFinder
 from smc_compile.errors import LoopError
+from smc_compile.passes.recover_loop import DecodeLoop, recover_loop
 from smc_compile.recovered import step_text
 
 V, P = 17, 4

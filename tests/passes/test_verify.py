@@ -8,15 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 from models import CACHEABLE, REFUSED
+from torch import fx
+from traces import Last, export_then, model, tokens, traced
+
+from smc_compile.errors import CacheError, ValidationError
 from smc_compile.passes.cached_attention import causal_mask, write_cache
 from smc_compile.passes.export_lm import export_lm
 from smc_compile.passes.ir import CachedLM
 from smc_compile.passes.synthesize_cache import synthesize_cache
 from smc_compile.passes.verify import check_causal, relative_error, validate
-from torch import fx
-from traces import Last, export_then, model, tokens, traced
-
-from smc_compile.errors import CacheError, ValidationError
 
 
 def test_every_right_form_passes_with_rounding_errors_only() -> None:

@@ -7,11 +7,12 @@ from functools import lru_cache
 
 import torch
 from models import CACHEABLE
+from torch import Tensor, fx, nn
+
 from smc_compile.passes.export_lm import OwnedWeights, export_lm
 from smc_compile.passes.ir import CachedLM, CausalLM
 from smc_compile.passes.synthesize_cache import synthesize_cache
 from smc_compile.passes.verify import _rows
-from torch import Tensor, fx, nn
 
 
 class Last(nn.Module):

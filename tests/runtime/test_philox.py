@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from smc_compile.runtime.philox import PROPOSE, RESAMPLE, SELECT, TARGET, multiply_high_low, philox, uniforms
 from torch import Tensor
+
+from smc_compile.runtime.philox import PROPOSE, RESAMPLE, SELECT, TARGET, multiply_high_low, philox, uniforms
 
 WORD = st.integers(0, 2**32 - 1)
 PURPOSES = (PROPOSE, TARGET, RESAMPLE, SELECT)

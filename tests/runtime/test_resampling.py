@@ -11,8 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from smc_compile.runtime.resampling import RESAMPLERS, _flat_at_zeros
 from torch import Tensor
+
+from smc_compile.runtime.resampling import RESAMPLERS, _flat_at_zeros
 
 ALMOST_ONE = math.nextafter(1.0, 0.0)
 METHODS = sorted(RESAMPLERS)

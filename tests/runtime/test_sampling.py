@@ -12,9 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from smc_compile.runtime.sampling import BLOCK, _first_above, log_softmax_gather, sample_inverse_cdf
 from torch import Tensor
 from torch.nn import functional as F
+
+from smc_compile.runtime.sampling import BLOCK, _first_above, log_softmax_gather, sample_inverse_cdf
 
 ALMOST_ONE = math.nextafter(1.0, 0.0)
 SIZES = (1, 2, 127, 128, 129, 300, 1024, 50_257)

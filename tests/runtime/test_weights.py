@@ -12,9 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from torch import Tensor
+
 from smc_compile.runtime.resampling import RESAMPLERS
 from smc_compile.runtime.weights import effective_sample_size, log_mean_exp, normalise, resample_step, select
-from torch import Tensor
 
 METHODS = sorted(RESAMPLERS)
 NOTHING = -math.inf
