@@ -131,7 +131,7 @@ class CompiledLoop:
             raise LoopError(
                 "the decode loop has Python control flow that depends on data, or code that Dynamo cannot trace",
                 _first_lines(error),
-                "remove the branch: pass eos_token_id instead of `if token == eos: break`; keep prints and .item() outside",
+                "remove the branch: pass eos_token_id instead of `if token == eos: break`; keep .item() outside",
             ) from error
 
     def _find_trip_count(self, bound: inspect.BoundArguments) -> None:

@@ -70,6 +70,7 @@ class Cycle:
     """What a session holds after a cycle. R = B*N rows."""
 
     tokens: Tensor  # [R, made], the pending one last
+    ended: Tensor  # [R]
     resampled: bool
     target: list[Tensor]
     draft: list[Tensor]
@@ -85,7 +86,7 @@ def recorded_cycles() -> Iterator[list[Cycle]]:
         run_cycle(self, cycle, cycles_wanted, request, eos, p, *rest)
         moved = bool((p.ancestors[-1] != torch.arange(self._n)).any())
         states = [[leaf.clone() for leaf in state] for state in (p.target, p.draft)]
-        cycles.append(Cycle(p.tokens[:, : p.made].clone(), moved, *states))
+        cycles.append(Cycle(p.tokens[:, : p.made].clone(), p.ended.clone(), moved, *states))
 
     SMCSession._cycle = recording
     try:

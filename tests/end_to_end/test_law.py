@@ -72,7 +72,7 @@ EXACT = {
     **{f"always {method}": {"resampling_method": method, "ess_threshold": 1.0} for method in RESAMPLING},
     "sometimes": {"ess_threshold": 0.5},
     "never": {"ess_threshold": 0.0},
-    "eos": {"ess_threshold": 1.0, "eos_token_id": 2},
+    "eos": {"ess_threshold": 1.0, "eos_token_id": 1},
     "eos never": {"ess_threshold": 0.0, "eos_token_id": 2, "lookahead": 3},
     "one cycle": {"lookahead": 4},
     "lookahead beyond the end": {"lookahead": 7},

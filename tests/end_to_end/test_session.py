@@ -132,6 +132,17 @@ def test_after_resampling_the_caches_are_those_of_the_surviving_tokens(kind):
                 torch.testing.assert_close(suffix[:, :, : fresh.shape[2]], fresh, atol=1e-9, rtol=0)
 
 
+def test_after_resampling_the_end_of_a_sequence_is_that_of_the_surviving_tokens():
+    """A live particle that takes the place of an ended one goes on."""
+    target = TableLM(VOCAB).double()
+    with recorded_cycles() as cycles:
+        run((target, perturbed(target)), PROMPTS.repeat(8, 1), n=13, ess_threshold=1.0, eos_token_id=0)
+    assert sum(cycle.resampled for cycle in cycles) >= 2
+    assert 0 < sum(cycle.ended.double().mean() for cycle in cycles) < len(cycles)
+    for cycle in cycles:
+        assert torch.equal(cycle.ended, (cycle.tokens[:, :-1] == 0).any(1))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_weights_are_read_at_every_call(pair, method):
     """In place, as an optimizer does it, and by a new nn.Parameter."""
