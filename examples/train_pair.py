@@ -35,7 +35,7 @@ VOCABULARY = 2048
 CONTEXT, LONG_CONTEXT = 256, 1024
 LONG_FROM = 0.8  # the share of training after which windows are LONG_CONTEXT long: late positions are learnt too
 TARGET = LlamaConfig(VOCABULARY, dim=192, n_layers=10, n_heads=6, n_kv_heads=2, hidden_dim=320, max_positions=1024)
-DRAFT = LlamaConfig(VOCABULARY, dim=192, n_layers=1, n_heads=6, n_kv_heads=2, hidden_dim=256, max_positions=1024)
+DRAFT = LlamaConfig(VOCABULARY, dim=192, n_layers=2, n_heads=6, n_kv_heads=2, hidden_dim=128, max_positions=1024)
 LEFT_OUT = {
     *("site-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "ensurepip", "__pycache__"),
     *("encodings", "pydoc_data"),  # tables and prose
@@ -236,7 +236,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("pair"), help="folder for the four files (default: pair)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--target-steps", type=int, default=3000)
-    parser.add_argument("--draft-steps", type=int, default=1500)
+    parser.add_argument("--draft-steps", type=int, default=1600)
     parser.add_argument("--minutes", type=float, default=math.inf, help="at most this long, a fifth for the draft")
     parser.add_argument("--rate", type=float, default=6e-3, help="peak learning rate")
     parser.add_argument("--tokens", type=int, default=2048, help="tokens per step")

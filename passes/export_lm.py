@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch._functorch.compile_utils import fx_graph_cse
 from torch.export.graph_signature import InputKind
 
-from smc_compile.errors import CacheError
+from smc_compile.errors import CacheError, SMCError
 from smc_compile.passes.ir import CausalLM
 from smc_compile.passes.sequence_axes import type_axes
 
@@ -33,6 +33,8 @@ def export_lm(step: nn.Module, ids: Tensor, weights: Sequence[Tensor] = ()) -> t
     example = ids.new_zeros(ids.shape[0], TRACE_LENGTH)
     try:
         program = _export(step, (example, *weights), torch.export.Dim.DYNAMIC)
+    except SMCError:  # the step itself refused
+        raise
     except Exception as error:  # the tracer raises many types; all mean the same to the user
         _name_the_culprit(step, (example, *weights))
         raise _untraceable(error) from error

@@ -133,6 +133,8 @@ class CompiledLoop:
                 _first_lines(error),
                 "remove the branch: pass eos_token_id instead of `if token == eos: break`; keep .item() outside",
             ) from error
+        except torch._dynamo.exc.TorchRuntimeError as error:
+            raise _failed(error) from error
 
     def _find_trip_count(self, bound: inspect.BoundArguments) -> None:
         """Which integer argument counts the trips, and whether it counts the prompt too: change it and count draws."""
@@ -195,6 +197,10 @@ class CompiledLoop:
             return call.loop
         except SMCError as error:
             return error
+        except Exception as error:  # the user's own code, perhaps since the argument does not count trips
+            failed = _failed(error)
+            failed.__cause__ = error
+            return failed
         return None
 
     def _backend(self, gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
@@ -253,6 +259,14 @@ def _trace(function: Callable[..., Any], backend: Callable[..., Any]) -> Callabl
     )
     copy.__kwdefaults__ = function.__kwdefaults__
     return torch.compile(copy, backend=backend, fullgraph=True, dynamic=False)
+
+
+def _failed(error: Exception) -> LoopError:
+    return LoopError(
+        "the loop fails with these arguments",
+        _first_lines(error),
+        "run the plain loop to see the error, or name the number of trips: decode(trip_count='n')",
+    )
 
 
 def _first_lines(error: Exception, count: int = 3) -> str:

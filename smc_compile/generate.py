@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ from smc_compile.passes.pipeline import trace_model
 from smc_compile.result import Generation
 from smc_compile.runtime.session import Law
 
-_programs: weakref.WeakKeyDictionary[Any, dict[Any, Program]] = weakref.WeakKeyDictionary()
+KEPT = 16  # programs kept; the oldest goes first, and with it its hold on the model
+_programs: OrderedDict[Any, Program] = OrderedDict()
 
 
 def generate(
@@ -78,8 +79,9 @@ def _check_arguments(model: Any, ids: Any, temperature: Any) -> None:
 
 
 def _program(model: Any, temperature: float, options: Options, ids: Tensor) -> Program:
-    """One program per (model, draft, temperature, options without the seed), kept while the model lives."""
+    """One program per (model, draft, temperature, options without the seed)."""
     signature = (
+        id(model),
         id(options.draft),
         temperature,
         options.n_particles,
@@ -93,10 +95,12 @@ def _program(model: Any, temperature: float, options: Options, ids: Tensor) -> P
         options.compiler,
         _dtype(model),
     )
-    programs = _programs.setdefault(model, {})
-    if signature not in programs:
-        programs[signature] = _compile(model, temperature, options, ids)
-    return programs[signature]
+    if signature not in _programs:
+        _programs[signature] = _compile(model, temperature, options, ids)
+    _programs.move_to_end(signature)
+    while len(_programs) > KEPT:
+        _programs.popitem(last=False)
+    return _programs[signature]
 
 
 def _dtype(model: Any) -> torch.dtype | None:

@@ -39,7 +39,8 @@ class Generation:
         sequences: [B, P+n] int64, one particle per request drawn in proportion to its weight.
         particles: [B, N, P+n] int64.
         log_weights: [B, N], unnormalised, since the last resampling.
-        log_evidence: [B], log of an unbiased estimate of the evidence (1 for a normalised target).
+        log_evidence: [B], log of an unbiased estimate of the evidence (1 for a normalised target). A cycle drawn again
+            (``stats.retries``) divides it by the number of tries, which overestimates.
         ess: [B, C], effective sample size at the end of each cycle, before resampling.
         ancestors: [B, C, N] int64, the particle each particle descends from at each cycle (identity: no resampling).
     """

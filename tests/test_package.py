@@ -1,0 +1,72 @@
+"""What is installed: an entry point, a command, and one importable name."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+import smc_compile
+from smc_compile import passes, runtime
+
+
+def python(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *args], cwd=cwd, capture_output=True, text=True, timeout=60)
+
+
+def test_the_backend_is_registered_without_an_import():
+    (entry,) = entry_points(group="torch_dynamo_backends", name="smc")
+    assert entry.value == "smc_compile.backend:smc"
+
+
+def test_everything_named_is_there():
+    assert all(getattr(smc_compile, name) is not None for name in smc_compile.__all__)
+
+
+@pytest.mark.parametrize("command", [["-m", "smc_compile"], [str(Path(sys.executable).with_name("smc-compile"))]])
+def test_the_command_runs_from_elsewhere(tmp_path, command):
+    run = [sys.executable, *command] if command[0] == "-m" else command
+    done = subprocess.run([*run, "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "usage: smc-compile" in done.stdout
+
+
+def test_subpackages_import_from_elsewhere_and_nothing_generic_does(tmp_path):
+    code = (
+        "import importlib.util as u, smc_compile.passes.pipeline, smc_compile.runtime.session\n"
+        "print([n for n in ('passes', 'runtime', 'data', 'tests', 'examples') if u.find_spec(n)])"
+    )
+    done = python("-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+def imported_modules(source: str) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize(("package", "other"), [(passes, "runtime"), (runtime, "passes")])
+def test_passes_and_runtime_do_not_know_each_other(package, other):
+    sources = sorted(Path(package.__path__[0]).rglob("*.py"))
+    assert len(sources) > 3, "or nothing is scanned"
+    for path in sources:
+        for name in imported_modules(path.read_text()):
+            assert not name.startswith((f"smc_compile.{other}", other, f"..{other}")), f"{path} imports {name}"
+
+
+def test_the_scan_sees_every_form_of_import():
+    source = "import a.b\nfrom c import d\ndef f():\n    from . import e\n    from ..g import h"
+    assert {"a.b", "c.d", "..g.h", ".e", ".".join(["c", "d"])} <= {n.replace("..e", ".e") for n in imported_modules(source)}
+    assert importlib.util.find_spec("smc_compile.passes") is not None
