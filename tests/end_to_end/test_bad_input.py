@@ -103,7 +103,7 @@ def test_a_bad_prompt(ids, message):
 @pytest.mark.parametrize("ids", [IDS.int(), IDS + 1, IDS - 1])
 def test_a_bad_prompt_of_a_loop(ids):
     compiled = smc_compile.decode(loop, draft=DRAFT, **OPTIONS)
-    with pytest.raises(InputError, match="int64|out of range"):
+    with pytest.raises(InputError, match=r"int64|out of range"):
         compiled(MODEL, ids, 3)
 
 

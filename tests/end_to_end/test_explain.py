@@ -1,0 +1,101 @@
+"""``explain`` tells what was found and built, or why a loop cannot be compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from models import REFUSED, TinyTransformerLM, perturbed
+from torch import Tensor, nn
+
+from smc_compile import decode, explain
+from smc_compile.errors import CacheError, LoopError, OptionError
+
+MODEL = TinyTransformerLM()
+DRAFT = perturbed(MODEL)
+IDS = torch.tensor([[0, 1, 2], [3, 2, 0]])
+OPTIONS = {"draft": DRAFT, "compiler": "eager", "n_particles": 4, "lookahead": 2, "seed": 0}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def loop(model: nn.Module, ids: Tensor, n: int) -> Tensor:
+    for _ in range(n):
+        probs = torch.softmax(model(ids)[:, -1] / 0.8, -1)
+        ids = torch.cat([ids, torch.multinomial(probs, 1)], 1)
+    return ids
+
+
+def greedy(model: nn.Module, ids: Tensor, n: int) -> Tensor:
+    for _ in range(n):
+        ids = torch.cat([ids, model(ids)[:, -1].argmax(-1, keepdim=True)], 1)
+    return ids
+
+
+def branching(model: nn.Module, ids: Tensor, n: int) -> Tensor:
+    for _ in range(n):
+        ids = torch.cat([ids, torch.multinomial(torch.softmax(model(ids)[:, -1], -1), 1)], 1)
+        if (ids[:, -1] == 0).all():
+            break
+    return ids
+
+
+def test_a_report_tells_of_loop_sampler_caches_and_regions():
+    told = explain(loop, MODEL, IDS, 5, **OPTIONS)
+    assert told.compiled
+    assert told.reason is None
+    text = str(told)
+    for heading in ("loop", "sampler", "method", "target", "draft", "regions", "time"):
+        assert told.sections[heading], heading
+        assert f"{heading}\n  " in text
+    assert told.sections["sampler"] == ["multinomial of softmax: softmax of logits, temperature 0.8"]
+    for model in ("target", "draft"):
+        lines = "\n".join(told.sections[model])
+        assert "cache memory" in lines
+        assert "positions: " in lines
+        assert "largest relative difference" in lines
+    names = {line.split(":")[0] for line in told.sections["regions"]}
+    assert names == {"target_prefill", "draft_prefill", "draft_head", "draft_step", "score", "weigh"}
+
+
+def test_a_greedy_loop_says_that_it_needs_no_draft():
+    told = explain(greedy, MODEL, IDS, 5, **OPTIONS)
+    assert told.sections["sampler"] == ["argmax (greedy): argmax, temperature 1"]
+    assert told.sections["method"][0].startswith("autoregressive (greedy loops")
+    assert told.sections["draft"] == []
+
+
+def test_what_decode_has_compiled_can_be_explained():
+    compiled = decode(greedy, **OPTIONS)
+    compiled(MODEL, IDS, 5)
+    assert (
+        explain(compiled, MODEL, IDS, 5).sections["loop"] == explain(greedy, MODEL, IDS, 5, **OPTIONS).sections["loop"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("function", "model", "kind", "word"),
+    [
+        (branching, MODEL, LoopError, "control flow that depends on data"),
+        (loop, REFUSED["bidirectional"][0](vocab=4), CacheError, "attention"),
+        (lambda model, ids, n: ids + n, MODEL, LoopError, "no argument counts the trips"),
+    ],
+)
+def test_a_refused_loop_has_a_reason_and_no_report(function, model, kind, word):
+    told = explain(function, model, IDS, 5, **OPTIONS)
+    assert not told.compiled
+    assert isinstance(told.reason, kind)
+    assert word in str(told.reason)
+    assert str(told).startswith("cannot be compiled: ")
+    assert told.sections == {}
+
+
+def test_a_bad_option_is_an_error():
+    with pytest.raises(OptionError):
+        explain(loop, MODEL, IDS, 5, particles=3)
