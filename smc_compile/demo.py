@@ -66,8 +66,8 @@ class Score:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``demo``."""
     parser.add_argument("--prompt", metavar="TEXT", help="text to continue (default: the head of a function)")
-    parser.add_argument("--n-particles", type=int, default=16, metavar="N", help="particles")
-    parser.add_argument("--lookahead", type=int, default=2, metavar="K", help="draft tokens a cycle")
+    parser.add_argument("--n-particles", type=int, default=8, metavar="N", help="particles")
+    parser.add_argument("--lookahead", type=int, default=4, metavar="K", help="draft tokens a cycle")
     parser.add_argument("--max-new-tokens", type=int, default=96, metavar="T", help="tokens to generate")
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="temperature")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed")
