@@ -112,7 +112,7 @@ class _Copier:
         copy.meta = dict(node.meta)
         self.known[node] = constant if is_constant else copy
         if isinstance(value, torch.SymFloat) and node.target == "item":
-            self.floats[node] = node.args[0]
+            self.floats[node] = node.args[0]  # type: ignore[assignment]
         if isinstance(value, torch.Tensor):
             shape = tuple(self.sizes(size) for size in value.shape)
             copy.meta["tensor"] = TensorInfo(shape, value.dtype, storage(value.untyped_storage()._cdata))

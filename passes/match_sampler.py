@@ -66,9 +66,10 @@ def match_sampler(lm: CausalLM) -> tuple[CausalLM, Sampler]:
         LoopError: when the draw is none of multinomial, exponential race, Gumbel-max or argmax.
     """
     (sink,) = output_values(lm.graph)
-    draw, orders = _through(sink), []
+    draw = _through(sink)
+    orders: list[fx.Node] = []
     while _name(draw) == "gather" and _is_order(draw):  # what is drawn is a rank, and the token stands at it
-        orders.append(draw.args[0])
+        orders.append(draw.args[0])  # type: ignore[arg-type]
         draw = _through(draw.args[2])  # type: ignore[arg-type]
     if _name(draw) == "multinomial":
         rows, kind, form = _multinomial(draw)
@@ -115,7 +116,7 @@ def _is_only(node: fx.Node) -> bool:
 
 def _is_index_of(node: fx.Node, *names: str) -> bool:
     """Whether a node is the indices that one of the named ops returns beside its values."""
-    return node.target is operator.getitem and node.args[1] == 1 and _name(node.args[0]) in names  # type: ignore[arg-type]
+    return node.target is operator.getitem and bool(node.args[1] == 1) and _name(node.args[0]) in names  # type: ignore[arg-type]
 
 
 def _is_order(gather: fx.Node) -> bool:

@@ -14,7 +14,21 @@ from torch._dynamo.utils import counters
 from smc_compile.errors import CacheError
 from smc_compile.passes.axis_rules import arguments, axis_index, op_name
 from smc_compile.passes.cached_attention import causal_mask, masked, mix_over_cache, scores_over_cache, write_cache
+from smc_compile.passes.head_layout import HeadLayout, padded, product
 from smc_compile.passes.ir import CachedLM, CacheSite, CausalLM, output_values
+from smc_compile.passes.position_tables import (
+    add,
+    affine,
+    frontier,
+    growing_axes,
+    grows,
+    is_over_positions,
+    key_positions,
+    live_nodes,
+    multiply,
+    sequence_size,
+    table_graph,
+)
 from smc_compile.passes.sequence_axes import (
     BATCH,
     KEY,
@@ -60,7 +74,7 @@ def synthesize_cache(lm: CausalLM) -> CachedLM:
     typing = type_axes(lm)
     (rows,) = output_values(lm.graph)
     _require_rows(typing, rows)
-    tables = _frontier(typing)
+    tables = frontier(typing)
     prefill = _Emitter(typing, tables, PREFILL).run()
     score = _Emitter(typing, tables, SCORE).run()
     advance = _Emitter(typing, tables, ADVANCE).run()
@@ -68,9 +82,9 @@ def synthesize_cache(lm: CausalLM) -> CachedLM:
         prefill=prefill.module,
         score=score.module,
         advance=advance.module,
-        tables=_table_graph(typing, tables),
+        tables=table_graph(typing, tables),
         sites=tuple(prefill.sites),
-        table_axes=tuple(_growing_axes(node) for node in tables),
+        table_axes=tuple(growing_axes(node) for node in tables),
         vocab_size=int(rows.meta["val"].shape[-1]),
         max_positions=lm.max_positions,
         report=_report(typing, prefill.sites, tables),
@@ -98,119 +112,6 @@ def _report(typing: Typing, sites: Sequence[CacheSite], tables: Sequence[fx.Node
         f"token-free tables: {', '.join(node.name for node in tables) or 'none'}",
     ]
     return lines
-
-
-def _is_over_positions(typing: Typing, node: fx.Node) -> bool:
-    """A tensor, or a tuple of them, with an axis that grows with the sequence."""
-    values = node.meta.get("val")
-    values = values if isinstance(values, (list, tuple)) else [values]
-    return any(bool(expression(size).free_symbols) for v in values if isinstance(v, torch.Tensor) for size in v.shape)
-
-
-def _growing_axes(table: fx.Node) -> tuple[int, ...]:
-    return tuple(d for d, size in enumerate(table.meta["val"].shape) if expression(size).free_symbols)
-
-
-def _frontier(typing: Typing) -> list[fx.Node]:
-    """Token-free values over positions that token-dependent ops read: they become tables."""
-    found: list[fx.Node] = []
-    live = _live(typing.lm.graph)
-    for node in typing.lm.graph.nodes:
-        if node not in typing.dependent or node not in live:
-            continue
-        for source in node.all_input_nodes:
-            is_tensor = isinstance(source.meta.get("val"), torch.Tensor)
-            if source in typing.dependent or source in found or not is_tensor or source.op == "placeholder":
-                continue
-            if _is_over_positions(typing, source):
-                found.append(source)
-            elif _grows(source):
-                raise refuse(
-                    source,
-                    "a value depends on the total length of the sequence",
-                    "compute it from positions (torch.arange), so that earlier positions do not change as text grows",
-                )
-    return found
-
-
-def _live(graph: fx.Graph) -> set[fx.Node]:
-    seen, stack = set(), list(output_values(graph))
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            stack.extend(node.all_input_nodes)
-    return seen
-
-
-def _grows(node: fx.Node) -> bool:
-    """Whether any ancestor is a size of the sequence."""
-    seen, stack = set(), [node]
-    while stack:
-        current = stack.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        value = current.meta.get("val")
-        if isinstance(value, torch.SymInt) and value.node.expr.free_symbols:
-            return True
-        stack.extend(current.all_input_nodes)
-    return False
-
-
-def _table_graph(typing: Typing, tables: Sequence[fx.Node]) -> fx.GraphModule:
-    """``(length, *weights) -> tables``: the token-free part of the graph alone."""
-    graph = fx.Graph()
-    length = graph.placeholder("length")
-    env: dict[fx.Node, Any] = {node: graph.placeholder(node.name) for node in typing.lm.weights}
-    needed: set[fx.Node] = set()
-    stack = list(tables)
-    while stack:
-        node = stack.pop()
-        if node not in needed:
-            needed.add(node)
-            stack.extend(n for n in node.all_input_nodes if not _sequence_size(typing, node))
-    for node in typing.lm.graph.nodes:
-        if node in env or node not in needed:
-            continue
-        size = _sequence_size(typing, node)
-        env[node] = (
-            _affine(graph, length, size, typing) if size is not None else graph.node_copy(node, lambda n: env[n])
-        )
-    graph.output(tuple(env[node] for node in tables))
-    graph.lint()
-    return fx.GraphModule(typing.lm.graph_module, graph)
-
-
-def _sequence_size(typing: Typing, node: fx.Node) -> Any:
-    """The expression of a node that is an integer computed from the sequence length, else None."""
-    value = node.meta.get("val")
-    if not isinstance(value, torch.SymInt):
-        return None
-    size = value.node.expr
-    return size if size.free_symbols == typing.length.free_symbols or not size.free_symbols else None
-
-
-def _affine(graph: fx.Graph, length: Any, size: Any, typing: Typing) -> Any:
-    """``size`` as nodes on ``length``; sizes that are not linear in the length are refused."""
-    poly = size.as_poly(typing.length) if size.free_symbols else None
-    if poly is None:
-        if size.is_Integer:
-            return int(size)
-        raise CacheError("a size is not linear in the sequence length", str(size), "use sizes like S, S+1 or 2*S")
-    if poly.degree() > 1 or not all(c.is_Integer for c in poly.all_coeffs()):
-        raise CacheError("a size is not linear in the sequence length", str(size), "use sizes like S, S+1 or 2*S")
-    slope, shift = (int(c) for c in poly.all_coeffs())
-    node = length if slope == 1 else graph.call_function(_mul, (length, slope))
-    return node if shift == 0 else graph.call_function(_add, (node, shift))
-
-
-def _mul(x: int, y: int) -> int:
-    return x * y
-
-
-def _add(x: int, y: int) -> int:
-    return x + y
 
 
 class _Emitter:
@@ -241,7 +142,7 @@ class _Emitter:
         self.env[lm.ids] = self.tokens
         self.rows_in = self.call(aten.sym_size.int, self.tokens, 0)
         self.length = self.call(aten.sym_size.int, self.tokens, 1)
-        live = _live(lm.graph)
+        live = live_nodes(lm.graph)
         for node in lm.graph.nodes:
             if node.op in ("call_function", "get_attr") and node in live:
                 self._emit(node)
@@ -281,15 +182,15 @@ class _Emitter:
     def _emit_token_free(self, node: fx.Node) -> None:
         """Values without positions are recomputed (they fuse); others come from tables, except in prefill."""
         if self.mode == PREFILL:
-            size = _sequence_size(self.typing, node)
+            size = sequence_size(self.typing, node)
             self.env[node] = (
-                _affine(self.graph, self.length, size, self.typing)
+                affine(self.graph, self.length, size, self.typing)
                 if size is not None
                 else self.graph.node_copy(node, lambda n: self.env[n])
             )
         elif node in self.tables:
             self.env[node] = self._table_inputs[self.tables.index(node)]
-        elif not _grows(node):
+        elif not grows(node):
             self.env[node] = self.graph.node_copy(node, lambda n: self.env[n])
 
     # -- sizes ------------------------------------------------------------------------------------------------------
@@ -299,7 +200,7 @@ class _Emitter:
         if self.mode != SCORE or node not in self.typing.after_last:
             return self.rows_in
         if not hasattr(self, "_token_rows"):
-            self._token_rows = self.call(_mul, self.rows_in, self.length)
+            self._token_rows = self.call(multiply, self.rows_in, self.length)
         return self._token_rows
 
     def _size(self, axis: Axis, node: fx.Node | None, key_length: Any = None) -> Any:
@@ -316,11 +217,11 @@ class _Emitter:
             if factor is None:
                 raise CacheError("internal: a reshape over keys without a known length")
             if atom.kind == KEY and atom.size:
-                factor = self.call(_add, factor, abs(atom.size))
-            size = factor if size == 1 else self.call(_mul, size, factor)
+                factor = self.call(add, factor, abs(atom.size))
+            size = factor if size == 1 else self.call(multiply, size, factor)
         if isinstance(size, int):
             return size * constant
-        return size if constant == 1 else self.call(_mul, size, constant)
+        return size if constant == 1 else self.call(multiply, size, constant)
 
     def _sizes(self, axes: Axes, node: fx.Node | None, key_length: Any = None) -> list[Any]:
         return [self._size(axis, node, key_length) for axis in axes]
@@ -352,7 +253,7 @@ class _Emitter:
                 if size.free_symbols:
                     raise refuse(node, "an op uses the total length as a number", "use torch.arange positions instead")
                 return int(size)
-            if _is_over_positions(typing, value) or self._has_batch(value, aligned, exact):
+            if is_over_positions(value) or self._has_batch(value, aligned, exact):
                 return self._align(value, aligned, node, exact)
             return self.env[value]
 
@@ -366,7 +267,7 @@ class _Emitter:
         for i, axis in enumerate(axes):
             if len(axis) == 1 and axis[0].kind == KEY:
                 size = self.call(aten.sym_size.int, emitted, i)
-                return size if not axis[0].size else self.call(_add, size, -abs(axis[0].size))
+                return size if not axis[0].size else self.call(add, size, -abs(axis[0].size))
         return None
 
     def _slice(self, node: fx.Node) -> Any:
@@ -505,10 +406,10 @@ class _Emitter:
         axes = self.typing.of(query)
         swapped = key_axes is not None
         key_axes = key_axes or self.typing.of(key)
-        heads = _Heads(axes[:-2], axes[-2], _padded(key_axes, len(axes))[:-2])
+        heads = HeadLayout(axes[:-2], axes[-2], padded(key_axes, len(axes))[:-2])
         new = self._canonical_keys(key, key_axes, swapped, last_is_position=True)
         prompt, suffix = self._cache(key, new, ("key", swapped))
-        canonical = self._to_canonical(emitted or self.env[query], heads, _product(axes[-1]))
+        canonical = self._to_canonical(emitted or self.env[query], heads, product(axes[-1]))
         scores = self.call(scores_over_cache, canonical, prompt, suffix)
         return self._from_canonical(scores, heads, out, self.call(aten.sym_size.int, scores, 3))
 
@@ -518,24 +419,24 @@ class _Emitter:
     def _mix(self, probs: Any, axes: Axes, value: fx.Node, out: Axes) -> fx.Node:
         """probs [..., q, k] @ value [..., k, d] over the cache."""
         value_axes = self.typing.of(value)
-        heads = _Heads(axes[:-2], axes[-2], _padded(value_axes, len(axes))[:-2])
+        heads = HeadLayout(axes[:-2], axes[-2], padded(value_axes, len(axes))[:-2])
         new = self._canonical_keys(value, value_axes, False, last_is_position=False)
         prompt, suffix = self._cache(value, new, ("value", False))
         canonical = self._to_canonical(probs, heads, self._last_size(probs, axes))
         mixed = self.call(mix_over_cache, canonical, prompt, suffix)
-        return self._from_canonical(mixed, heads, out, _product(value_axes[-1]))
+        return self._from_canonical(mixed, heads, out, product(value_axes[-1]))
 
     def _prefill_sites(self, node: fx.Node) -> None:
         role = self.typing.attention[node]
-        bound = arguments(node) if role == "sdpa" else {}
+        bound = arguments(node) if role == "sdpa" else {"key": node.args[1], "value": node.args[1]}
         if role in ("score", "sdpa"):
-            key = bound.get("key", node.args[1])
+            key: fx.Node = bound["key"]  # type: ignore[assignment]
             axes = self.typing.of(key)
             swapped = role == "sdpa"
             axes = (*axes[:-2], axes[-1], axes[-2]) if swapped else axes
             self._site(key, self._canonical_keys(key, axes, swapped, True), axes, True, ("key", swapped))
         if role in ("mix", "sdpa"):
-            value = bound.get("value", node.args[1])
+            value: fx.Node = bound["value"]  # type: ignore[assignment]
             axes = self.typing.of(value)
             self._site(value, self._canonical_keys(value, axes, False, False), axes, False, ("value", False))
 
@@ -543,8 +444,8 @@ class _Emitter:
         identity = (operand, use)
         if identity in self._site_of:
             return
-        width = _product(axes[-2] if is_key else axes[-1])
-        heads = _product(tuple(atom for axis in axes[:-2] for atom in axis if atom.kind == OTHER))
+        width = product(axes[-2] if is_key else axes[-1])
+        heads = product(tuple(atom for axis in axes[:-2] for atom in axis if atom.kind == OTHER))
         self._site_of[identity] = len(self.sites)
         self.sites.append(CacheSite(f"{operand.name}.{use[0]}", heads, width, operand.meta["val"].dtype))
         self.site_values.append(canonical)
@@ -580,64 +481,22 @@ class _Emitter:
 
         order = sorted(range(len(atoms)), key=lambda i: rank(atoms[i]))
         value = self.call(aten.permute.default, value, order)
-        heads = _product(tuple(atom for atom, i in atoms if rank((atom, i)) == 1))
-        width = _product(tuple(atom for atom, i in atoms if rank((atom, i)) == 3))
+        heads = product(tuple(atom for atom, i in atoms if rank((atom, i)) == 1))
+        width = product(tuple(atom for atom, i in atoms if rank((atom, i)) == 3))
         return self.call(aten.reshape.default, value, [self.rows_in, heads, self.length, width])
 
-    def _to_canonical(self, value: Any, heads: _Heads, width: Any) -> fx.Node:
+    def _to_canonical(self, value: Any, heads: HeadLayout, width: Any) -> fx.Node:
         """[batch..., q, w] -> [R, H, G*T, w]: grouped query heads fold into rows."""
         sizes = [self._size((atom,), None) for atom in heads.atoms]
         value = self.call(aten.reshape.default, value, [*sizes, width])
         value = self.call(aten.permute.default, value, [*heads.order, len(heads.atoms)])
-        folded = self.call(_mul, self.length, heads.groups) if heads.groups != 1 else self.length
+        folded = self.call(multiply, self.length, heads.groups) if heads.groups != 1 else self.length
         return self.call(aten.reshape.default, value, [self.rows_in, heads.kv_heads, folded, width])
 
-    def _from_canonical(self, value: fx.Node, heads: _Heads, out: Axes, width: Any) -> fx.Node:
+    def _from_canonical(self, value: fx.Node, heads: HeadLayout, out: Axes, width: Any) -> fx.Node:
         """[R, H, G*T, w] -> axes ``out``."""
         ordered = [heads.atoms[i] for i in heads.order]
         value = self.call(aten.reshape.default, value, [*(self._size((atom,), None) for atom in ordered), width])
         inverse = [heads.order.index(i) for i in range(len(heads.order))]
         value = self.call(aten.permute.default, value, [*inverse, len(inverse)])
         return self.call(aten.reshape.default, value, [*self._sizes(out[:-1], None), width])
-
-
-class _Heads:
-    """How the query's leading axes fold: atoms in query order, and the order batch, key heads, repeats, positions."""
-
-    def __init__(self, query: Axes, rows: Axis, key: Axes) -> None:
-        self.atoms: list[Atom] = []
-        for mine, theirs in zip(query, key, strict=True):
-            self.atoms.extend(_common_split(mine, theirs))
-        self.atoms.extend(Atom(REPEAT, atom.size) if atom.kind == OTHER else atom for atom in rows)
-        rank = {BATCH: 0, OTHER: 1, REPEAT: 2, QUERY: 3}
-        self.order = sorted(range(len(self.atoms)), key=lambda i: rank[self.atoms[i].kind])
-        self.kv_heads = _product(tuple(atom for atom in self.atoms if atom.kind == OTHER))
-        self.groups = _product(tuple(atom for atom in self.atoms if atom.kind == REPEAT))
-
-
-def _common_split(query: Axis, key: Axis) -> list[Atom]:
-    """A query axis split as the key's axis is, into heads and repeats; repeated or missing key heads are REPEAT."""
-    batch = [atom for atom in query if atom.kind == BATCH]
-    mine = _product(tuple(atom for atom in query if atom.kind != BATCH))
-    theirs = [atom for atom in key if atom.kind != BATCH]
-    if not theirs:
-        return batch + ([Atom(REPEAT, mine)] if mine > 1 else [])
-    size = _product(tuple(theirs))
-    if size == mine:
-        return batch + theirs
-    if mine % size == 0:  # enable_gqa: fewer key heads than query heads, each serving consecutive query heads
-        return batch + theirs + [Atom(REPEAT, mine // size)]
-    raise CacheError(f"internal: {mine} query heads do not fit {size} key heads")
-
-
-def _padded(axes: Axes, rank: int) -> Axes:
-    return ((),) * (rank - len(axes)) + axes
-
-
-def _product(axis: Axis) -> int:
-    return math.prod(atom.size for atom in axis if atom.kind in (OTHER, REPEAT))
-
-
-def key_positions(keys: int, table: torch.Tensor, d: int) -> torch.Tensor:
-    """0 .. keys-1, clamped to the table's rows."""
-    return torch.arange(keys, device=table.device).clamp(max=table.shape[d] - 1)

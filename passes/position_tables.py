@@ -1,0 +1,133 @@
+"""What depends on positions and not on tokens: rotary angles, position embeddings, masks, evaluated once as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from smc_compile.errors import CacheError
+from smc_compile.passes.ir import output_values
+from smc_compile.passes.sequence_axes import Typing, expression, refuse
+
+
+def is_over_positions(node: fx.Node) -> bool:
+    """A tensor, or a tuple of them, with an axis that grows with the sequence."""
+    values = node.meta.get("val")
+    values = values if isinstance(values, (list, tuple)) else [values]
+    return any(bool(expression(size).free_symbols) for v in values if isinstance(v, torch.Tensor) for size in v.shape)
+
+
+def growing_axes(table: fx.Node) -> tuple[int, ...]:
+    """The axes of a table whose size depends on the sequence length."""
+    return tuple(d for d, size in enumerate(table.meta["val"].shape) if expression(size).free_symbols)
+
+
+def frontier(typing: Typing) -> list[fx.Node]:
+    """Token-free values over positions that token-dependent ops read: they become tables."""
+    found: list[fx.Node] = []
+    live = live_nodes(typing.lm.graph)
+    for node in typing.lm.graph.nodes:
+        if node not in typing.dependent or node not in live:
+            continue
+        for source in node.all_input_nodes:
+            is_tensor = isinstance(source.meta.get("val"), torch.Tensor)
+            if source in typing.dependent or source in found or not is_tensor or source.op == "placeholder":
+                continue
+            if is_over_positions(source):
+                found.append(source)
+            elif grows(source):
+                raise refuse(
+                    source,
+                    "a value depends on the total length of the sequence",
+                    "compute it from positions (torch.arange), so that earlier positions do not change as text grows",
+                )
+    return found
+
+
+def live_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that the outputs need."""
+    seen, stack = set(), list(output_values(graph))
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return seen
+
+
+def grows(node: fx.Node) -> bool:
+    """Whether any ancestor is a size of the sequence."""
+    seen, stack = set(), [node]
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        value = current.meta.get("val")
+        if isinstance(value, torch.SymInt) and value.node.expr.free_symbols:
+            return True
+        stack.extend(current.all_input_nodes)
+    return False
+
+
+def table_graph(typing: Typing, tables: Sequence[fx.Node]) -> fx.GraphModule:
+    """``(length, *weights) -> tables``: the token-free part of the graph alone."""
+    graph = fx.Graph()
+    length = graph.placeholder("length")
+    env: dict[fx.Node, Any] = {node: graph.placeholder(node.name) for node in typing.lm.weights}
+    needed: set[fx.Node] = set()
+    stack = list(tables)
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            stack.extend(n for n in node.all_input_nodes if not sequence_size(typing, node))
+    for node in typing.lm.graph.nodes:
+        if node in env or node not in needed:
+            continue
+        size = sequence_size(typing, node)
+        env[node] = affine(graph, length, size, typing) if size is not None else graph.node_copy(node, lambda n: env[n])
+    graph.output(tuple(env[node] for node in tables))
+    graph.lint()
+    return fx.GraphModule(typing.lm.graph_module, graph)
+
+
+def sequence_size(typing: Typing, node: fx.Node) -> Any:
+    """The expression of a node that is an integer computed from the sequence length, else None."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.SymInt):
+        return None
+    size = value.node.expr
+    return size if size.free_symbols == typing.length.free_symbols or not size.free_symbols else None
+
+
+def affine(graph: fx.Graph, length: Any, size: Any, typing: Typing) -> Any:
+    """``size`` as nodes on ``length``; sizes that are not linear in the length are refused."""
+    poly = size.as_poly(typing.length) if size.free_symbols else None
+    if poly is None:
+        if size.is_Integer:
+            return int(size)
+        raise CacheError("a size is not linear in the sequence length", str(size), "use sizes like S, S+1 or 2*S")
+    if poly.degree() > 1 or not all(c.is_Integer for c in poly.all_coeffs()):
+        raise CacheError("a size is not linear in the sequence length", str(size), "use sizes like S, S+1 or 2*S")
+    slope, shift = (int(c) for c in poly.all_coeffs())
+    node = length if slope == 1 else graph.call_function(multiply, (length, slope))
+    return node if shift == 0 else graph.call_function(add, (node, shift))
+
+
+def multiply(x: int, y: int) -> int:
+    """A size inside an emitted graph."""
+    return x * y
+
+
+def add(x: int, y: int) -> int:
+    """A size inside an emitted graph."""
+    return x + y
+
+
+def key_positions(keys: int, table: torch.Tensor, d: int) -> torch.Tensor:
+    """0 .. keys-1, clamped to the table's rows."""
+    return torch.arange(keys, device=table.device).clamp(max=table.shape[d] - 1)
