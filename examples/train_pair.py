@@ -2,9 +2,10 @@
 
     python examples/train_pair.py --out smc_compile/data
 
-The target learns next tokens; the draft then learns the target's distributions (distillation), starting from its
-embedding. Two runs with the same seed, steps, Python and torch on the same machine give the same files;
-``--minutes`` trades that for a bound on the time.
+Three stages. The target learns next tokens; the draft learns the target's distributions (distillation), starting from
+its embedding; then both learn together to predict the text and to agree, which makes a far better proposal for a small
+loss of the target's own. ``--stages`` runs some of them on the files in ``--out``. Two runs with the same seed, steps,
+Python and torch on the same machine give the same files.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import math
 import platform
 import sysconfig
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,6 +37,8 @@ CONTEXT, LONG_CONTEXT = 256, 1024
 LONG_FROM = 0.8  # the share of training after which windows are LONG_CONTEXT long: late positions are learnt too
 TARGET = LlamaConfig(VOCABULARY, dim=192, n_layers=10, n_heads=6, n_kv_heads=2, hidden_dim=320, max_positions=1024)
 DRAFT = LlamaConfig(VOCABULARY, dim=192, n_layers=2, n_heads=6, n_kv_heads=2, hidden_dim=128, max_positions=1024)
+STAGES = ("target", "draft", "agree")
+AGREE_RATE = 0.3  # of the peak learning rate: both models are trained already
 LEFT_OUT = {
     *("site-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "ensurepip", "__pycache__"),
     *("encodings", "pydoc_data"),  # tables and prose
@@ -101,7 +104,9 @@ def batches(stream: Tensor, length: int, count: int, generator: torch.Generator)
 
 
 def half_precision() -> torch.autocast:
-    return torch.autocast("cpu", dtype=torch.bfloat16)
+    """bfloat16 where the processor computes in it; elsewhere it would only be slower."""
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=native)
 
 
 def data_loss(model: nn.Module) -> Loss:
@@ -129,13 +134,31 @@ def distillation_loss(draft: nn.Module, target: nn.Module, share: float) -> Loss
     return loss
 
 
+def agreement_loss(target: nn.Module, draft: nn.Module, share: float) -> Loss:
+    """Cross entropy of the target to the data, and ``share`` of KL in both directions, whose gradient reaches both.
+
+    Forward KL makes the draft cover the target; backward KL is the loss of log weight per token that drafting costs.
+    """
+
+    def loss(ids: Tensor, following: Tensor) -> Tensor:
+        with half_precision():
+            p, q = target(ids), draft(ids)
+        log_p = p.float().log_softmax(-1).flatten(0, 1)  # [B * S, V]
+        log_q = q.float().log_softmax(-1).flatten(0, 1)
+        apart = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1).mean()  # KL(p, q) + KL(q, p)
+        return F.nll_loss(log_p, following.flatten()) + share * apart
+
+    return loss
+
+
 # --- training -----------------------------------------------------------------------------------------------------
 
 
-def optimizers(model: Llama, rate: float) -> list[torch.optim.Optimizer]:
+def optimizers(models_: Sequence[Llama], rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers, AdamW for the embedding and the norms."""
-    matrices = [p for p in model.layers.parameters() if p.dim() == 2]
-    rest = [p for name, p in model.named_parameters() if p.dim() == 1 or not name.startswith("layers.")]
+    named = [(name, p) for model in models_ for name, p in model.named_parameters()]
+    matrices = [p for name, p in named if p.dim() == 2 and name.startswith("layers.")]
+    rest = [p for name, p in named if p.dim() == 1 or not name.startswith("layers.")]
     return [
         torch.optim.Muon(matrices, lr=rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.95), weight_decay=0.01),
@@ -149,41 +172,40 @@ def rate_at(progress: float) -> float:
 
 def train(
     label: str,
-    model: Llama,
+    models_: Sequence[Llama],
     loss: Loss,
     stream: Tensor,
     *,
     steps: int,
-    minutes: float,
     rate: float,
     tokens: int,
     seed: int,
     bars: Progress,
 ) -> dict:
-    """Train in place until ``steps`` steps or ``minutes`` minutes, whichever is first; return what was recorded."""
+    """Train in place for ``steps`` steps; return what was recorded."""
     generator = torch.Generator().manual_seed(seed)
     short = batches(stream, CONTEXT, tokens // CONTEXT, generator)
     long = batches(stream, LONG_CONTEXT, tokens // LONG_CONTEXT, generator)
-    optimizer_list = optimizers(model, rate)
+    optimizer_list = optimizers(models_, rate)
+    parameters = [p for model in models_ for p in model.parameters()]
     bar = bars.add_task(label, total=steps, loss=math.nan)
-    losses, average, began, step = [], math.nan, time.monotonic(), 0
-    while (progress := max(step / steps, (time.monotonic() - began) / (60 * minutes))) < 1:
-        value = loss(*next(long if progress >= LONG_FROM else short))
+    losses, average, began = [], math.nan, time.monotonic()
+    for step in range(1, steps + 1):
+        value = loss(*next(long if step > LONG_FROM * steps else short))
         value.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer in optimizer_list:
             for group in optimizer.param_groups:
-                group["lr"] = rate * rate_at((step + 1) / steps if minutes == math.inf else progress)
+                group["lr"] = rate * rate_at(step / steps)
             optimizer.step()
             optimizer.zero_grad()
         average = value.item() if math.isnan(average) else 0.95 * average + 0.05 * value.item()
-        step += 1
         if step % 50 == 0:
             losses.append(round(average, 4))
             bars.console.print(f"{label} {step:5d}  loss {average:.4f}  {time.monotonic() - began:.0f} s", style="dim")
         bars.update(bar, completed=step, loss=average)
     taken = (time.monotonic() - began) / 60
-    return {"steps": step, "tokens_per_step": tokens, "minutes": round(taken, 2), "loss_every_50_steps": losses}
+    return {"steps": steps, "tokens_per_step": tokens, "minutes": round(taken, 2), "loss_every_50_steps": losses}
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------
@@ -226,9 +248,9 @@ def restore(config: LlamaConfig, path: Path) -> Llama:
     return model.requires_grad_(False).eval()
 
 
-def describe(config: LlamaConfig, path: Path, record: dict) -> dict:
+def describe(config: LlamaConfig, path: Path) -> dict:
     numbers = sum(value.numel() for value in load_file(path).values())
-    return {"config": asdict(config), "parameters": numbers, "file_bytes": path.stat().st_size, **record}
+    return {"config": asdict(config), "parameters": numbers, "file_bytes": path.stat().st_size}
 
 
 def arguments() -> argparse.Namespace:
@@ -237,12 +259,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--target-steps", type=int, default=3000)
     parser.add_argument("--draft-steps", type=int, default=1600)
-    parser.add_argument("--minutes", type=float, default=math.inf, help="at most this long, a fifth for the draft")
+    parser.add_argument("--agree-steps", type=int, default=700)
     parser.add_argument("--rate", type=float, default=6e-3, help="peak learning rate")
     parser.add_argument("--tokens", type=int, default=2048, help="tokens per step")
     parser.add_argument("--share", type=float, default=0.9, help="share of the KL in the draft's loss")
+    parser.add_argument("--agree-share", type=float, default=0.5, help="share of both KLs in the common loss")
     parser.add_argument("--threads", type=int, default=2, help="1 is faster where other work shares the cores")
-    parser.add_argument("--keep-target", action="store_true", help="train the draft only, on the target in --out")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="what to run (default: all)")
     return parser.parse_args()
 
 
@@ -262,30 +285,38 @@ def main() -> None:
 
     loss_column = TextColumn("{task.fields[loss]:.3f}")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), loss_column)
+    earlier = a.out / "pair.json"
+    records = json.loads(earlier.read_text())["training"] if earlier.exists() and len(a.stages) < len(STAGES) else {}
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as bars:
         bars.console.print(f"{len(texts)} files, {len(stream)} tokens; {len(held_out_stream)} tokens held out")
-        if a.keep_target:
-            target_record = json.loads((a.out / "pair.json").read_text())["target"]
-        else:
-            model, limits = Llama(TARGET), {"steps": a.target_steps, "minutes": 0.8 * a.minutes}
-            rest = {"rate": a.rate, "tokens": a.tokens, "seed": a.seed, "bars": bars}
-            target_record = train("target", model, data_loss(model), stream, **limits, **rest)
-            save(model, target_file)
+        rest = {"stream": stream, "rate": a.rate, "tokens": a.tokens, "seed": a.seed, "bars": bars}
+        if "target" in a.stages:
+            target = Llama(TARGET)
+            records["target"] = train("target", [target], data_loss(target), steps=a.target_steps, **rest)
+            save(target, target_file)
         target = restore(TARGET, target_file)
-
-        torch.manual_seed(a.seed + 1)
-        draft = Llama(DRAFT)
-        draft.embedding.load_state_dict(target.embedding.state_dict())
-        draft.norm.load_state_dict(target.norm.state_dict())
-        limits = {"steps": a.draft_steps, "minutes": 0.2 * a.minutes}
-        rest = {"rate": a.rate, "tokens": a.tokens, "seed": a.seed + 1, "bars": bars}
-        draft_record = train("draft", draft, distillation_loss(draft, target, a.share), stream, **limits, **rest)
-        save(draft, draft_file)
+        if "draft" in a.stages:
+            torch.manual_seed(a.seed + 1)
+            draft = Llama(DRAFT)
+            draft.embedding.load_state_dict(target.embedding.state_dict())
+            draft.norm.load_state_dict(target.norm.state_dict())
+            loss = distillation_loss(draft, target, a.share)
+            records["draft"] = train("draft", [draft], loss, steps=a.draft_steps, **rest) | {"share": a.share}
+            save(draft, draft_file)
+        draft = restore(DRAFT, draft_file)
+        if "agree" in a.stages:
+            pair = [target.requires_grad_(), draft.requires_grad_()]
+            loss = agreement_loss(*pair, a.agree_share)
+            records["agree"] = train("agree", pair, loss, steps=a.agree_steps, **rest | {"rate": a.rate * AGREE_RATE})
+            records["agree"] |= {"share": a.agree_share}
+            save(target, target_file)
+            save(draft, draft_file)
 
     info = {
-        "target": describe(TARGET, target_file, target_record),
-        "draft": describe(DRAFT, draft_file, draft_record | {"distillation_share": a.share}),
-        "held_out": measure(target, restore(DRAFT, draft_file), held_out_stream),
+        "target": describe(TARGET, target_file),
+        "draft": describe(DRAFT, draft_file),
+        "training": records,
+        "held_out": measure(restore(TARGET, target_file), restore(DRAFT, draft_file), held_out_stream),
         "seed": a.seed,
         "learning_rate": a.rate,
         "trained_on": datetime.now(UTC).date().isoformat(),

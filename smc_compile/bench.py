@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 
 import torch
 from rich.console import Console
@@ -36,6 +37,7 @@ of 31M, in bfloat16.
   smc-compile bench --layers 4 --dim 256 --heads 4 --kv-heads 4 --hidden 704 --vocab 4096 --dtype float32
 """
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+EMULATED = 1.5  # a narrow type should be at least as fast as float32
 EAGER_TOKENS = 4  # a forward over the whole prompt for each
 
 
@@ -85,6 +87,8 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     console.print(describe("target", target_config, counts["target_parameters"]), highlight=False)
     console.print(describe("draft ", draft_config, counts["draft_parameters"]), highlight=False)
     console.print(where(arguments), highlight=False, style="dim")
+    for line in emulated_dtype(DTYPES[arguments.dtype], torch.device(arguments.device)):
+        console.print(line, highlight=False, style="yellow")
     console.print()
 
     contestants = contest(
@@ -187,6 +191,28 @@ def where(arguments: argparse.Namespace) -> str:
         f"{arguments.dtype}, prompt of {arguments.prompt_length} tokens, {arguments.new_tokens} new tokens, "
         f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
+
+
+def emulated_dtype(dtype: torch.dtype, device: torch.device) -> list[str]:
+    """A warning where products in ``dtype`` run slower than in float32: the processor has no instructions for it."""
+    if dtype == torch.float32 or device.type != "cpu":
+        return []
+    ratio = product_seconds(dtype) / product_seconds(torch.float32)
+    if ratio < EMULATED:
+        return []
+    name = str(dtype).removeprefix("torch.")
+    return [f"this processor emulates {name}: a product takes {ratio:.1f} times what float32 takes (--dtype float32)"]
+
+
+def product_seconds(dtype: torch.dtype) -> float:
+    """Best of several products of 64 rows with a square weight."""
+    rows, weight = torch.ones(64, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+    seconds = []
+    for _ in range(8):
+        start = time.perf_counter()
+        torch.nn.functional.linear(rows, weight)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def footnotes(contestants: list[Contestant], rows: list[Row], repeats: int) -> list[str]:

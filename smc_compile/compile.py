@@ -224,7 +224,7 @@ def check_request(ids: Tensor, new_tokens: Any, target: Model, draft: Model | No
             "a prompt token is out of range", f"id {bad}, vocabulary {vocab}", "use the model's own tokenizer"
         )
     for name, model in (("target", target), ("draft", draft)):
-        limit = _limit(model, ids.shape[1] + new_tokens) if model is not None else None
+        limit = position_limit(model, ids.shape[1] + new_tokens) if model is not None else None
         if limit is not None and ids.shape[1] + new_tokens > limit:
             raise InputError(
                 f"prompt plus new tokens exceed the {name}'s maximum positions",
@@ -233,7 +233,7 @@ def check_request(ids: Tensor, new_tokens: Any, target: Model, draft: Model | No
             )
 
 
-def _limit(model: Model, length: int) -> int | None:
+def position_limit(model: Model, length: int) -> int | None:
     """The longest sequence a model takes, if it is below ``length``: what the trace says, or where its tables end."""
     if model.max_positions is not None and model.max_positions < length:
         return model.max_positions

@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 import torch
 from rich.console import Console
@@ -17,8 +16,8 @@ from torch import Tensor
 
 from smc_compile.ancestry import check_picture_path, draw_ancestry
 from smc_compile.errors import InputError, OptionError
+from smc_compile.generate import generate
 from smc_compile.measure import (
-    Contestant,
     Model,
     Result,
     Row,
@@ -50,7 +49,8 @@ PROMPT = '''\
 def moving_average(values, window):
     """Return the average of each run of `window` consecutive values."""
 '''
-SCORING_SECONDS = 30.0
+SCORED = ("autoregressive", "smc")
+SCORING_BATCH = 64  # requests drawn at once
 TEXT_TITLES = {"eager": "plain loop, eager", "autoregressive": "compiled loop", "smc": "SMC"}
 
 
@@ -63,6 +63,9 @@ class Score:
     sequences: int
 
 
+Scores = dict[str, Score]
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``demo``."""
     parser.add_argument("--prompt", metavar="TEXT", help="text to continue (default: the head of a function)")
@@ -72,9 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="temperature")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed")
     parser.add_argument("--repeats", type=int, default=3, metavar="R", help="timed rounds")
-    parser.add_argument(
-        "--samples", type=int, metavar="M", help="sequences scored per method (default: what half a minute allows)"
-    )
+    parser.add_argument("--samples", type=int, default=256, metavar="M", help="sequences scored per method")
     parser.add_argument("--json", metavar="FILE", help="write the rows to FILE")
     parser.add_argument("--picture", default="demo-ancestry.svg", metavar="FILE", help="picture of the particles")
 
@@ -98,8 +99,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         eager_tokens=arguments.max_new_tokens,
     )
     results = measure(contestants, arguments.repeats, arguments.seed, console)
-    samples = arguments.samples or affordable_samples(results)
-    scores = score_methods(target, ids.shape[1], contestants, arguments, samples, console)
+    scores = score_methods(target, draft, ids, arguments, console)
     rows = add_scores(make_rows(results), scores)
 
     show_texts(results, arguments.prompt, ids.shape[1], tokenizer, console)
@@ -129,12 +129,6 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 # ---- quality --------------------------------------------------------------------------------------------------------
 
 
-def affordable_samples(results: Sequence[Result]) -> int:
-    """How many sequences of each compiled method fit in the time we grant, at the speed just measured."""
-    each = sum(median(run.seconds for run in r.runs) for r in results if r.contestant.method != "eager")
-    return max(32, min(512, int(SCORING_SECONDS / each)))
-
-
 @torch.no_grad()
 def sequence_log_probs(model: Model, sequences: Tensor, prompt_length: int, temperature: float) -> Tensor:
     """Mean log-probability of the new tokens of each sequence [M, P+n] -> [M], under softmax(logits / temperature)."""
@@ -146,33 +140,49 @@ def sequence_log_probs(model: Model, sequences: Tensor, prompt_length: int, temp
     return torch.cat(means)
 
 
-def score_methods(
-    target: Model,
-    prompt_length: int,
-    contestants: Sequence[Contestant],
-    arguments: argparse.Namespace,
-    samples: int,
-    console: Console,
-) -> dict[str, Score]:
-    """Draw independent sequences from the compiled loop (true target samples) and from SMC, score both.
+def score_methods(target: Model, draft: Model, ids: Tensor, options: argparse.Namespace, console: Console) -> Scores:
+    """Draw independent sequences with the one-token loop (true target samples) and with SMC, score both.
 
-    Every sequence has the full length: text after an end mark counts on both sides.
+    Many requests go in one batch, uncompiled: request b draws what it would draw alone with seed + b. Every sequence
+    has the full length: text after an end mark counts on both sides.
     """
     scores = {}
-    compiled = [contestant for contestant in contestants if contestant.method != "eager"]
     with progress_bar(console) as progress:
-        task = progress.add_task("", total=samples * len(compiled))
-        for index, contestant in enumerate(compiled):
-            progress.update(task, description=f"sampling {contestant.name}")
-            drawn = []
-            for sample in range(samples):
-                answer = contestant.run(arguments.seed + 100_000 * (index + 1) + sample)
-                drawn.append(answer.sequences if isinstance(answer, Generation) else answer)
-                progress.advance(task)
-            scores[contestant.method] = summarise(
-                sequence_log_probs(target, torch.cat(drawn), prompt_length, arguments.temperature)
-            )
+        for index, method in enumerate(SCORED):
+            task = progress.add_task(f"sampling {TEXT_TITLES[method]}", total=options.samples)
+            values: list[Tensor] = []
+            for size in batch_sizes(options.samples):
+                seed = options.seed + 1_000_000 * (index + 1) + sum(map(len, values))
+                drawn = sample_batch(target, draft, ids.expand(size, -1), method, seed, options)
+                values.append(sequence_log_probs(target, drawn, ids.shape[1], options.temperature))
+                progress.advance(task, size)
+            scores[method] = summarise(torch.cat(values))
     return scores
+
+
+def batch_sizes(samples: int) -> list[int]:
+    """Full batches, and a last one that may be smaller."""
+    full, rest = divmod(samples, SCORING_BATCH)
+    return [SCORING_BATCH] * full + ([rest] if rest else [])
+
+
+def sample_batch(
+    target: Model, draft: Model, ids: Tensor, method: str, seed: int, options: argparse.Namespace
+) -> Tensor:
+    """Independent sequences [B, P+n] after the prompts ids [B, P]."""
+    return generate(
+        target,
+        draft,
+        ids,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        n_particles=options.n_particles,
+        lookahead=options.lookahead,
+        seed=seed,
+        method=method,
+        compiler="eager",
+        validate=False,
+    ).sequences
 
 
 def summarise(values: Tensor) -> Score:
@@ -180,7 +190,7 @@ def summarise(values: Tensor) -> Score:
     return Score(float(values.mean()), float(values.std() / values.numel() ** 0.5), values.numel())
 
 
-def add_scores(rows: Sequence[Row], scores: dict[str, Score]) -> list[Row]:
+def add_scores(rows: Sequence[Row], scores: Scores) -> list[Row]:
     """Rows with the mean log-probability filled in where it was measured."""
     return [
         {**row, "mean_log_prob": scores[row["method"]].mean, "mean_log_prob_stderr": scores[row["method"]].stderr}
@@ -190,7 +200,7 @@ def add_scores(rows: Sequence[Row], scores: dict[str, Score]) -> list[Row]:
     ]
 
 
-def quality_lines(scores: dict[str, Score]) -> list[str]:
+def quality_lines(scores: Scores) -> list[str]:
     """The comparison with true samples, in words and numbers."""
     smc, true = scores["smc"], scores["autoregressive"]
     difference = 100 * (smc.mean - true.mean) / abs(true.mean)

@@ -9,12 +9,14 @@ from typing import Any
 
 from torch import nn
 
-from smc_compile.compile import Model, Program
+from smc_compile.compile import Model, Program, position_limit
 from smc_compile.decode import CompiledLoop
 from smc_compile.decode import decode as compile_loop
 from smc_compile.errors import SMCError
 from smc_compile.options import Options
 from smc_compile.passes.pipeline import Traced
+
+PROBED = 4  # position tables are tried up to this many times the length of the call
 
 
 @dataclass(frozen=True)
@@ -101,12 +103,12 @@ def _model(model: Model, batch: int, n: int, length: int) -> list[str]:
         return ["explicit protocol step(tokens, pos, state): its state is permuted, nothing is synthesized"]
     traced = model.traced
     per_token = sum(site.bytes_per_token for site in traced.cached.sites)
-    limit = model.max_positions
+    limit = position_limit(model, PROBED * length)
     return [
         *traced.cached.report,
         f"cache memory at this call: at most {_bytes(per_token * batch * length)} once per request, and "
         f"{_bytes(per_token * batch * n * length)} for {n} particles",
-        f"positions: {'no limit found' if limit is None else f'at most {limit}'}",
+        f"positions: {f'no limit up to {PROBED * length}' if limit is None else f'at most {limit}'}",
         f"validated: {'no' if traced.error is None else f'largest relative difference {traced.error:.1e}'}",
         f"passes: {_seconds(traced)}",
     ]

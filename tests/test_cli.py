@@ -120,6 +120,18 @@ def test_defaults():
     assert [round(count / 1e6) for count in counts] == [336, 31]
 
 
+@pytest.mark.parametrize(("seconds", "warned"), [({"float32": 1.0, "bfloat16": 3.0}, True), ({"bfloat16": 0.5}, False)])
+def test_a_type_that_the_processor_emulates_is_named(seconds, warned, monkeypatch):
+    monkeypatch.setattr(bench, "product_seconds", lambda dtype: seconds.get(str(dtype)[6:], 1.0))
+    lines = bench.emulated_dtype(torch.bfloat16, torch.device("cpu"))
+    assert lines == (
+        ["this processor emulates bfloat16: a product takes 3.0 times what float32 takes (--dtype float32)"]
+        if warned
+        else []
+    )
+    assert bench.emulated_dtype(torch.float32, torch.device("cpu")) == []
+
+
 def test_pair_shapes():
     assert bench.pair_shapes([4], [2, 3]) == [(4, 2), (4, 3)]
     assert bench.pair_shapes([4, 5], [2, 3]) == [(4, 2), (5, 3)]

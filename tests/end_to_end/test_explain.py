@@ -64,6 +64,13 @@ def test_a_report_tells_of_loop_sampler_caches_and_regions():
     assert names == {"target_prefill", "draft_prefill", "draft_head", "draft_step", "score", "weigh"}
 
 
+@pytest.mark.parametrize(("learned", "told_as"), [(64, "no limit up to 32"), (20, "at most 20")])
+def test_the_end_of_learned_positions_is_told(learned, told_as):
+    model = TinyTransformerLM(max_positions=learned)
+    told = explain(loop, model, IDS, 5, **{**OPTIONS, "draft": perturbed(model)})
+    assert f"positions: {told_as}" in told.sections["target"]
+
+
 def test_a_greedy_loop_says_that_it_needs_no_draft():
     told = explain(greedy, MODEL, IDS, 5, **OPTIONS)
     assert told.sections["sampler"] == ["argmax (greedy): argmax, temperature 1"]
