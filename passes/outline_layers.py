@@ -60,13 +60,8 @@ class _Layers:
 
 
 def outline_layers(cached: CachedLM) -> CachedLM:
-    """The same model with its graphs split at repeated layers; graphs without enough repetition stay whole."""
-    return replace(
-        cached,
-        prefill=outline(cached.prefill),
-        score=outline(cached.score),
-        advance=outline(cached.advance),
-    )
+    """The same model with the graphs of a cycle split at repeated layers; without enough repetition they stay whole."""
+    return replace(cached, score=outline(cached.score), advance=outline(cached.advance))
 
 
 def outline(module: fx.GraphModule) -> fx.GraphModule | Layered:
@@ -97,6 +92,12 @@ def find_layers(graph: fx.Graph) -> _Layers | None:
 
 def _is_size(node: fx.Node) -> bool:
     """Sizes are integers computed from shapes: every piece computes its own, so that none crosses as a constant."""
+    if "is_size" not in node.meta:  # asked again and again; without memory each answer walks back to the inputs
+        node.meta["is_size"] = _computes_size(node)
+    return node.meta["is_size"]
+
+
+def _computes_size(node: fx.Node) -> bool:
     if node.op != "call_function":
         return False
     if node.target is torch.ops.aten.sym_size.int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .compiled import Region, compile_function, mark_dynamic
+from .compiled import compile_function, mark_dynamic
 from .regions import Forward, State, unify
 
 
@@ -45,9 +45,6 @@ class RuntimeModel(Protocol):
         """Overwrite rows ``dead`` by rows ``source``, in place; ``used`` positions of a suffix hold anything."""
         ...
 
-    @property
-    def prefill_region(self) -> Region | None: ...
-
 
 class CachedModel:
     """A model whose cache the compiler derived.
@@ -60,20 +57,13 @@ class CachedModel:
     ) -> None:
         self._graphs, self.weights = graphs, weights
         self.whole = not hasattr(graphs.advance, "with_pieces")  # repeated layers come in pieces: see Layered
-        prefill, score, advance = (
-            _compile_pieces(graph, f"{name}_{kind}", compiler)
-            for graph, kind in ((graphs.prefill, "prefill"), (graphs.score, "score"), (graphs.advance, "advance"))
-        )
-        whole = not hasattr(graphs.prefill, "with_pieces")
-        self.prefill_region: Region | None = Region(f"{name}_prefill", _prefill_body(prefill), compiler, whole)
-        self.score = _incremental_body(score, self.whole)
-        self.advance = _incremental_body(advance, self.whole)
+        self.score = _incremental_body(_compile_pieces(graphs.score, f"{name}_score", compiler), self.whole)
+        self.advance = _incremental_body(_compile_pieces(graphs.advance, f"{name}_advance", compiler), self.whole)
 
     def begin(self, ids: Tensor, n_particles: int, capacity: int, length: int) -> tuple[Tensor, Any, State]:
         weights = self.weights()
-        assert self.prefill_region is not None
         tables = list(self._graphs.tables(length, *weights))
-        rows, prompts = self.prefill_region(mark_dynamic(ids.clone(), 1), weights)
+        rows, *prompts = self._graphs.prefill(ids, *weights)  # as it is: large products, nothing for a compiler to gain
         prompts = [mark_dynamic(p.contiguous(), 2) for p in prompts]
         tables = [mark_dynamic(t.contiguous(), *axes) for t, axes in zip(tables, self._graphs.table_axes, strict=True)]
         return rows, (prompts, tables, weights), self._suffixes(prompts, n_particles, capacity)
@@ -106,15 +96,7 @@ def _compile_pieces(graph: Any, name: str, compiler: str) -> Callable[..., Any]:
         for piece, part in zip(graph.pieces, ("head", "layer", "tail"), strict=True)
     )
 
-    @torch._dynamo.disable
-    def run(*arguments: Any) -> Any:
-        growing = arguments[0].shape[1] if name.endswith("prefill") else 1
-        pieces = head, layer, tail
-        if growing > 1:  # a prompt's length stays symbolic in what pieces hand to each other
-            pieces = _marking(head, growing), _marking(layer, growing), tail
-        return graph.with_pieces(pieces)(*arguments)
-
-    return run
+    return torch._dynamo.disable(graph.with_pieces((head, layer, tail)))
 
 
 def _as_function(piece: Callable[..., Any]) -> Callable[..., Any]:
@@ -122,26 +104,6 @@ def _as_function(piece: Callable[..., Any]) -> Callable[..., Any]:
         return piece(*inputs)
 
     return run
-
-
-def _marking(piece: Callable[..., Any], size: int) -> Callable[..., Any]:
-    """``piece`` with the dimensions of its results that have this size marked as varying."""
-
-    def run(*inputs: Any) -> Any:
-        results = piece(*inputs)
-        for result in results:
-            mark_dynamic(result, *(d for d, length in enumerate(result.shape) if length == size))
-        return results
-
-    return run
-
-
-def _prefill_body(graph: Callable[..., Any]) -> Callable[..., tuple[Tensor, list[Tensor]]]:
-    def prefill(ids: Tensor, weights: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        rows, *caches = graph(ids, *weights)
-        return rows, caches
-
-    return prefill
 
 
 def _incremental_body(graph: Callable[..., Any], whole: bool) -> Forward:
@@ -162,7 +124,6 @@ class StatefulModel:
         self.model = model
         self._spec: Any = None
         self.whole = True
-        self.prefill_region: Region | None = None
         self.score = self._body(all_positions=True)
         self.advance = self._body(all_positions=False)
 

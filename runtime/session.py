@@ -69,7 +69,7 @@ class AutoregressiveSession:
 
     @property
     def regions(self) -> list[Region]:
-        return [region for region in (self._target.prefill_region, self._step) if region is not None]
+        return [self._step]
 
     @torch.no_grad()
     def run(self, request: Request) -> Generation:
@@ -139,15 +139,7 @@ class SMCSession:
 
     @property
     def regions(self) -> list[Region]:
-        all_regions = (
-            self._target.prefill_region,
-            self._draft.prefill_region,
-            self._draft_head,
-            self._draft_step,
-            self._score,
-            self._weigh,
-        )
-        return [region for region in all_regions if region is not None]
+        return [self._draft_head, self._draft_step, self._score, self._weigh]
 
     @torch.no_grad()
     def run(self, request: Request) -> Generation:
@@ -325,8 +317,7 @@ class _Clock:
         self.resample_seconds = 0.0
 
     def prefilled(self) -> None:
-        compiled = sum(region.compile_seconds for region in self._regions) - self._compiled
-        self._prefill = time.perf_counter() - self._start - compiled
+        self._prefill = time.perf_counter() - self._start
 
     def stats(self, stats: Stats) -> Stats:
         stats.compile_seconds = sum(region.compile_seconds for region in self._regions) - self._compiled

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,8 @@ from smc_compile.runtime.models import CachedModel, RuntimeModel, StatefulModel
 from smc_compile.runtime.session import AutoregressiveSession, Law, Request, SMCSession
 
 log = logging.getLogger(__name__)
+KEPT = 16  # analyses kept; the oldest goes first, and with it its hold on the model
+_traced: OrderedDict[Any, Traced] = OrderedDict()
 TRACE_BATCH = 2  # any batch > 1: the batch axis is told apart from axes of size one
 
 
@@ -120,8 +123,24 @@ def compile_draft(model: Any, options: Options, temperature: float, ids: Tensor)
     if is_stateful(model):
         return stateful(model, temperature)
     require_eval(model, "draft")
-    traced = trace_model(LastLogits(model), ids.new_zeros(TRACE_BATCH, 2), (), options.validate, sampled=False)
+    traced = trace_once(model, LastLogits(model), ids, options.validate, sampled=False)
     return cached(traced, traced.owned, options, "draft", Law("logits", temperature))
+
+
+def trace_once(model: nn.Module, step: nn.Module, ids: Tensor, check: bool, sampled: bool, *law: float) -> Traced:
+    """The analysis of ``step``, which asks ``model`` for its next token: kept, since methods and options share it.
+
+    ``law`` is what else the step depends on. An analysis that was validated also serves where none is asked for.
+    """
+    place = next(((p.device, p.dtype) for p in model.parameters()), None)
+    keys = [(id(model), place, sampled, law, checked) for checked in (True, check)]
+    key = next((k for k in keys if k in _traced), keys[-1])
+    if key not in _traced:
+        _traced[key] = trace_model(step, ids.new_zeros(TRACE_BATCH, 2), (), check, sampled)
+    _traced.move_to_end(key)
+    while len(_traced) > KEPT:
+        _traced.popitem(last=False)
+    return _traced[key]
 
 
 def cached(traced: Traced, weights: Callable[[], list[Tensor]], options: Options, name: str, law: Law) -> Model:

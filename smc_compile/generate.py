@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from smc_compile.compile import (
-    TRACE_BATCH,
     LastLogits,
     Program,
     build_program,
@@ -18,10 +17,10 @@ from smc_compile.compile import (
     request_seeds,
     require_eval,
     stateful,
+    trace_once,
 )
 from smc_compile.errors import InputError, OptionError
 from smc_compile.options import Options, is_stateful
-from smc_compile.passes.pipeline import trace_model
 from smc_compile.result import Generation
 from smc_compile.runtime.session import Law
 
@@ -116,8 +115,7 @@ def _compile(model: Any, temperature: float, options: Options, ids: Tensor) -> P
             target.law = Law("greedy")
         return build_program(target, options, temperature or 1.0, ids)
     require_eval(model, "model")
-    step = Sample(model, temperature)
-    traced = trace_model(step, ids.new_zeros(TRACE_BATCH, 2), (), options.validate)
+    traced = trace_once(model, Sample(model, temperature), ids, options.validate, True, temperature)
     assert traced.sampler is not None
     target = cached(traced, traced.owned, options, "target", Law(traced.sampler.kind))
     return build_program(target, options, traced.sampler.temperature, ids)

@@ -18,7 +18,7 @@ from smc_compile.options import COMPILERS
 
 VOCAB = 17
 PROMPTS = torch.tensor([[5, 3, 11, 7], [1, 16, 0, 2]])
-SMC_REGIONS = {"target_prefill", "draft_prefill", "draft_head", "draft_step", "score", "weigh"}
+SMC_REGIONS = {"draft_head", "draft_step", "score", "weigh"}
 
 Run = Callable[..., Generation]
 

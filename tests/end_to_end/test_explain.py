@@ -61,7 +61,7 @@ def test_a_report_tells_of_loop_sampler_caches_and_regions():
         assert "positions: " in lines
         assert "largest relative difference" in lines
     names = {line.split(":")[0] for line in told.sections["regions"]}
-    assert names == {"target_prefill", "draft_prefill", "draft_head", "draft_step", "score", "weigh"}
+    assert names == {"draft_head", "draft_step", "score", "weigh"}
 
 
 @pytest.mark.parametrize(("learned", "told_as"), [(64, "no limit up to 32"), (20, "at most 20")])

@@ -15,7 +15,7 @@ from smc_compile.passes.outline_layers import MIN_REPEATS, Layered, find_layers,
 from smc_compile.passes.synthesize_cache import synthesize_cache
 
 LAYERS = MIN_REPEATS + 2
-KINDS = ("prefill", "score", "advance")
+KINDS = ("score", "advance")
 
 
 class Step(torch.nn.Module):
@@ -39,8 +39,6 @@ def arguments(kind):
     """Inputs for each graph: B=2 requests, N=2 particles, P=4, T=3, S=6."""
     graphs, owned = cached(LAYERS)
     ids = torch.arange(8).view(2, 4)
-    if kind == "prefill":
-        return [ids, *owned()]
     _, *prompts = graphs.prefill(ids, *owned())
     generator = torch.Generator().manual_seed(1)
     suffixes = [torch.randn(4, p.shape[1], 6, p.shape[3], generator=generator, dtype=p.dtype) for p in prompts]
