@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from smc_compile.passes.export_lm import OwnedWeights, export_lm
+from smc_compile.passes.few_rows import few_rows
 from smc_compile.passes.ir import CachedLM, CausalLM
 from smc_compile.passes.match_sampler import Sampler, match_sampler
 from smc_compile.passes.outline_layers import outline_layers
@@ -53,7 +54,7 @@ def trace_model(step: nn.Module, ids: Tensor, weights: Sequence[Tensor], check: 
     if sampled:
         lm, sampler = match_sampler(lm)
         lap("match_sampler")
-    cached = synthesize_cache(lm)
+    cached = few_rows(synthesize_cache(lm))
     lap("synthesize_cache")
     error = None
     if check:

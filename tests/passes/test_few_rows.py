@@ -1,0 +1,79 @@
+"""Linear layers of a few rows go to faster products on a CPU: the same numbers, and everything else is left alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from smc_compile.compile import LastLogits
+from smc_compile.llama import Llama, LlamaConfig
+from smc_compile.passes import few_rows as pass_file
+from smc_compile.passes.export_lm import export_lm
+from smc_compile.passes.few_rows import FEWEST, MOST, few_rows, linear
+from smc_compile.passes.synthesize_cache import synthesize_cache
+
+
+def operands(rows: tuple[int, ...], dtype: torch.dtype, outputs: int = 1100) -> tuple[torch.Tensor, ...]:
+    """x [..., 1024], weight [O, 1024] of no whole number of blocks, bias [O]."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((*rows, 1024), (outputs, 1024), (outputs,))
+    x, weight, bias = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    return x, weight, bias
+
+
+def calls(function, *args) -> list[str]:
+    """Names of the ops that the function dispatches."""
+    with torch.profiler.profile() as profile, torch.no_grad():
+        function(*args)
+    return [event.name for event in profile.events()]
+
+
+@pytest.mark.parametrize("rows", [(FEWEST,), (2, 9), (MOST,)])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)])
+def test_the_product_is_the_exact_one_to_rounding(rows, biased, dtype, tolerance, monkeypatch):
+    monkeypatch.setattr(pass_file, "EMULATED", True)
+    x, weight, bias = operands(rows, dtype)
+    used = bias if biased else None
+    exact = torch.nn.functional.linear(x.double(), weight.double(), used.double() if biased else None)
+    with torch.no_grad():
+        result = linear(x, weight, used)
+    assert result.dtype == dtype
+    assert result.shape == exact.shape
+    assert (result - exact).abs().max() <= tolerance * exact.abs().max()
+
+
+def test_which_products_are_rerouted(monkeypatch):
+    monkeypatch.setattr(pass_file, "EMULATED", True)
+    assert "smc_compile::few_rows" in calls(linear, *operands((8,), torch.float32))
+    assert "smc_compile::few_rows_widened" in calls(linear, *operands((8,), torch.bfloat16))
+    for left_alone in (
+        operands((FEWEST - 1,), torch.float32),
+        operands((MOST + 1,), torch.float32),
+        operands((8,), torch.float64),
+        operands((8,), torch.float32, outputs=64),
+    ):
+        assert not any("few_rows" in name for name in calls(linear, *left_alone))
+    monkeypatch.setattr(pass_file, "EMULATED", False)
+    assert not any("few_rows" in name for name in calls(linear, *operands((8,), torch.bfloat16)))
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiled_equals_eager(compiler):
+    x, weight, bias = operands((2, 9), torch.float32)
+    compiled = torch.compile(lambda *args: torch.relu(linear(*args)), backend=compiler, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, weight, bias), torch.relu(linear(x, weight, bias)))
+
+
+def test_every_linear_layer_of_a_model_is_rewritten_and_nothing_else():
+    model = Llama(LlamaConfig(17, 16, 2, 2, 1, 24)).eval()
+    lm, _ = export_lm(LastLogits(model), torch.zeros(2, 2, dtype=torch.int64))
+    before = synthesize_cache(lm)
+    targets = {kind: [node.target for node in getattr(before, kind).graph.nodes] for kind in ("score", "advance")}
+    after = few_rows(before)
+    aten = torch.ops.aten.linear.default
+    for kind, old in targets.items():
+        new = [node.target for node in getattr(after, kind).graph.nodes]
+        assert old.count(aten) == 2 * 7 + 1
+        assert new == [linear if target is aten else target for target in old]
