@@ -57,15 +57,22 @@ def contract(typing: Typing, node: fx.Node, left: Any, right: Any) -> Axes:
     a, b = ((),) * (rank - len(a)) + a, ((),) * (rank - len(b)) + b
     batch = tuple(_batch_axis(node, x, y) for x, y in zip(a[:-2], b[:-2], strict=True))
     if a[-1] == (K,) and b[-2] == (Q,):
+        _require_one_sequence(node, batch)
         typing.attention[node] = "mix"
     elif a[-2] and b[-1] == (Q,) and Q in a[-2]:
         require_plain(node, a[-1])
+        _require_one_sequence(node, batch)
         typing.attention[node] = "score"
         return (*batch, a[-2], (K,))
     else:
         require_plain(node, a[-1])
         require_plain(node, b[-2])
     return (*batch, a[-2], b[-1])
+
+
+def _require_one_sequence(node: fx.Node, batch: Axes) -> None:
+    if any(atom.kind in (QUERY, KEY) for axis in batch for atom in axis):
+        raise refuse(node, "attention runs over the positions of the sequence once for each position")
 
 
 def _matrix_axes(typing: Typing, value: fx.Node) -> Axes:
@@ -88,7 +95,7 @@ def _batch_axis(node: fx.Node, left: Axis, right: Axis) -> Axis:
     """The query side's axis names the result: repeated key heads are the query's own heads."""
     if not left:
         return tuple(Atom(OTHER, atom.size) if atom.kind == REPEAT else atom for atom in right)
-    if outline(left) == outline(right):  # each token has a matrix of its own
+    if outline(left) == outline(right) and K not in left:  # each token has a matrix of its own
         return merge_axis(node, left, right) or ()
     kinds = {atom.kind for atom in right} - {OTHER, REPEAT}
     if not kinds <= {atom.kind for atom in left} or {QUERY, KEY} & kinds:

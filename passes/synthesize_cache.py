@@ -92,6 +92,7 @@ def synthesize_cache(lm: CausalLM) -> CachedLM:
         table_axes=tuple(growing_axes(node) for node in tables),
         vocab_size=int(rows.meta["val"].shape[-1]),
         max_positions=lm.max_positions,
+        attention=tuple(typing.attention.values()),
         report=_report(typing, prefill.sites, tables),
     )
     counters["smc_compile"]["attention_over_cache"] += len(typing.attention)
