@@ -1,7 +1,7 @@
 """Rewrite ops that read a tensor's shape, or overwrite its values, so that they no longer seem to depend on its values.
 
-``x.new_zeros(sizes)`` becomes ``full``, ``a.expand_as(x)`` and ``a.view_as(x)`` take sizes, and ``copy(x, y)``, which
-writing into a slice leaves behind, is ``y`` in the shape of ``x``.
+``x.new_zeros(sizes)`` and ``zeros(sizes)`` become ``full``, ``a.expand_as(x)`` and ``a.view_as(x)`` take sizes, and
+``copy(x, y)``, which writing into a slice leaves behind, is ``y`` in the shape of ``x``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from torch import fx
 from torch._dynamo.utils import counters
 
 aten = torch.ops.aten
-FILLS = {aten.new_zeros.default: 0, aten.new_empty.default: 0, aten.new_ones.default: 1, aten.empty.memory_format: 0}
+FILLS = {aten.zeros.default: 0, aten.ones.default: 1, aten.empty.memory_format: 0}  # of sizes
+FILLS_LIKE = {aten.new_zeros.default: 0, aten.new_ones.default: 1, aten.new_empty.default: 0}  # of a tensor and sizes
 SHAPED_AS = {aten.expand_as.default: aten.expand.default, aten.view_as.default: aten.view.default}
 
 
@@ -30,11 +31,12 @@ def forget_values(graph: fx.Graph) -> None:
 
 
 def _replacement(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
-    if node.target in FILLS or node.target is aten.new_full.default:
-        value = node.meta["val"]
-        sizes = node.args[0] if node.target is aten.empty.memory_format else node.args[1]
-        fill = FILLS.get(node.target, node.args[2] if len(node.args) > 2 else 0)  # type: ignore[call-overload]
-        return graph.call_function(aten.full.default, (sizes, fill), {"dtype": value.dtype, "device": value.device})
+    if node.target in FILLS:
+        return _full(graph, node, node.args[0], FILLS[node.target])  # type: ignore[index]
+    if node.target in FILLS_LIKE:
+        return _full(graph, node, node.args[1], FILLS_LIKE[node.target])  # type: ignore[index]
+    if node.target is aten.new_full.default:
+        return _full(graph, node, node.args[1], node.args[2])
     if node.target in SHAPED_AS:
         source, other = node.args
         return graph.call_function(SHAPED_AS[node.target], (source, _sizes(graph, other)))  # type: ignore[index]
@@ -44,6 +46,11 @@ def _replacement(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
         cast.meta = {**node.meta, "val": new.meta["val"].to(node.meta["val"].dtype)}  # type: ignore[union-attr]
         return graph.call_function(aten.expand.default, (cast, _sizes(graph, old)))
     return None
+
+
+def _full(graph: fx.Graph, node: fx.Node, sizes: Any, fill: Any) -> fx.Node:
+    value = node.meta["val"]
+    return graph.call_function(aten.full.default, (sizes, fill), {"dtype": value.dtype, "device": value.device})
 
 
 def _sizes(graph: fx.Graph, tensor: Any) -> list[Any]:
