@@ -41,8 +41,8 @@ def rule_for(node: fx.Node) -> Rule:
 @rule("clone", "contiguous", "_to_copy", "to", "detach", "alias", "lift_fresh_copy", "type_as", "where", "masked_fill",
       "rand_like", "randn_like", "empty_like", "zeros_like", "ones_like", "full_like", "exponential", "exponential_",
       "log_sigmoid", "nan_to_num", "float_power", "clamp", "clip", "isin", "uniform", "multiply", "divide",
-      "true_divide", "subtract", "negative", "absolute", "conj", "real", "imag", "__or__", "__and__",
-      "__xor__")  # fmt: skip
+      "true_divide", "subtract", "negative", "absolute", "__or__", "__and__", "__xor__", "conj", "_conj", "real",
+      "imag", "resolve_conj", "resolve_neg")  # fmt: skip
 def pointwise(typing: Typing, node: fx.Node) -> Axes:
     return broadcast(typing, node, tensors([*node.args, *node.kwargs.values()]))
 

@@ -87,6 +87,8 @@ def cat(typing: Typing, node: fx.Node) -> Axes:
     bound = arguments(node)
     operands = [x for x in bound["tensors"] if tuple(x.meta["val"].shape) != (0,)]  # nothing, allowed beside any rank
     d = axis_index(bound["dim"], node.meta["val"].dim())
+    if len(operands) == 1:
+        return tuple(operand_axes(typing, operands[0]))  # type: ignore[arg-type]
     columns = [operand_axes(typing, operand)[d] for operand in operands]
     merged: list[Axis] = []
     for i in range(node.meta["val"].dim()):

@@ -309,11 +309,13 @@ class LastLogits64(LastLogits):
     """
 
     def forward(self, ids: Tensor) -> Tensor:
-        with _Float64():
+        with Float64Throughout():
             return super().forward(ids)
 
 
-class _Float64(TorchFunctionMode):
+class Float64Throughout(TorchFunctionMode):
+    """Inside, a cast to float32 is one to float64."""
+
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is Tensor.float:
             return args[0].double()
