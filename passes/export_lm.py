@@ -12,9 +12,10 @@ from torch._functorch.compile_utils import fx_graph_cse
 from torch.export.graph_signature import InputKind
 
 from smc_compile.errors import CacheError, SMCError
+from smc_compile.passes.axis_helpers import op_name
 from smc_compile.passes.decompositions import DECOMPOSED
 from smc_compile.passes.ir import CausalLM
-from smc_compile.passes.sequence_axes import type_axes
+from smc_compile.passes.sequence_axes import refuse, type_axes
 from smc_compile.passes.shape_only import forget_values
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,23 @@ def _export(step: nn.Module, inputs: tuple[Tensor, ...], length: object) -> torc
         program = torch.export.export(_Positional(step), inputs, dynamic_shapes=(dynamic,), strict=False)
         if _is_functional(program.graph):
             return program  # decomposing traces everything again, which costs as much as the export
+        _refuse_convolutions(program.graph, _user_inputs(program)[0])
         return program.run_decompositions(DECOMPOSED)
+
+
+def _refuse_convolutions(graph: fx.Graph, ids: fx.Node) -> None:
+    """Refuse before minutes go by what will be refused anyway: such models often unroll to very long graphs.
+
+    Raises:
+        CacheError: naming a convolution of values that depend on tokens.
+    """
+    dependent = {ids}
+    for node in graph.nodes:
+        if dependent.isdisjoint(node.all_input_nodes):
+            continue
+        dependent.add(node)
+        if str(node.target).startswith("aten.conv"):
+            raise refuse(node, f"{op_name(node)} has no position-by-position form")
 
 
 def _is_functional(graph: fx.Graph) -> bool:
@@ -71,6 +88,8 @@ def _name_the_culprit(step: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     """A recurrent op pins the length: trace for that one length and let the axis analysis name the op."""
     try:
         program = _export(step, inputs, torch.export.Dim.AUTO)
+    except SMCError:
+        raise
     except Exception as error:
         raise _untraceable(error) from error
     type_axes(_causal_lm(program, program.graph_module, inputs[0].shape[0], require_symbolic=False))
@@ -119,13 +138,18 @@ class _Positional(nn.Module):
         return self.step(*inputs)
 
 
+def _user_inputs(program: torch.export.ExportedProgram) -> list[fx.Node]:
+    placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
+    specs = program.graph_signature.input_specs
+    return [node for node, spec in zip(placeholders, specs, strict=True) if spec.kind == InputKind.USER_INPUT]
+
+
 def _causal_lm(
     program: torch.export.ExportedProgram, graph_module: fx.GraphModule, batch: int, require_symbolic: bool = True
 ) -> CausalLM:
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-    kinds = [spec.kind == InputKind.USER_INPUT for spec in program.graph_signature.input_specs]
-    user = [node for node, is_user in zip(placeholders, kinds, strict=True) if is_user]
-    owned = [node for node, is_user in zip(placeholders, kinds, strict=True) if not is_user]
+    user = _user_inputs(program)
+    owned = [node for node in placeholders if node not in user]
     ids = user[0]
     length = ids.meta["val"].shape[1]
     symbolic = isinstance(length, torch.SymInt)
