@@ -239,7 +239,8 @@ class CompiledLoop:
 def _models(function: Callable[..., Any], bound: inspect.BoundArguments) -> list[nn.Module]:
     """The modules that a function can reach: its arguments, its free variables and the globals that it names."""
     assert isinstance(function, types.FunctionType)
-    cells = [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
+    filled = [cell for cell in function.__closure__ or () if cell != types.CellType()]  # an empty one raises when read
+    cells = [cell.cell_contents for cell in filled]
     named = [function.__globals__.get(name) for name in function.__code__.co_names]
     return [value for value in (*bound.arguments.values(), *cells, *named) if isinstance(value, nn.Module)]
 

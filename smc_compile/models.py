@@ -363,10 +363,9 @@ def compiled_table(rows: Sequence[Row]) -> Table:
 
 def others_table(rows: Sequence[Row]) -> Table:
     """Why the others did not compile, one line each."""
-    table = Table(box=None, padding=(0, 1), header_style="bold", pad_edge=False, width=100)
-    for title, width in (("family", 24), ("attention", 9), ("", 9)):
-        table.add_column(title, no_wrap=True, min_width=width)
-    table.add_column("reason", no_wrap=True, overflow="ellipsis")
+    table = Table(box=None, padding=(0, 1), header_style="bold", pad_edge=False)
+    for title, width in (("family", 24), ("attention", 9), ("", 9), ("reason", 52)):
+        table.add_column(title, width=width, no_wrap=True, overflow="ellipsis")
     for row in rows:
         table.add_row(escape(row.family), row.attention, row.status, escape(row.reason or ""))
     return table
