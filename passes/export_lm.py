@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
-from math import prod
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,8 +12,11 @@ from torch._functorch.compile_utils import fx_graph_cse
 from torch.export.graph_signature import InputKind
 
 from smc_compile.errors import CacheError, SMCError
+from smc_compile.passes.axis_helpers import op_name
+from smc_compile.passes.decompositions import DECOMPOSED
 from smc_compile.passes.ir import CausalLM
-from smc_compile.passes.sequence_axes import type_axes
+from smc_compile.passes.sequence_axes import refuse, type_axes
+from smc_compile.passes.shape_only import forget_values
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,7 @@ def export_lm(step: nn.Module, ids: Tensor, weights: Sequence[Tensor] = ()) -> t
         _name_the_culprit(step, (example, *weights))
         raise _untraceable(error) from error
     graph_module = program.graph_module
+    forget_values(graph_module.graph)
     graph_module.graph = fx_graph_cse(graph_module.graph)  # layers slice the same position tables again and again
     graph_module.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     graph_module.recompile()
@@ -55,20 +58,38 @@ def _export(step: nn.Module, inputs: tuple[Tensor, ...], length: object) -> torc
         program = torch.export.export(_Positional(step), inputs, dynamic_shapes=(dynamic,), strict=False)
         if _is_functional(program.graph):
             return program  # decomposing traces everything again, which costs as much as the export
-        return program.run_decompositions({torch.ops.aten.einsum.default: einsum_as_matmul})
+        _refuse_convolutions(program.graph, _user_inputs(program)[0])
+        return program.run_decompositions(DECOMPOSED)
+
+
+def _refuse_convolutions(graph: fx.Graph, ids: fx.Node) -> None:
+    """Refuse before minutes go by what will be refused anyway: such models often unroll to very long graphs.
+
+    Raises:
+        CacheError: naming a convolution of values that depend on tokens.
+    """
+    dependent = {ids}
+    for node in graph.nodes:
+        if dependent.isdisjoint(node.all_input_nodes):
+            continue
+        dependent.add(node)
+        if str(node.target).startswith("aten.conv"):
+            raise refuse(node, f"{op_name(node)} has no position-by-position form")
 
 
 def _is_functional(graph: fx.Graph) -> bool:
     """No op writes in place, and none is left to decompose or inline (`with torch.no_grad()` makes a nested graph)."""
     ops = [node.target for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
     nested = any(isinstance(node.target, torch._ops.HigherOrderOperator) for node in graph.nodes)
-    return not nested and not any(op._schema.is_mutable or op is torch.ops.aten.einsum.default for op in ops)
+    return not nested and not any(op._schema.is_mutable or op in DECOMPOSED for op in ops)
 
 
 def _name_the_culprit(step: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     """A recurrent op pins the length: trace for that one length and let the axis analysis name the op."""
     try:
         program = _export(step, inputs, torch.export.Dim.AUTO)
+    except SMCError:
+        raise
     except Exception as error:
         raise _untraceable(error) from error
     type_axes(_causal_lm(program, program.graph_module, inputs[0].shape[0], require_symbolic=False))
@@ -117,13 +138,18 @@ class _Positional(nn.Module):
         return self.step(*inputs)
 
 
+def _user_inputs(program: torch.export.ExportedProgram) -> list[fx.Node]:
+    placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
+    specs = program.graph_signature.input_specs
+    return [node for node, spec in zip(placeholders, specs, strict=True) if spec.kind == InputKind.USER_INPUT]
+
+
 def _causal_lm(
     program: torch.export.ExportedProgram, graph_module: fx.GraphModule, batch: int, require_symbolic: bool = True
 ) -> CausalLM:
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-    kinds = [spec.kind == InputKind.USER_INPUT for spec in program.graph_signature.input_specs]
-    user = [node for node, is_user in zip(placeholders, kinds, strict=True) if is_user]
-    owned = [node for node, is_user in zip(placeholders, kinds, strict=True) if not is_user]
+    user = _user_inputs(program)
+    owned = [node for node in placeholders if node not in user]
     ids = user[0]
     length = ids.meta["val"].shape[1]
     symbolic = isinstance(length, torch.SymInt)
@@ -136,31 +162,3 @@ def _causal_lm(
     bounds = program.range_constraints.get(length.node.expr) if symbolic else None
     limit = int(bounds.upper) if bounds is not None and bounds.upper.is_Integer else None
     return CausalLM(graph_module, ids, tuple(owned + user[1:]), batch, limit)
-
-
-def einsum_as_matmul(equation: str, operands: Sequence[Tensor], path: object = None) -> Tensor:
-    """Two-operand einsum as permute, reshape and matmul, so that attention written with it is seen as a product."""
-    inputs, _, output = equation.replace(" ", "").partition("->")
-    terms = inputs.split(",")
-    if len(terms) != 2 or "." in equation or any(len(set(term)) != len(term) for term in terms):
-        return NotImplemented
-    left, right = terms
-    output = output or "".join(sorted(c for c in set(left + right) if (left + right).count(c) == 1))
-    size = {c: n for term, x in zip(terms, operands, strict=True) for c, n in zip(term, x.shape, strict=True)}
-    batch = [c for c in left if c in right and c in output]
-    summed = [c for c in left if c in right and c not in output]
-    rows = [c for c in left if c not in right]
-    columns = [c for c in right if c not in left]
-    if any(c not in output for c in rows + columns):
-        return NotImplemented
-    count = [prod(size[c] for c in group) for group in (rows, summed, columns)]
-    a = operands[0].permute([left.index(c) for c in batch + rows + summed])
-    b = operands[1].permute([right.index(c) for c in batch + summed + columns])
-    batch_sizes = [size[c] for c in batch]
-    a = a.reshape([*batch_sizes, count[0], count[1]]) if len(rows) != 1 or len(summed) != 1 else a
-    b = b.reshape([*batch_sizes, count[1], count[2]]) if len(columns) != 1 or len(summed) != 1 else b
-    y = torch.matmul(a, b)
-    if len(rows) != 1 or len(columns) != 1:
-        y = y.reshape([*batch_sizes, *(size[c] for c in rows), *(size[c] for c in columns)])
-    order = batch + rows + columns
-    return y.permute([order.index(c) for c in output])

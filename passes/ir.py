@@ -84,6 +84,7 @@ class CachedLM:
     table_axes: tuple[tuple[int, ...], ...]  # of each table, the axes that grow with its length
     vocab_size: int
     max_positions: int | None
+    attention: tuple[str, ...] = ()  # "sdpa", or "score" and "mix" for each attention written as products
     report: list[str] = field(default_factory=list)
 
 

@@ -16,6 +16,7 @@ from torch import fx
 from torch._dynamo.utils import counters
 
 from smc_compile.passes.ir import CachedLM, output_values
+from smc_compile.passes.position_tables import add, multiply
 
 log = logging.getLogger(__name__)
 
@@ -92,17 +93,7 @@ def find_layers(graph: fx.Graph) -> _Layers | None:
 
 def _is_size(node: fx.Node) -> bool:
     """Sizes are integers computed from shapes: every piece computes its own, so that none crosses as a constant."""
-    if "is_size" not in node.meta:  # asked again and again; without memory each answer walks back to the inputs
-        node.meta["is_size"] = _computes_size(node)
-    return node.meta["is_size"]
-
-
-def _computes_size(node: fx.Node) -> bool:
-    if node.op != "call_function":
-        return False
-    if node.target is torch.ops.aten.sym_size.int:
-        return True
-    return bool(node.all_input_nodes) and all(_is_size(source) for source in node.all_input_nodes)
+    return node.op == "call_function" and node.target in (torch.ops.aten.sym_size.int, add, multiply)
 
 
 def _traffic(layers: _Layers) -> int:

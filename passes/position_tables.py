@@ -20,6 +20,11 @@ def is_over_positions(node: fx.Node) -> bool:
     return any(bool(expression(size).free_symbols) for v in values if isinstance(v, torch.Tensor) for size in v.shape)
 
 
+def is_fill(node: fx.Node) -> bool:
+    """One number in every place: it takes any shape, so it needs no table."""
+    return node.target is torch.ops.aten.full.default and isinstance(node.args[1], (int, float))
+
+
 def growing_axes(table: fx.Node) -> tuple[int, ...]:
     """The axes of a table whose size depends on the sequence length."""
     return tuple(d for d, size in enumerate(table.meta["val"].shape) if expression(size).free_symbols)
@@ -35,6 +40,8 @@ def frontier(typing: Typing) -> list[fx.Node]:
         for source in node.all_input_nodes:
             is_tensor = isinstance(source.meta.get("val"), torch.Tensor)
             if source in typing.dependent or source in found or not is_tensor or source.op == "placeholder":
+                continue
+            if is_fill(source):
                 continue
             if is_over_positions(source):
                 found.append(source)

@@ -12,7 +12,7 @@ from torch import fx
 from torch._dynamo.utils import counters
 
 from smc_compile.errors import CacheError
-from smc_compile.passes.axis_rules import arguments, axis_index, op_name
+from smc_compile.passes.axis_helpers import arguments, axis_index, op_name
 from smc_compile.passes.cached_attention import causal_mask, masked, mix_over_cache, scores_over_cache, write_cache
 from smc_compile.passes.head_layout import HeadLayout, padded, product
 from smc_compile.passes.ir import CachedLM, CacheSite, CausalLM, output_values
@@ -22,6 +22,7 @@ from smc_compile.passes.position_tables import (
     frontier,
     growing_axes,
     grows,
+    is_fill,
     is_over_positions,
     key_positions,
     live_nodes,
@@ -65,6 +66,10 @@ SIZED = {
 }
 
 
+EXACT = {"cat", "stack", "concat", "concatenate", "gather", "take_along_dim", "scatter", "scatter_add",
+         "scatter_reduce", "slice_scatter", "select_scatter"}  # fmt: skip  # operands do not broadcast
+
+
 def synthesize_cache(lm: CausalLM) -> CachedLM:
     """Derive prefill, score and advance graphs for ``lm``.
 
@@ -87,6 +92,7 @@ def synthesize_cache(lm: CausalLM) -> CachedLM:
         table_axes=tuple(growing_axes(node) for node in tables),
         vocab_size=int(rows.meta["val"].shape[-1]),
         max_positions=lm.max_positions,
+        attention=tuple(typing.attention.values()),
         report=_report(typing, prefill.sites, tables),
     )
     counters["smc_compile"]["attention_over_cache"] += len(typing.attention)
@@ -241,7 +247,7 @@ class _Emitter:
             return self._slice(node)
         axes = typing.axes[node]
         aligned = axes[0] if isinstance(axes, list) else axes
-        exact = name in ("cat", "stack", "concat", "concatenate", "gather", "take_along_dim", "scatter")
+        exact = name in EXACT
         if name == "scaled_dot_product_attention":
             aligned = (*typing.of(arguments(node)["query"])[:-1], (K,))
 
@@ -286,12 +292,15 @@ class _Emitter:
     def _has_batch(self, value: fx.Node, axes: Axes, exact: bool) -> bool:
         """A token-free value that was expanded to the traced batch must follow the region's batch instead."""
         sizes = value.meta["val"].shape
-        if value.op == "placeholder" or len(sizes) > len(axes) or not (exact or self.typing.lm.batch > 1):
+        if value.op == "placeholder" or len(sizes) > len(axes):
             return False
-        return any(
-            axis == (B,) and expression(size) == self.typing.lm.batch
-            for axis, size in zip(axes[len(axes) - len(sizes) :], sizes, strict=True)
-        )
+        pairs = zip(axes[len(axes) - len(sizes) :], sizes, strict=True)
+        alone = exact or self.typing.lm.batch > 1  # else an axis of one broadcasts
+        return any(B in axis and self._is_whole(axis, size) and (alone or axis != (B,)) for axis, size in pairs)
+
+    def _is_whole(self, axis: Axis, size: Any) -> bool:
+        """Whether a token-free axis of this size has an entry for each of ``axis``, and does not broadcast."""
+        return bool(expression(size) == self.typing.axis_size(axis))
 
     def _align(self, value: fx.Node, axes: Axes, node: fx.Node, exact: bool, keys: Any = None) -> fx.Node:
         """Read a token-free value at the new positions: rows for a query axis, all keys for a key axis."""
@@ -307,20 +316,38 @@ class _Emitter:
     def _read_table(
         self, value: fx.Node, sizes: list[Any], axes: Axes, node: fx.Node, exact: bool, keys: Any
     ) -> fx.Node:
+        target = [self._table_size(size, axis, node, keys) for size, axis in zip(sizes, axes, strict=True)]
+        if is_fill(value):
+            options = {"dtype": value.meta["val"].dtype, "device": value.meta["val"].device}
+            return self.call(aten.full.default, target, value.args[1], **options)
         result = self.env[value]
-        target: list[Any] = []
         for d, (size, axis) in enumerate(zip(sizes, axes, strict=True)):
             if axis == (B,) and size == self.typing.lm.batch:
                 result = self.call(aten.slice.Tensor, result, d, 0, 1)
+            elif axis[:1] == (B,) and len(axis) > 1 and not size.free_symbols and self._is_whole(axis, size):
+                result = self._over_rows(result, d, len(sizes), axis, node)
             elif size.free_symbols:
                 if axis not in ((Q,), (K,)) or size != self.typing.length:
                     raise refuse(node, "a table over positions meets an axis that is not the sequence")
                 if self.mode != PREFILL:
                     index = self.positions if axis == (Q,) else self._key_positions(keys, result, d)
                     result = self.call(aten.index_select.default, result, d, index)
-            broadcasts = size == 1 and not (axis == (B,) and self.typing.lm.batch == 1)
-            target.append(1 if broadcasts else self._size(axis, node, keys))
         return self.call(aten.expand.default, result, target) if exact else result
+
+    def _table_size(self, size: Any, axis: Axis, node: fx.Node, keys: Any) -> Any:
+        """The size in this region of a token-free axis that had ``size`` in the trace and meets ``axis``."""
+        if size == 1 and not (axis == (B,) and self.typing.lm.batch == 1):
+            return 1
+        depends = any(atom.kind in (BATCH, QUERY, KEY) for atom in axis)
+        return self._size(axis, node, keys) if depends else int(size)
+
+    def _over_rows(self, value: fx.Node, d: int, rank: int, axis: Axis, node: fx.Node) -> fx.Node:
+        """A table whose axis ``d`` is [batch * heads] of the trace, as [rows * heads]: all requests share it."""
+        inner = product(axis)
+        parted = self.call(aten.unflatten.int, value, d, [self.typing.lm.batch, inner])
+        first = self.call(aten.slice.Tensor, parted, d, 0, 1)
+        spread = [self._rows(node) if i == d else -1 for i in range(rank + 1)]
+        return self.call(aten.flatten.using_ints, self.call(aten.expand.default, first, spread), d, d + 1)
 
     def _key_positions(self, keys: Any, table: fx.Node, d: int) -> fx.Node:
         """Positions of all keys, prompt then suffix.

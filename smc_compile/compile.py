@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from smc_compile.errors import InputError, OptionError
+from smc_compile.logits import logits_of, traceable
 from smc_compile.options import Options, is_stateful
 from smc_compile.passes.pipeline import Traced, trace_model
 from smc_compile.result import Generation
@@ -164,13 +165,8 @@ class LastLogits(nn.Module):
         self.model = model
 
     def forward(self, ids: Tensor) -> Tensor:
-        logits = self.model(ids)
-        if not isinstance(logits, Tensor) or logits.dim() != 3:
-            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise InputError(
-                "a model must return logits [B, S, V]", f"it returned {found}", "wrap it: lambda ids: model(ids).logits"
-            )
-        return logits[:, -1]
+        with traceable(self.model):
+            return logits_of(self.model, ids)[:, -1]
 
 
 def require_eval(model: nn.Module, name: str) -> None:

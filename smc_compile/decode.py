@@ -6,14 +6,16 @@ import functools
 import inspect
 import types
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from smc_compile.backend import LoopFinder
 from smc_compile.errors import InputError, LoopError, OptionError, SMCError
+from smc_compile.logits import traceable
 from smc_compile.options import Options
 from smc_compile.passes.recover_loop import DecodeLoop, OutputLayout
 from smc_compile.recovered import LoopProgram, program_for, step_text
@@ -85,6 +87,12 @@ class CompiledLoop:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         bound = self._signature.bind(*args, **kwargs)
         bound.apply_defaults()
+        with ExitStack() as stack:
+            for model in _models(self._function, bound):
+                stack.enter_context(traceable(model))
+            return self._answer(bound)
+
+    def _answer(self, bound: inspect.BoundArguments) -> Any:
         for value in bound.arguments.values():
             if _may_be_prompt(value) and value.shape[-1] > 1:
                 torch._dynamo.maybe_mark_dynamic(value, value.dim() - 1)
@@ -226,6 +234,15 @@ class CompiledLoop:
             return outputs
 
         return run
+
+
+def _models(function: Callable[..., Any], bound: inspect.BoundArguments) -> list[nn.Module]:
+    """The modules that a function can reach: its arguments, its free variables and the globals that it names."""
+    assert isinstance(function, types.FunctionType)
+    filled = [cell for cell in function.__closure__ or () if cell != types.CellType()]  # an empty one raises when read
+    cells = [cell.cell_contents for cell in filled]
+    named = [function.__globals__.get(name) for name in function.__code__.co_names]
+    return [value for value in (*bound.arguments.values(), *cells, *named) if isinstance(value, nn.Module)]
 
 
 def _may_be_prompt(value: Any) -> bool:

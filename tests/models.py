@@ -495,6 +495,90 @@ class MoEDense(LM):
             block.mlp = DenseMixture(dim)
 
 
+# --- forms that leave positions, heads or shapes less plain --------------------------------------------------------
+
+
+class RoutedMLP(nn.Module):
+    """Each token gathers the weights of its best experts: [B*S*K] products with a matrix each, then a sum over K."""
+
+    def __init__(self, dim: int, experts: int = 4, chosen: int = 2):
+        super().__init__()
+        self.experts, self.chosen = experts, chosen
+        self.router = nn.Linear(dim, experts)
+        self.up = nn.Parameter(torch.empty(experts, dim, 2 * dim))
+        self.down = nn.Parameter(torch.empty(experts, 2 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, S, D = x.shape
+        flat = x.view(-1, D)
+        scores, ids = self.router(flat).topk(self.chosen)
+        kept = torch.zeros(B * S, self.experts, dtype=x.dtype, device=x.device).scatter(1, ids, scores.softmax(-1))
+        copies = flat.repeat_interleave(self.chosen, dim=0)
+        hidden = F.silu(torch.bmm(copies[:, None], self.up[ids.reshape(-1)]))
+        made = torch.bmm(hidden, self.down[ids.reshape(-1)])[:, 0]
+        weighted = made * kept.gather(1, ids).reshape(-1)[:, None]
+        return weighted.view(B * S, self.chosen, D).sum(1).view(B, S, D)
+
+
+class RoutedExperts(Llama):
+    def __init__(self, dim=16, **sizes):
+        super().__init__(dim=dim, **sizes)
+        for block in self.blocks:
+            block.mlp = RoutedMLP(dim)
+
+
+class MergedHeadsAttention(Attention):
+    """Requests and heads merged to one axis; the ALiBi bias, of that axis too, is the addend of `baddbmm`."""
+
+    def attend(self, q, k, v, shared):
+        B, H, S, D = q.shape
+        bias, mask = shared
+        q, k, v = (x.reshape(B * H, S, D) for x in (q, k, v))
+        scores = bias.baddbmm(q, k.mT, beta=0.5, alpha=D**-0.5).view(B, H, S, S)
+        probs = scores.masked_fill(mask, -1e9).softmax(-1).view(B * H, S, S)
+        return torch.bmm(probs, v).view(B, H, S, D)
+
+
+class MergedHeads(LM):
+    attention = MergedHeadsAttention
+
+    def shared(self, x):
+        (B, S), H = x.shape[:2], self.blocks[0].attention.heads
+        slopes = 2.0 ** -torch.arange(1, H + 1, device=x.device, dtype=x.dtype)
+        counted = torch.ones(B, S, device=x.device, dtype=x.dtype).cumsum(-1) - 1
+        bias = (slopes[:, None] * counted[:, None]).reshape(B * H, 1, S)
+        t = torch.arange(S, device=x.device)
+        return bias, t[None, :] > t[:, None]
+
+
+class AssembledKeysAttention(nn.Module):
+    """Keys written into a new tensor in two parts: one from a latent for each head, one that all heads share."""
+
+    def __init__(self, dim: int, heads: int, kv_heads: int, max_positions: int):
+        super().__init__()
+        self.heads, self.part = heads, 4
+        self.q = nn.Linear(dim, heads * 2 * self.part, bias=False)
+        self.latent, self.shared_key = nn.Linear(dim, 6), nn.Linear(dim, self.part)
+        self.up = nn.Linear(6, heads * 2 * self.part, bias=False)
+        self.o = nn.Linear(heads * self.part, dim, bias=False)
+
+    def forward(self, x: Tensor, shared) -> Tensor:
+        B, S, _ = x.shape
+        q = self.q(x).view(B, S, self.heads, -1).transpose(1, 2)
+        own, v = self.up(self.latent(x)).view(B, S, self.heads, -1).transpose(1, 2).split(self.part, -1)
+        k = own.new_empty(*own.shape[:-1], 2 * self.part)
+        k[..., : self.part].copy_(own)
+        k[..., self.part :].copy_(self.shared_key(x)[:, None])
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        gate = torch.sigmoid(x.mean(-1))[:, None, :, None].expand_as(y)
+        return self.o((y * gate).transpose(1, 2).reshape(B, S, -1))
+
+
+class AssembledKeys(LM):
+    attention = AssembledKeysAttention
+    learned_positions = True
+
+
 # --- models to refuse ----------------------------------------------------------------------------------------------
 
 
@@ -599,6 +683,9 @@ CACHEABLE: dict[str, Callable[..., nn.Module]] = {
         "one_layer_one_head": OneLayerOneHead,
         "moe_dense": MoEDense,
         "additive_mask_cumsum": AdditiveMaskCumsum,
+        "routed_experts": RoutedExperts,
+        "merged_heads": MergedHeads,
+        "assembled_keys": AssembledKeys,
     }.items()
 }
 

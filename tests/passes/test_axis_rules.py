@@ -18,6 +18,11 @@ D8, D4, D2 = (Atom(OTHER, 8),), (Atom(OTHER, 4),), (Atom(OTHER, 2),)
 WEIGHT = torch.randn(8, 8, dtype=torch.float64)
 
 
+def chosen(x):
+    """A matrix [8, 8] for each token: [B*S, 8, 8]."""
+    return torch.stack([WEIGHT, WEIGHT.T])[(x[..., 0] > 0).long().flatten()]
+
+
 def last_axes(then, batch: int = 2):
     """Axes of what ``then`` makes of x [B, S, 8]; the graph returns it unselected."""
     lm = export_then(then, batch)
@@ -44,6 +49,28 @@ CARRIED = {
     "features moved": (lambda x: x.movedim(-1, 1), ((B,), D8, (Q,))),
     "one-hot of the best": (lambda x: F.one_hot(x.argmax(-1), 8), ((B,), (Q,), D8)),
     "features tiled": (lambda x: x.repeat(1, 1, 2), ((B,), (Q,), (Atom(REPEAT, 2), *D8))),
+    "tokens copied": (lambda x: x.flatten(0, 1).repeat_interleave(2, 0), ((B, Q, Atom(REPEAT, 2)), D8)),
+    "all tokens tiled": (lambda x: x.flatten(0, 1).repeat(2, 1), ((Atom(REPEAT, 2), B, Q), D8)),
+    "a matrix for each token": (lambda x: (chosen(x) @ x.flatten(0, 1)[..., None])[..., 0], ((B, Q), D8)),
+    "entries scattered": (lambda x: torch.zeros_like(x).scatter(-1, x.topk(2, -1).indices, 1.0), ((B,), (Q,), D8)),
+    "entries scattered into zeros": (
+        lambda x: x.new_zeros(x.shape[0], x.shape[1], 4).scatter(-1, x[..., :4].argsort(-1)[..., :2], x[..., :2]),
+        ((B,), (Q,), D4),
+    ),
+    "a slice written": (lambda x: x.slice_scatter(x[..., :2], -1, 6, 8), ((B,), (Q,), D8)),
+    "one feature written": (lambda x: x.select_scatter(x[..., 0], -1, 7), ((B,), (Q,), D8)),
+    "pairs as complex numbers": (lambda x: torch.view_as_complex(x.unflatten(-1, (4, 2))).conj(), ((B,), (Q,), D4)),
+    "complex numbers as pairs": (
+        lambda x: torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (4, 2)))),
+        ((B,), (Q,), D4, D2),
+    ),
+    "an alias of a pointwise op": (lambda x: torch.multiply(x, x) | x.long(), ((B,), (Q,), D8)),
+    "a repeated value meets one that varies": (
+        lambda x: x[..., None, :1].expand(-1, -1, 4, -1) * x[..., :4, None],
+        ((B,), (Q,), D4, ()),
+    ),
+    "nothing joined along positions": (lambda x: torch.cat([torch.empty(0, dtype=x.dtype), x], 1), ((B,), (Q,), D8)),
+    "nothing joined": (lambda x: torch.cat([torch.empty(0, dtype=x.dtype), x], -1), ((B,), (Q,), D8)),
     "scores of one head": (lambda x: (x @ x.mT).softmax(-1), ((B,), (Q,), (K,))),
     "a statistic of scores": (lambda x: (x @ x.mT).amax(-1, keepdim=True), ((B,), (Q,), ())),
 }
@@ -77,8 +104,24 @@ MIXES_POSITIONS = [
     ("combined with the positions that attention reads|do not line up", lambda x: (x @ x.mT) * x[..., 0:1].mT),
     ("some of the keys only", lambda x: (x @ x.mT)[..., 1:]),
     ("cumsum mixes the positions that attention reads", lambda x: (x @ x.mT).cumsum(-1)),
+    ("topk mixes positions", lambda x: x.topk(1, 1).values),
+    ("topk mixes the positions that attention reads", lambda x: (x @ x.mT).topk(1, -1).values),
+    ("kthvalue mixes positions", lambda x: x.kthvalue(1, 1).values),
+    ("as many entries are chosen as the length", lambda x: x.topk(x.shape[1] - x.shape[1] // 2, -1).values),
+    ("positions that attention reads are repeated", lambda x: (x @ x.mT).repeat_interleave(2, -1)),
+    ("positions that attention reads are repeated", lambda x: (x @ x.mT).repeat(1, 1, 2)),
+    ("scatter mixes positions", lambda x: torch.zeros_like(x).scatter(1, x.argsort(-1), x)),
+    ("slice_scatter mixes positions", lambda x: x.slice_scatter(x[:, -1:], 1, 0, 1)),
+    ("once for each position", lambda x: pairwise(x) @ pairwise(x).mT),
     ("attention mask depends on the tokens", lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=x @ x.mT)),
 ]
+
+
+def pairwise(x):
+    """[S, B, S, 8]: for each position, attention from there."""
+    return x.permute(1, 0, 2)[:, :, None] * x[None]
+
+
 MIXES_REQUESTS = [
     ("mean mixes requests", lambda x: x - x.mean(0)),
     ("softmax mixes requests", lambda x: x.softmax(0)),
@@ -88,6 +131,7 @@ MIXES_REQUESTS = [
     ("slice mixes requests", lambda x: x[1:]),
     ("sum mixes", lambda x: x / x.sum()),
     ("std mixes requests", lambda x: x.std(0)),
+    ("scatter mixes requests", lambda x: torch.zeros_like(x).scatter(0, x.argsort(-1), x)),
     ("index mixes requests", lambda x: x[torch.tensor([1, 0])]),
     ("attention does not run over", lambda x: F.scaled_dot_product_attention(*[x.transpose(0, 1)] * 3)),
 ]

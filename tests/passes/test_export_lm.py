@@ -10,7 +10,8 @@ from torch import nn
 from traces import Last, Step, export, export_then, model, op_names, rows_of, tokens, traced
 
 from smc_compile.errors import CacheError
-from smc_compile.passes.export_lm import einsum_as_matmul, export_lm
+from smc_compile.passes.decompositions import einsum_as_matmul
+from smc_compile.passes.export_lm import export_lm
 
 # ---- the graph -------------------------------------------------------------------------------------------------------
 

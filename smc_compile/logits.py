@@ -1,0 +1,62 @@
+"""Call a model for its logits, whatever it wraps them in; no model library is imported here."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from torch import Tensor, nn
+
+from smc_compile.errors import InputError
+
+
+def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
+    """``model(ids [B, S])`` as logits [B, S, V]: the result itself, or its ``logits`` attribute.
+
+    A forward that names a parameter ``use_cache`` is told not to make a cache.
+
+    Raises:
+        InputError: when what comes back is not logits [B, S, V].
+    """
+    result = model(ids, use_cache=False) if _takes(model, "use_cache") else model(ids)
+    logits = result if isinstance(result, Tensor) else getattr(result, "logits", None)
+    if isinstance(logits, Tensor) and logits.dim() == 3:
+        return logits
+    found = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(result).__name__
+    raise InputError(
+        "a model must return logits [B, S, V], or an object that holds them as .logits",
+        f"it returned {found}",
+        "wrap the model in a module whose forward returns the logits",
+    )
+
+
+def _takes(model: nn.Module, name: str) -> bool:
+    """Whether the forward names a parameter; ``**kwargs`` does not count."""
+    try:
+        return name in inspect.signature(model.forward).parameters
+    except (TypeError, ValueError):  # a forward without a signature
+        return False
+
+
+@contextmanager
+def traceable(model: nn.Module) -> Iterator[None]:
+    """Inside, a model makes no cache and its experts are chosen in a way whose shapes depend on no token.
+
+    ``config.use_cache`` is switched off, for forwards that do not name it. Mixtures of experts that offer a choice
+    (``set_experts_implementation``) gather the weights of each token's experts, where sorting tokens by expert, the
+    usual way, has shapes that depend on the tokens. Everything is switched back at the end.
+    """
+    with ExitStack() as stack:
+        for module in model.modules():
+            config = getattr(module, "config", None)
+            if config is not None and getattr(config, "use_cache", None) is True:
+                config.use_cache = False
+                stack.callback(setattr, config, "use_cache", True)
+        for module in model.modules():
+            switch, current = (getattr(module, f"{verb}_experts_implementation", None) for verb in ("set", "get"))
+            if callable(switch) and callable(current):
+                stack.callback(switch, current())
+                switch("batched_mm")
+                break  # the outermost module switches those below it
+        yield

@@ -1,0 +1,161 @@
+"""Decoders of the transformers library compile through the same passes as any model: tiny ones, random weights."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("transformers", minversion="5")
+
+import smc_compile
+from smc_compile.compile import LastLogits
+from smc_compile.logits import logits_of, traceable
+from smc_compile.models import COMMON, Float64Throughout, LastLogits64, build, families, windows
+from smc_compile.passes.pipeline import Traced, trace_model
+from smc_compile.passes.verify import TOLERANCE, relative_error, replay
+
+FAMILIES = COMMON.split()
+EAGER = FAMILIES[::3]
+GREEDY = ["llama", "gemma3_text", "gpt_oss", "bloom", "gpt2"]
+VOCAB = 97
+
+
+@lru_cache
+def traced(family: str, attention: str | None = None) -> tuple[nn.Module, Traced]:
+    model = build(family, attention)
+    ids = torch.zeros(2, 2, dtype=torch.int64)
+    return model, trace_model(LastLogits64(model), ids, (), check=True, sampled=False)
+
+
+def tokens(*sizes: int) -> Tensor:
+    return torch.randint(3, VOCAB, sizes, generator=torch.Generator().manual_seed(len(sizes) + sizes[-1]))
+
+
+# ---- the cached form -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_cached_form_is_the_model(family: str) -> None:
+    _, found = traced(family)
+    assert found.error is not None
+    assert found.error < 1e-9
+    assert len(found.cached.sites) >= 2
+
+
+@pytest.mark.parametrize("family", EAGER)
+def test_so_is_it_with_attention_written_out(family: str) -> None:
+    model = build(family, "eager")
+    assert model.config._attn_implementation == "eager"
+    _, found = traced(family, "eager")
+    assert found.error is not None
+    assert found.error < 1e-9
+    assert set(found.cached.attention) == {"score", "mix"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_particles_share_a_prompt(family: str) -> None:
+    """Three rows on one prompt, fifteen positions beyond every window, against the model's own forward."""
+    model, found = traced(family)
+    cached, weights = found.cached, found.owned()
+    prompt, ours = tokens(1, 4), tokens(3, 15)
+    with torch.no_grad():
+        _, *shared = cached.prefill(prompt, *weights)
+        own = [x.new_zeros(3, x.shape[1], 15, x.shape[3]) for x in shared]
+        tables, rows = cached.tables(4 + 15 + 1, *weights), []
+        for slots in torch.arange(15).split([4, 1, 10]):
+            rows.append(cached.score(ours[:, slots], slots + 4, slots, *shared, *own, *tables, *weights))
+        whole = torch.cat([prompt.expand(3, -1), ours], 1)
+        with Float64Throughout(), traceable(model):
+            expected = logits_of(model, whole)[:, 4:]
+    actual = torch.cat([row.view(3, -1, VOCAB) for row in rows], 1)
+    assert relative_error(actual, expected) < 1e-9
+
+
+WINDOWS = {"mistral": [6], "gemma2": [6], "gemma3_text": [6], "gpt_oss": [6], "gpt_neo": [6], "llama": [], "opt": []}
+
+
+@pytest.mark.parametrize(("family", "sizes"), WINDOWS.items(), ids=WINDOWS)
+def test_windows_are_found_in_the_masks(family: str, sizes: list[int]) -> None:
+    assert windows(traced(family)[1]) == sizes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_moe"])
+def test_parameters_in_half_precision(family: str, dtype: torch.dtype) -> None:
+    model = build(family, dtype=dtype)
+    found = trace_model(LastLogits(model), torch.zeros(2, 2, dtype=torch.int64), (), check=True, sampled=False)
+    assert found.error is not None
+    assert found.error <= TOLERANCE[dtype]
+
+
+# ---- generation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", GREEDY)
+def test_greedy_tokens_are_those_of_the_library(family: str) -> None:
+    model, ids = build(family, dtype=torch.float32), tokens(2, 5)
+    mine = smc_compile.generate(
+        model, None, ids, max_new_tokens=12, temperature=0, method="autoregressive", compiler="eager"
+    )
+    theirs = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert torch.equal(mine.sequences, theirs)
+
+
+def test_target_and_draft_may_be_of_different_families() -> None:
+    target, draft = (build(name, dtype=torch.float32, num_hidden_layers=1) for name in ("llama", "gpt2"))
+    answer = smc_compile.generate(
+        target, draft, tokens(1, 5), max_new_tokens=5, n_particles=2, lookahead=2, seed=0, compiler="eager"
+    )
+    assert answer.sequences.shape == (1, 10)
+    assert answer.ess.isfinite().all()
+
+
+def test_a_loop_that_unwraps_the_logits_itself() -> None:
+    """The library makes a cache by default; what the loop computes does not depend on it."""
+    model = build("llama", dtype=torch.float32, num_hidden_layers=1)
+
+    @smc_compile.decode(compiler="eager")
+    def decode(model, ids, n):
+        for _ in range(n):
+            ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], 1)
+        return ids
+
+    ids = tokens(1, 5)
+    expected = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert torch.equal(decode(model, ids, 6), expected)
+    assert model.config.use_cache is True
+
+
+# ---- what is not compiled --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "op"), [("mamba", "conv1d"), ("roberta", "cumsum"), ("bert", "scaled_dot_product_attention")]
+)
+def test_models_that_mix_positions_otherwise_are_refused_by_name(family: str, op: str) -> None:
+    model = build(family, **({"is_decoder": False} if family == "bert" else {}))
+    with pytest.raises(smc_compile.errors.CacheError, match=op):
+        trace_model(LastLogits(model), torch.zeros(2, 2, dtype=torch.int64), (), check=True, sampled=False)
+
+
+def test_the_families_are_the_library_own() -> None:
+    assert set(FAMILIES) < set(families())
+
+
+def test_tracing_leaves_the_model_as_it_was() -> None:
+    model = build("qwen3_moe", dtype=torch.float32)
+    before = (model.config.use_cache, model.get_experts_implementation())
+    ids = tokens(1, 7)
+    expected = logits_of(model, ids)
+    found = trace_model(LastLogits(model), torch.zeros(2, 2, dtype=torch.int64), (), check=False, sampled=False)
+    assert (model.config.use_cache, model.get_experts_implementation()) == before
+    with torch.no_grad():
+        actual = replay(found.cached, ids, found.owned(), 4, (2, 1))
+    assert relative_error(actual, expected[:, 3:]) < 1e-4
