@@ -40,7 +40,7 @@ def rule_for(node: fx.Node) -> Rule:
 
 @rule("clone", "contiguous", "_to_copy", "to", "detach", "alias", "lift_fresh_copy", "type_as", "where", "masked_fill",
       "rand_like", "randn_like", "empty_like", "zeros_like", "ones_like", "full_like", "exponential", "exponential_",
-      "log_sigmoid", "nan_to_num", "float_power", "clamp", "clip", "isin", "uniform", "multiply", "divide",
+      "fill", "log_sigmoid", "nan_to_num", "float_power", "clamp", "clip", "isin", "uniform", "multiply", "divide",
       "true_divide", "subtract", "negative", "absolute", "__or__", "__and__", "__xor__", "conj", "_conj", "real",
       "imag", "resolve_conj", "resolve_neg")  # fmt: skip
 def pointwise(typing: Typing, node: fx.Node) -> Axes:
@@ -61,8 +61,9 @@ def _getitem(typing: Typing, node: fx.Node) -> Axes:
     return typing.axes[node.args[0]][node.args[1]]
 
 
-@rule("mean", "sum", "var", "std", "amax", "amin", "logsumexp", "prod", "any", "all", "norm", "linalg_vector_norm",
-      "argmax", "argmin", "count_nonzero", "max", "min", "var_mean", "std_mean", "aminmax", "median")  # fmt: skip
+@rule("mean", "sum", "nansum", "var", "std", "amax", "amin", "logsumexp", "prod", "any", "all", "norm",
+      "linalg_vector_norm", "argmax", "argmin", "count_nonzero", "max", "min", "var_mean", "std_mean", "aminmax",
+      "median")  # fmt: skip
 def reduction(typing: Typing, node: fx.Node) -> Any:
     bound = arguments(node)
     if len(tensors(node.args)) == 2:  # max(a, b) is pointwise

@@ -128,7 +128,7 @@ def compile_draft(model: Any, options: Options, temperature: float, ids: Tensor)
     return cached(traced, traced.owned, options, "draft", Law("logits", temperature))
 
 
-def trace_once(model: nn.Module, step: nn.Module, ids: Tensor, check: bool, sampled: bool, *law: float) -> Traced:
+def trace_once(model: nn.Module, step: nn.Module, ids: Tensor, check: bool, sampled: bool, law: Any = ()) -> Traced:
     """The analysis of ``step``, which asks ``model`` for its next token: kept, since methods and options share it.
 
     ``law`` is what else the step depends on. An analysis that was validated also serves where none is asked for.

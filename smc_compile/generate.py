@@ -58,7 +58,7 @@ def generate(
     parsed = Options.parse({"draft": draft, **options})
     _check_arguments(model, ids, temperature)
     assert ids is not None
-    program = _program(model, float(temperature), parsed, ids)
+    program = program_for(model, Sample(model, float(temperature)), parsed, ids)
     return program.run(ids, max_new_tokens, request_seeds(parsed.seed, ids))
 
 
@@ -77,25 +77,16 @@ def _check_arguments(model: Any, ids: Any, temperature: Any) -> None:
         raise InputError("prompts must be ids [B, P] int64", f"got {type(ids).__name__}", "pass a tensor of token ids")
 
 
-def _program(model: Any, temperature: float, options: Options, ids: Tensor) -> Program:
-    """One program per (model, draft, temperature, options without the seed)."""
-    signature = (
-        id(model),
-        id(options.draft),
-        temperature,
-        options.n_particles,
-        options.lookahead,
-        options.ess_threshold,
-        options.resampling_method,
-        options.method,
-        options.draft_temperature,
-        options.eos_token_id,
-        options.validate,
-        options.compiler,
-        _dtype(model),
-    )
+def program_for(model: Any, step: Sample, options: Options, ids: Tensor) -> Program:
+    """One program per (model, draft, law of the step, options without the seed).
+
+    Raises:
+        OptionError, InputError, CacheError, ValidationError: when the pair cannot be compiled.
+    """
+    chosen = tuple(value for name, value in vars(options).items() if name not in ("draft", "seed"))
+    signature = (id(model), id(options.draft), step.law, chosen, _dtype(model))
     if signature not in _programs:
-        _programs[signature] = _compile(model, temperature, options, ids)
+        _programs[signature] = _compile(model, step, options, ids)
     _programs.move_to_end(signature)
     while len(_programs) > KEPT:
         _programs.popitem(last=False)
@@ -107,27 +98,32 @@ def _dtype(model: Any) -> torch.dtype | None:
     return next((p.dtype for p in parameters), None)
 
 
-def _compile(model: Any, temperature: float, options: Options, ids: Tensor) -> Program:
+def _compile(model: Any, step: Sample, options: Options, ids: Tensor) -> Program:
     check_prompt(ids)
     if is_stateful(model):
-        target = stateful(model, temperature or 1.0)
-        if temperature == 0:
+        target = stateful(model, step.temperature or 1.0)
+        if step.temperature == 0:
             target.law = Law("greedy")
-        return build_program(target, options, temperature or 1.0, ids)
+        return build_program(target, options, step.temperature or 1.0, ids)
     require_eval(model, "model")
-    traced = trace_once(model, Sample(model, temperature), ids, options.validate, True, temperature)
+    traced = trace_once(model, step, ids, options.validate, True, step.law)
     assert traced.sampler is not None
     target = cached(traced, traced.owned, options, "target", Law(traced.sampler.kind))
     return build_program(target, options, traced.sampler.temperature, ids)
 
 
 class Sample(nn.Module):
-    """The trip of a plain loop: ``ids [B, S] -> token [B, 1]``."""
+    """The trip of a plain loop: ``ids [B, S] -> token [B, 1]``.
 
-    def __init__(self, model: nn.Module, temperature: float) -> None:
+    Attributes:
+        law: what a program depends on beside the model and the options.
+    """
+
+    def __init__(self, model: Any, temperature: float) -> None:
         super().__init__()
         self.last = LastLogits(model)
         self.temperature = temperature
+        self.law: tuple[Any, ...] = (temperature,)
 
     def forward(self, ids: Tensor) -> Tensor:
         logits = self.last(ids)

@@ -1,0 +1,148 @@
+"""``model.generate(custom_generate=smc_compile.transformers.generate)`` against the library's own generate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from enumeration import chi_square_p_value
+
+import smc_compile
+from smc_compile.errors import InputError, OptionError
+from smc_compile.generate import _programs
+
+transformers = pytest.importorskip("transformers")
+VOCAB = 11
+IDS = torch.tensor([[5, 3, 7, 1], [1, 9, 0, 2]])
+
+
+def llama(seed: int, layers: int = 2) -> Any:
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=layers, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, bos_token_id=None, eos_token_id=None, initializer_range=0.6,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def target() -> Any:
+    return llama(0)
+
+
+@pytest.fixture(scope="module")
+def draft() -> Any:
+    return llama(1, layers=1)
+
+
+@pytest.fixture(scope="module")
+def ours(target, draft):
+    def call(ids: torch.Tensor = IDS, **options: Any) -> Any:
+        options = {"compiler": "eager", "draft_model": draft, "seed": 0, "n_particles": 4, "lookahead": 2, **options}
+        return target.generate(ids, custom_generate=smc_compile.transformers.generate, **options)
+
+    return call
+
+
+@pytest.mark.parametrize("method", ["smc", "autoregressive"])
+def test_greedy_equals_the_library(target, ours, method):
+    expected = target.generate(IDS, max_new_tokens=20, do_sample=False)
+    assert torch.equal(ours(max_new_tokens=20, do_sample=False, method=method), expected)
+
+
+def test_greedy_stops_pads_and_cuts_as_the_library_does(target, ours):
+    """Every token serves as the end once: rows end at different places, some not at all."""
+    ended = 0
+    for eos in range(VOCAB):
+        stop = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": eos, "pad_token_id": 4}
+        expected = target.generate(IDS, **stop)
+        assert torch.equal(ours(**stop), expected), eos
+        ended += expected.shape[1] < IDS.shape[1] + 12
+    assert ended > 0
+
+
+LAWS = [
+    {"temperature": 0.7, "top_k": 0},
+    {"top_k": 4},
+    {"top_k": 0, "top_p": 0.7},
+    {"top_k": 0, "min_p": 0.2},
+    {"top_k": 0, "typical_p": 0.8},
+    {"top_k": 6, "temperature": 1.3, "top_p": 0.9, "suppress_tokens": [3]},
+]
+
+
+@pytest.mark.parametrize("settings", LAWS, ids=str)
+def test_processors_give_the_librarys_law(target, ours, settings):
+    """The first token of 4096 draws: chi-square at level 1e-4 each, against the library's own processed scores."""
+    own = target.generate(
+        IDS[:1], max_new_tokens=1, do_sample=True, output_scores=True, return_dict_in_generate=True, **settings
+    )
+    law = own.scores[0][0].double().softmax(-1)
+    many = IDS[:1].expand(4096, -1)
+    drawn = ours(many, max_new_tokens=1, do_sample=True, method="autoregressive", **settings)[:, -1:]
+    assert chi_square_p_value(drawn, law) > 1e-4
+
+
+def test_the_population_comes_back_when_asked(ours):
+    output = ours(max_new_tokens=9, do_sample=True, eos_token_id=2, pad_token_id=4, return_dict_in_generate=True)
+    assert output.sequences.shape[0] == 2
+    assert output["particles"].shape[:2] == (2, 4)
+    assert output.log_weights.shape == (2, 4)
+    assert output.log_evidence.shape == (2,)
+    for row in output.particles.flatten(0, 1)[:, IDS.shape[1] :].tolist():
+        if 2 in row:
+            assert set(row[row.index(2) + 1 :]) <= {4}, "nothing but padding after the end"
+
+
+def test_each_returned_sequence_is_an_independent_request(ours):
+    rows = ours(IDS[:1], max_new_tokens=12, do_sample=True, top_k=0, num_return_sequences=3)
+    assert rows.shape == (3, IDS.shape[1] + 12)
+    assert len({tuple(row) for row in rows.tolist()}) == 3
+
+
+def test_equal_settings_share_a_program(ours):
+    ours(max_new_tokens=3, do_sample=True, top_p=0.8, seed=1)
+    before = len(_programs), list(_programs)[-1]
+    ours(max_new_tokens=7, do_sample=True, top_p=0.8, seed=2)
+    assert (len(_programs), list(_programs)[-1]) == before
+    ours(max_new_tokens=3, do_sample=True, top_p=0.85, seed=1)
+    assert list(_programs)[-1] != before[1]
+
+
+REFUSED = [
+    ({"repetition_penalty": 1.3}, "RepetitionPenaltyLogitsProcessor reads the history"),
+    ({"no_repeat_ngram_size": 2}, "NoRepeatNGramLogitsProcessor reads the history"),
+    ({"min_new_tokens": 3, "eos_token_id": 2}, "MinLengthLogitsProcessor reads the history"),
+    ({"forced_eos_token_id": 2}, "ForcedEOSTokenLogitsProcessor reads the history"),
+    ({"num_beams": 3}, "num_beams=3 is not supported"),
+    ({"output_scores": True}, "output_scores=True is not supported"),
+    ({"max_time": 5.0}, "MaxTimeCriteria is not supported yet"),
+    ({"eos_token_id": [2, 3]}, "several eos_token_id"),
+    ({"draft_model": None}, "no draft model was given"),
+    ({"n_particles": 0}, "n_particles must be at least 1"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), REFUSED, ids=lambda value: str(value)[:40])
+def test_what_is_not_honoured_is_refused_by_name(ours, settings, message):
+    with pytest.raises(OptionError, match=message.replace("(", r"\(")):
+        ours(max_new_tokens=6, **{"do_sample": True, **settings})
+
+
+def test_padded_prompts_are_refused(ours):
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    with pytest.raises(InputError, match="different lengths"):
+        ours(max_new_tokens=3, do_sample=True, attention_mask=mask)
+
+
+def test_no_field_of_the_config_is_ignored():
+    """A field is acted on by the loop, by what the library prepares, or refused with its name."""
+    known = {*smc_compile.transformers.OURS, *smc_compile.transformers.PREPARED}
+    for name in vars(transformers.GenerationConfig()):
+        if name in known or name.startswith("_"):
+            continue
+        config = transformers.GenerationConfig()
+        setattr(config, name, "asked for")
+        with pytest.raises(OptionError, match=f"{name}='asked for' is not supported"):
+            smc_compile.transformers.check_config(config)
