@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="temperature")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed")
     parser.add_argument("--repeats", type=int, default=3, metavar="R", help="timed rounds")
-    parser.add_argument("--samples", type=int, default=192, metavar="M", help="sequences scored per method")
+    parser.add_argument("--samples", type=int, default=128, metavar="M", help="sequences scored per method")
     parser.add_argument("--json", metavar="FILE", help="write the rows to FILE")
     parser.add_argument("--picture", default="demo-ancestry.svg", metavar="FILE", help="picture of the particles")
 
