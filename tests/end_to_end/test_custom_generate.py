@@ -101,6 +101,17 @@ def test_each_returned_sequence_is_an_independent_request(ours):
     assert len({tuple(row) for row in rows.tolist()}) == 3
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_weights_compile_with_truncating_processors(dtype):
+    """Rounding decides which token is the last that top-k keeps: that is no difference between the two models."""
+    model = llama(0).to(dtype)
+    options = {"draft_model": llama(1, layers=1).to(dtype), "compiler": "eager", "seed": 0, "lookahead": 2}
+    result = model.generate(
+        IDS, max_new_tokens=6, do_sample=True, top_k=5, custom_generate=smc_compile.transformers.generate, **options
+    )
+    assert result.shape == (2, IDS.shape[1] + 6)
+
+
 def test_equal_settings_share_a_program(ours):
     ours(max_new_tokens=3, do_sample=True, top_p=0.8, seed=1)
     before = len(_programs), list(_programs)[-1]

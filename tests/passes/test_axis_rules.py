@@ -165,7 +165,9 @@ def test_active_dropout_asks_for_eval(then) -> None:
 def test_dropout_that_does_nothing_is_fine() -> None:
     module = Step(lambda x: x)
     module.then = nn.Dropout(0.5).eval()
-    type_axes(export(module))
+    typing = type_axes(export(module))
+    (dropout,) = (node for node in typing.dependent if "dropout" in node.name)
+    assert typing.of(dropout) == typing.of(dropout.args[0]), "the axes pass through"
 
 
 def test_an_op_without_a_rule_is_refused_unless_it_is_pointwise() -> None:

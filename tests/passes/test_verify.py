@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import replace
 
@@ -151,3 +152,15 @@ def test_relative_error_is_in_units_of_the_spread_and_infinities_must_agree() ->
     assert relative_error(x + torch.tensor([0.0, 1.0, 0.0]), x) == pytest.approx(1 / x[:2].std().item())
     assert relative_error(torch.tensor([0.0, 10.0, -1e30]), x) == float("inf")
     assert relative_error(torch.tensor([0.0, float("nan"), float("-inf")]), x) == float("inf")
+
+
+def test_a_cut_may_move_by_rounding_only():
+    inf = math.inf
+    expected = torch.tensor([[3.0, 2.0, 1.00, -inf, -inf]])
+    at_the_edge = torch.tensor([[3.0, 2.0, -inf, 1.01, -inf]])
+    far_above = torch.tensor([[-inf, 2.0, 1.0, -inf, -inf]])
+    assert relative_error(at_the_edge, expected) == inf
+    assert relative_error(at_the_edge, expected, cut_may_move=True) == 0
+    assert relative_error(far_above, expected, cut_may_move=True) > 1
+    for broken in (math.nan, inf):
+        assert relative_error(torch.tensor([[3.0, 2.0, broken, -inf, -inf]]), expected, cut_may_move=True) == inf
