@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from smc_compile.passes.position_tables import to_rows
+
 
 def write_cache(suffix: Tensor, slots: Tensor, new: Tensor) -> Tensor:
     """Put ``new`` [R, H, T, d] into ``suffix`` [R, H, S, d] at positions ``slots`` [T], in place."""
@@ -36,10 +38,16 @@ def mix_over_cache(probs: Tensor, prompt: Tensor, suffix: Tensor) -> Tensor:
     return shared + probs[..., p:] @ suffix
 
 
-def causal_mask(scores: Tensor, positions: Tensor) -> Tensor:
-    """Scores [..., T, L] with -inf where a key lies after its query; query t stands at ``positions[t]``."""
-    keys = torch.arange(scores.shape[-1], device=scores.device)
-    return scores.masked_fill(keys > positions[:, None], float("-inf"))
+def causal_mask(scores: Tensor, batch: int, inner: int, positions: Tensor, keys: Tensor) -> Tensor:
+    """Scores [..., T, L] with -inf where a key lies after its query.
+
+    Axis ``batch`` holds rows times ``inner`` heads; query t of request b stands at ``positions[b, t]``, key l at
+    ``keys[b, l]``.
+    """
+    later = keys[:, None, :] > positions[:, :, None]  # [B, T, L]
+    later = later.view(later.shape[0], *(1 for _ in range(scores.dim() - 1)), *later.shape[1:])  # parted: rank + 2
+    rows = scores.shape[batch] // inner
+    return scores.masked_fill(to_rows(later, batch, inner, rows, False), float("-inf"))
 
 
 def masked(scores: Tensor, mask: Tensor) -> Tensor:

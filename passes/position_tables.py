@@ -135,6 +135,43 @@ def add(x: int, y: int) -> int:
     return x + y
 
 
-def key_positions(keys: int, table: torch.Tensor, d: int) -> torch.Tensor:
-    """0 .. keys-1, clamped to the table's rows."""
-    return torch.arange(keys, device=table.device).clamp(max=table.shape[d] - 1)
+def at_positions(
+    table: torch.Tensor,
+    query: int | None,
+    key: int | None,
+    batch: int,
+    inner: int,
+    positions: torch.Tensor,
+    keys: torch.Tensor,
+    rows: int,
+    rank: int,
+    every_row: bool,
+) -> torch.Tensor:
+    """Read a table over positions where each request stands: ``positions`` [B, T] of new tokens, ``keys`` [B, L].
+
+    The table's last axes are those of a value of ``rank`` axes; ``query`` and ``key`` say which of these run over
+    positions. The value's axis ``batch`` holds rows, or rows times ``inner`` heads, of which the table has one request.
+    One request broadcasts over its rows unless ``every_row``. Positions past the table read its last entry, which no
+    earlier query sees.
+    """
+    table = table[(None,) * (rank - table.dim())]
+    table = table.unflatten(batch, (1, table.shape[batch]))
+    axes = [d + (d > batch) for d in (query, key) if d is not None]
+    front = table.movedim(axes, list(range(len(axes))))
+    at = [p.clamp(max=front.shape[i] - 1) for i, p in enumerate(_present((query, positions), (key, keys)))]
+    picked = front[at[0][:, :, None], at[1][:, None, :]] if len(at) == 2 else front[at[0]]  # [B, T, L, ...]
+    picked = picked.movedim(list(range(1, len(at) + 1)), [d + 1 for d in axes])  # [B, axes of the table, parted]
+    return to_rows(picked, batch, inner, rows, every_row)
+
+
+def _present(*pairs: tuple[int | None, torch.Tensor]) -> list[torch.Tensor]:
+    return [value for axis, value in pairs if axis is not None]
+
+
+def to_rows(value: torch.Tensor, batch: int, inner: int, rows: int, every_row: bool) -> torch.Tensor:
+    """[B, ..., 1, heads, ...] with the parted axes at ``batch`` behind the first -> [..., rows * heads, ...]."""
+    requests = value.shape[0]
+    if requests > 1 or every_row:
+        value = value[:, None].expand(requests, rows // requests, *value.shape[1:]).flatten(0, 1)
+        value = value.expand(*value.shape[: batch + 2], inner, *value.shape[batch + 3 :])
+    return value.squeeze(batch + 1).movedim(0, batch).flatten(batch, batch + 1)

@@ -19,12 +19,12 @@ from smc_compile.passes.ir import CachedLM, CacheSite, CausalLM, output_values
 from smc_compile.passes.position_tables import (
     add,
     affine,
+    at_positions,
     frontier,
     growing_axes,
     grows,
     is_fill,
     is_over_positions,
-    key_positions,
     live_nodes,
     multiply,
     sequence_size,
@@ -165,6 +165,7 @@ class _Emitter:
         count = len(_Emitter(self.typing, self.tables, PREFILL).run().sites)
         self.positions = self.graph.placeholder("positions")
         self.slots = self.graph.placeholder("slots")
+        self.keys = self.graph.placeholder("keys")
         self._prompts = [self.graph.placeholder(f"prompt_{i}") for i in range(count)]
         self._suffixes = [self.graph.placeholder(f"suffix_{i}") for i in range(count)]
         self._table_inputs = [self.graph.placeholder(f"table_{i}") for i in range(len(self.tables))]
@@ -305,10 +306,9 @@ class _Emitter:
     def _align(self, value: fx.Node, axes: Axes, node: fx.Node, exact: bool, keys: Any = None) -> fx.Node:
         """Read a token-free value at the new positions: rows for a query axis, all keys for a key axis."""
         sizes = [expression(size) for size in value.meta["val"].shape]
-        axes = axes[len(axes) - len(sizes) :]
-        if keys is None and any(K in axis for axis in axes):
+        if keys is None and any(K in axis for axis in axes[len(axes) - len(sizes) :]):
             keys = self._key_length(node)
-        signature = (value, tuple(axes), exact, keys, node in self.typing.after_last)
+        signature = (value, axes, exact, keys, node in self.typing.after_last)
         if signature not in self._aligned:
             self._aligned[signature] = self._read_table(value, sizes, axes, node, exact, keys)
         return self._aligned[signature]
@@ -316,23 +316,38 @@ class _Emitter:
     def _read_table(
         self, value: fx.Node, sizes: list[Any], axes: Axes, node: fx.Node, exact: bool, keys: Any
     ) -> fx.Node:
-        target = [self._table_size(size, axis, node, keys) for size, axis in zip(sizes, axes, strict=True)]
+        lead = len(axes) - len(sizes)
+        mine = axes[lead:]
+        target = [self._table_size(size, axis, node, keys) for size, axis in zip(sizes, mine, strict=True)]
         if is_fill(value):
             options = {"dtype": value.meta["val"].dtype, "device": value.meta["val"].device}
             return self.call(aten.full.default, target, value.args[1], **options)
-        result = self.env[value]
-        for d, (size, axis) in enumerate(zip(sizes, axes, strict=True)):
+        over = {
+            axis[0].kind: lead + d for d, (size, axis) in enumerate(zip(sizes, mine, strict=True)) if size.free_symbols
+        }
+        if any(axes[d] not in ((Q,), (K,)) or sizes[d - lead] != self.typing.length for d in over.values()):
+            raise refuse(node, "a table over positions meets an axis that is not the sequence")
+        by_row = bool(over) and self.mode != PREFILL
+        result, shared = self.env[value], True
+        for d, (size, axis) in enumerate(zip(sizes, mine, strict=True)):
             if axis == (B,) and size == self.typing.lm.batch:
                 result = self.call(aten.slice.Tensor, result, d, 0, 1)
             elif axis[:1] == (B,) and len(axis) > 1 and not size.free_symbols and self._is_whole(axis, size):
-                result = self._over_rows(result, d, len(sizes), axis, node)
-            elif size.free_symbols:
-                if axis not in ((Q,), (K,)) or size != self.typing.length:
-                    raise refuse(node, "a table over positions meets an axis that is not the sequence")
-                if self.mode != PREFILL:
-                    index = self.positions if axis == (Q,) else self._key_positions(keys, result, d)
-                    result = self.call(aten.index_select.default, result, d, index)
+                result = self._over_rows(result, d, len(sizes), axis, None if by_row else self._rows(node))
+                shared = False
+        if by_row:
+            result = self._at_positions(result, over, axes, node, exact or not shared)
         return self.call(aten.expand.default, result, target) if exact else result
+
+    def _at_positions(
+        self, table: fx.Node, over: dict[str, int], axes: Axes, node: fx.Node, every_row: bool
+    ) -> fx.Node:
+        """A table over positions as each request reads it: requests stand at positions of their own."""
+        batch = next((d for d, axis in enumerate(axes) if B in axis), None)
+        if batch is None or axes[batch][0] != B:
+            raise refuse(node, "a table over positions meets a value in which requests are not the outer axis")
+        places = (over.get(QUERY), over.get(KEY), batch, product(axes[batch]))
+        return self.call(at_positions, table, *places, self.positions, self.keys, self.rows_in, len(axes), every_row)
 
     def _table_size(self, size: Any, axis: Axis, node: fx.Node, keys: Any) -> Any:
         """The size in this region of a token-free axis that had ``size`` in the trace and meets ``axis``."""
@@ -341,21 +356,15 @@ class _Emitter:
         depends = any(atom.kind in (BATCH, QUERY, KEY) for atom in axis)
         return self._size(axis, node, keys) if depends else int(size)
 
-    def _over_rows(self, value: fx.Node, d: int, rank: int, axis: Axis, node: fx.Node) -> fx.Node:
-        """A table whose axis ``d`` is [batch * heads] of the trace, as [rows * heads]: all requests share it."""
+    def _over_rows(self, value: fx.Node, d: int, rank: int, axis: Axis, rows: Any) -> fx.Node:
+        """A table whose axis ``d`` is [batch * heads] of the trace, as [rows * heads], or [heads] without ``rows``."""
         inner = product(axis)
         parted = self.call(aten.unflatten.int, value, d, [self.typing.lm.batch, inner])
+        if rows is None:
+            return self.call(aten.select.int, parted, d, 0)
         first = self.call(aten.slice.Tensor, parted, d, 0, 1)
-        spread = [self._rows(node) if i == d else -1 for i in range(rank + 1)]
+        spread = [rows if i == d else -1 for i in range(rank + 1)]
         return self.call(aten.flatten.using_ints, self.call(aten.expand.default, first, spread), d, d + 1)
-
-    def _key_positions(self, keys: Any, table: fx.Node, d: int) -> fx.Node:
-        """Positions of all keys, prompt then suffix.
-
-        Slots past the table read its last row, which no earlier query sees. So where slots are to spare, a table must
-        be one position longer than the last query whose result is read.
-        """
-        return self.call(key_positions, keys, table, d)
 
     def _key_length(self, node: fx.Node) -> Any:
         """P + S as the score-like operands of ``node`` have it: each layer reads its own, so that layers stay alike."""
@@ -416,7 +425,8 @@ class _Emitter:
         dtype = torch.promote_types(query.meta["val"].dtype, torch.float32)
         scores = self.call(aten._to_copy.default, scores, dtype=dtype)
         if bound["is_causal"]:
-            scores = self.call(causal_mask, scores, self.positions)
+            batch = next(d for d, axis in enumerate(score_axes) if B in axis)
+            scores = self.call(causal_mask, scores, batch, product(score_axes[batch]), self.positions, self.keys)
         if bound["attn_mask"] is not None:
             mask = bound["attn_mask"]
             scores = self.call(

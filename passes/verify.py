@@ -30,8 +30,9 @@ def validate(lm: CausalLM, cached: CachedLM, weights: Sequence[Tensor]) -> float
     with torch.no_grad():
         check_causal(lm, ids, weights)
         check_prefix_tables(cached, weights, total)
-        expected = torch.stack([_rows(lm, ids[:, : end + 1], weights) for end in range(PROMPT - 1, total)], 1)
-        actual = replay(cached, ids, weights, PROMPT, BLOCKS)
+        actual, at = replay(cached, ids, weights, PROMPT, BLOCKS)
+        by_end = {end: _rows(lm, ids[:, : end + 1], weights) for end in at.unique().tolist()}
+        expected = torch.stack([torch.stack([by_end[int(end)][b] for end in at[b]]) for b in range(len(at))])
     dtype = _compute_dtype(weights, expected)
     error = relative_error(actual, expected, dtype in NARROW)
     tolerance = TOLERANCE.get(dtype, 1e-4)
@@ -66,31 +67,50 @@ def relative_error(actual: Tensor, expected: Tensor, cut_may_move: bool = False)
     return (torch.maximum(difference, above).max() / spread).item()
 
 
-def replay(cached: CachedLM, ids: Tensor, weights: Sequence[Tensor], prompt: int, blocks: Sequence[int]) -> Tensor:
-    """Rows of the cached form at positions prompt-1 .. S-1: [B, S-prompt+1, V], fed in blocks."""
+def replay(
+    cached: CachedLM, ids: Tensor, weights: Sequence[Tensor], prompt: int, blocks: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Rows of the cached form, fed in blocks, and the positions [B, n] where they stand: [B, n, V].
+
+    Every other request has a prompt one token shorter, as in a batch of prompts of several lengths.
+    """
     batch, total = ids.shape
+    device = ids.device
     prompt = min(prompt, total)
     row, *prompts = cached.prefill(ids[:, :prompt], *weights)
-    rows = [row[:, None]]
-    suffixes = [p.new_zeros(*p.shape[:2], max(total - prompt, 1), p.shape[3]) for p in prompts]
+    rows, at = [row[:, None]], [torch.full((batch, 1), prompt - 1, device=device)]
+    capacity = max(total - prompt, 1)
+    suffixes = [p.new_zeros(*p.shape[:2], capacity, p.shape[3]) for p in prompts]
     tables = cached.tables(total, *weights)
-    start = prompt
+    lengths = (prompt - torch.arange(batch, device=device) % 2).clamp(min=1)  # [B]
+    columns = torch.arange(prompt, device=device)
+    keys = torch.cat(
+        [
+            torch.where(columns < lengths[:, None], columns, total),
+            lengths[:, None] + torch.arange(capacity, device=device),
+        ],
+        1,
+    )
+    start = 0
     for block in blocks:
-        block = min(block, total - start)
+        block = min(block, total - prompt - start)
         if block <= 0:
             break
-        positions = torch.arange(start, start + block, device=ids.device)
-        args = (positions, positions - prompt, *prompts, *suffixes, *tables, *weights)
+        slots = torch.arange(start, start + block, device=device)
+        positions = lengths[:, None] + slots  # [B, T]
+        tokens = ids.gather(1, positions)
+        args = (positions, slots, keys, *prompts, *suffixes, *tables, *weights)
         copies = [s.clone() for s in suffixes]
-        last = cached.advance(ids[:, start : start + block], *args)
+        last = cached.advance(tokens, *args)
         for suffix, copy in zip(suffixes, copies, strict=True):
             suffix.copy_(copy)
-        scored = cached.score(ids[:, start : start + block], *args).view(batch, block, -1)
+        scored = cached.score(tokens, *args).view(batch, block, -1)
         if relative_error(last, scored[:, -1], _compute_dtype(weights, row) in NARROW) > 0.2:
-            return torch.full((batch, total - prompt + 1, row.shape[-1]), float("nan"))
+            scored = torch.full_like(scored, float("nan"))
         rows.append(scored)
+        at.append(positions)
         start += block
-    return torch.cat(rows, 1)
+    return torch.cat(rows, 1), torch.cat(at, 1)
 
 
 def check_prefix_tables(cached: CachedLM, weights: Sequence[Tensor], total: int) -> None:

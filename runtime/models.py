@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .compiled import compile_function, mark_dynamic
-from .regions import Forward, State, unify
+from .regions import Forward, Places, State, unify
+from .request import Request
 
 
 class IncrementalGraphs(Protocol):
@@ -37,12 +38,16 @@ class RuntimeModel(Protocol):
     advance: Forward
     whole: bool  # False: the model calls compiled pieces itself
 
-    def begin(self, ids: Tensor, n_particles: int, capacity: int, length: int) -> tuple[Tensor, Any, State]:
-        """Prefill ``ids [B, P]``: rows [B, V], the shared context, and the state of B*N rows."""
+    def begin(self, request: Request, n_particles: int, capacity: int) -> tuple[Tensor, Any, State]:
+        """Prefill the prompts: rows [B, V], the shared context, and the state of B*N rows."""
         ...
 
     def copy_rows(self, state: State, dead: Tensor, source: Tensor, used: int) -> None:
         """Overwrite rows ``dead`` by rows ``source``, in place; ``used`` positions of a suffix hold anything."""
+        ...
+
+    def take(self, context: Any, state: State, requests: Tensor, rows: Tensor) -> tuple[Any, State]:
+        """What remains when only these requests and rows go on."""
         ...
 
 
@@ -60,13 +65,18 @@ class CachedModel:
         self.score = _incremental_body(_compile_pieces(graphs.score, f"{name}_score", compiler), self.whole)
         self.advance = _incremental_body(_compile_pieces(graphs.advance, f"{name}_advance", compiler), self.whole)
 
-    def begin(self, ids: Tensor, n_particles: int, capacity: int, length: int) -> tuple[Tensor, Any, State]:
+    def begin(self, request: Request, n_particles: int, capacity: int) -> tuple[Tensor, Any, State]:
         weights = self.weights()
-        tables = list(self._graphs.tables(length, *weights))
-        rows, *prompts = self._graphs.prefill(ids, *weights)  # as it is: large products, nothing for a compiler to gain
+        tables = list(self._graphs.tables(int((request.lengths + request.new_tokens).max()), *weights))
+        rows, *prompts = by_length(request, lambda ids: self._graphs.prefill(ids, *weights), positions=2)
         prompts = [mark_dynamic(p.contiguous(), 2) for p in prompts]
         tables = [mark_dynamic(t.contiguous(), *axes) for t, axes in zip(tables, self._graphs.table_axes, strict=True)]
         return rows, (prompts, tables, weights), self._suffixes(prompts, n_particles, capacity)
+
+    def take(self, context: Any, state: State, requests: Tensor, rows: Tensor) -> tuple[Any, State]:
+        prompts, tables, weights = context
+        prompts = [mark_dynamic(p[requests], 2) for p in prompts]
+        return (prompts, tables, weights), [mark_dynamic(s[rows], 2) for s in state]
 
     def has_tables(self, length: int) -> bool:
         """Whether the model's position tables reach ``length``: a table of learned positions ends somewhere."""
@@ -107,42 +117,78 @@ def _as_function(piece: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _incremental_body(graph: Callable[..., Any], whole: bool) -> Forward:
-    def forward(tokens: Tensor, positions: Tensor, slots: Tensor, state: State, context: Any) -> tuple[Tensor, State]:
+    def forward(tokens: Tensor, places: Places, state: State, context: Any) -> tuple[Tensor, State]:
         prompts, tables, weights = context
         if whole:
             unify(prompts, 2)
             unify(state, 2)
-        return graph(tokens, positions, slots, *prompts, *state, *tables, *weights), []  # suffixes change in place
+        return graph(tokens, *places, *prompts, *state, *tables, *weights), []  # suffixes change in place
 
     return forward
 
 
 class StatefulModel:
-    """A model that carries its own state: ``step(tokens [R, T], pos, state) -> (logits [R, T, V], state)``."""
+    """A model that carries its own state: ``step(tokens [R, T], pos, state) -> (logits [R, T, V], state)``.
+
+    ``pos`` is where the first of the new tokens stands: a scalar, or [R] when the prompts differ in length.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self._spec: Any = None
+        self._ragged = False
         self.whole = True
         self.score = self._body(all_positions=True)
         self.advance = self._body(all_positions=False)
 
-    def begin(self, ids: Tensor, n_particles: int, capacity: int, length: int) -> tuple[Tensor, Any, State]:
+    def begin(self, request: Request, n_particles: int, capacity: int) -> tuple[Tensor, Any, State]:
+        self._ragged = bool((request.lengths != request.lengths[0]).any())
+        rows, *leaves = by_length(request, self._prefill)
+        return rows, (), [leaf.repeat_interleave(n_particles, 0) for leaf in leaves]
+
+    def _prefill(self, ids: Tensor) -> list[Tensor]:
         state = self.model.initial_state(ids.shape[0])
         logits, state = self.model.step(ids, torch.zeros((), dtype=torch.int64, device=ids.device), state)
         leaves, self._spec = pytree.tree_flatten(state)
-        return logits[:, -1], (), [leaf.repeat_interleave(n_particles, 0) for leaf in leaves]
+        return [logits[:, -1], *leaves]
 
     def copy_rows(self, state: State, dead: Tensor, source: Tensor, used: int) -> None:
         for leaf in state:
             leaf[dead] = leaf[source]
 
+    def take(self, context: Any, state: State, requests: Tensor, rows: Tensor) -> tuple[Any, State]:
+        return context, [leaf[rows] for leaf in state]
+
     def _body(self, all_positions: bool) -> Forward:
-        def forward(
-            tokens: Tensor, positions: Tensor, slots: Tensor, state: State, context: Any
-        ) -> tuple[Tensor, State]:
-            logits, new = self.model.step(tokens, positions[0], pytree.tree_unflatten(state, self._spec))
+        def forward(tokens: Tensor, places: Places, state: State, context: Any) -> tuple[Tensor, State]:
+            first = places.positions[:, 0]  # [B]
+            pos = first.repeat_interleave(tokens.shape[0] // first.shape[0]) if self._ragged else first[0]
+            logits, new = self.model.step(tokens, pos, pytree.tree_unflatten(state, self._spec))
             rows = logits.flatten(0, 1) if all_positions else logits[:, -1]
             return rows, pytree.tree_leaves(new)
 
         return forward
+
+
+def by_length(
+    request: Request, prefill: Callable[[Tensor], Sequence[Tensor]], positions: int | None = None
+) -> list[Tensor]:
+    """``prefill(ids [b, P'])`` for the prompts of each length without padding; its results for the whole batch.
+
+    Results [b, ...] after the first may have an axis ``positions`` of the prompt's length: it is filled up with zeros.
+    """
+    groups = request.lengths.unique().tolist()
+    if len(groups) == 1:
+        return list(prefill(request.ids[:, -groups[0] :]))
+    results: list[Tensor] = []
+    for length in groups:
+        rows = (request.lengths == length).nonzero()[:, 0]
+        for i, part in enumerate(prefill(request.ids[rows, -length:])):
+            sizes = [request.batch, *part.shape[1:]]
+            if positions is not None and i > 0:
+                sizes[positions] = request.ids.shape[1]
+            if len(results) <= i:
+                results.append(part.new_zeros(sizes))
+            place = results[i] if positions is None or i == 0 else results[i].narrow(positions, 0, length)
+            place[rows] = part
+    return results

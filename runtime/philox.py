@@ -19,6 +19,7 @@ PROPOSE = 0  # a token from the draft
 TARGET = 1  # a token from the target: the first one, the bonus
 RESAMPLE = 2  # ancestors
 SELECT = 3  # the particle that becomes the answer
+SETTLE = 4  # the ancestor of what may no longer change
 
 _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # PHILOX_M4x32_0 and _1

@@ -1,35 +1,46 @@
 """The bodies of the compiled regions: plain functions of tensors, no Python state, no host decision.
 
-R = B*N rows, K draft tokens a cycle. A model is given as ``forward(tokens [R, T], positions [T], slots [T], state,
-context) -> (rows, state)``; ``state`` is what particles permute, ``context`` what they share.
+R = B*N rows, K draft tokens a cycle. A model is given as ``forward(tokens [R, T], places, state, context) -> (rows,
+state)``; ``state`` is what particles permute, ``context`` what they share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .law import Law, broken, pick
 from .sampling import sample_inverse_cdf
 from .weights import resample_step
 
 State = list[Tensor]
-Forward = Callable[[Tensor, Tensor, Tensor, State, Any], tuple[Tensor, State]]
 
 
-def log_law(rows: Tensor, kind: str, temperature: float) -> Tensor:
-    """Normalised log-probabilities [..., V] of rows: logits, or unnormalised probabilities; float32 at least."""
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    if kind == "probs":
-        return rows.log() - rows.sum(-1, keepdim=True).log()
-    return torch.log_softmax(rows if temperature == 1.0 else rows / temperature, -1)
+class Places(NamedTuple):
+    """Where a block of T new tokens goes."""
+
+    positions: Tensor  # [B, T] in the sequence of each request
+    slots: Tensor  # [T] in the suffix
+    keys: Tensor  # [B, P+S] positions of what is cached
 
 
-def broken(log_probs: Tensor) -> Tensor:
-    """Rows [...] whose law is undefined: NaN anywhere (an infinite or NaN logit gives that)."""
-    return log_probs.isnan().any(-1)
+class Ends(NamedTuple):
+    """How the sequences of R rows end."""
+
+    tokens: Tensor  # [R, E]: any of these; -1 never occurs
+    pad: Tensor  # [R]: what follows
+
+
+Settings = Mapping[str, Tensor]  # [R] each
+Forward = Callable[[Tensor, Places, State, Any], tuple[Tensor, State]]
+
+
+def is_end(tokens: Tensor, ends: Ends) -> Tensor:
+    """[R, T] -> [R, T]"""
+    return (tokens[..., None] == ends.tokens[:, None, :]).any(-1)
 
 
 def draw(log_probs: Tensor, u: Tensor, greedy: bool) -> Tensor:
@@ -37,97 +48,126 @@ def draw(log_probs: Tensor, u: Tensor, greedy: bool) -> Tensor:
     return log_probs.argmax(-1) if greedy else sample_inverse_cdf(log_probs.exp(), u)
 
 
-def pick(log_probs: Tensor, token: Tensor) -> Tensor:
-    """log-probability of the chosen token: [..., V], [...] -> [...]"""
-    return log_probs.gather(-1, token[..., None])[..., 0]
+def run_model(forward: Forward) -> Callable[..., tuple[Tensor, State]]:
+    """The model alone: its rows leave the region, for rules that read the text."""
+
+    def model_rows(tokens: Tensor, places: Places, state: State, context: Any) -> tuple[Tensor, State]:
+        return forward(tokens, places, state, context)
+
+    return model_rows
 
 
-def propose(forward: Forward, temperature: float) -> Callable[..., tuple[Tensor, Tensor, Tensor, State]]:
-    """Draft step: the next token of every row from the draft, and its log-probability; ended rows repeat EOS."""
+def choose(law: Law) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """From rows [R, V] after ``tokens`` [R, T]: the next token of every row, its log-probability, ended, undefined.
 
-    def draft_step(
+    Rows that have ended repeat the padding.
+    """
+    greedy = law.kind == "greedy"
+
+    def choose_token(
+        rows: Tensor, tokens: Tensor, ended: Tensor, ends: Ends, settings: Settings, u: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        log_p = law.log_probs(rows, {name: value[:, None] for name, value in settings.items()})
+        ended = ended | is_end(tokens[:, -1:], ends)[:, 0]
+        token = torch.where(ended, ends.pad, draw(log_p, u, greedy))
+        return token, pick(log_p, token), ended, broken(log_p) & ~ended
+
+    return choose_token
+
+
+def step(forward: Forward, law: Law) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, State]]:
+    """One token of every row: the model, then the choice."""
+    chosen = choose(law)
+
+    def next_token(
         tokens: Tensor,
         ended: Tensor,
-        eos: Tensor,
+        ends: Ends,
+        settings: Settings,
         u: Tensor,
-        positions: Tensor,
-        slots: Tensor,
+        places: Places,
         state: State,
         context: Any,
-    ) -> tuple[Tensor, Tensor, Tensor, State]:
-        rows, state = forward(tokens, positions, slots, state, context)  # rows: [R, V]
-        log_q = log_law(rows, "logits", temperature)
-        ended = ended | (tokens[:, -1] == eos)
-        token = torch.where(ended, eos, draw(log_q, u, False))
-        return token, pick(log_q, token), ended, state
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, State]:
+        rows, state = forward(tokens, places, state, context)  # rows: [R, V]
+        return *chosen(rows, tokens, ended, ends, settings, u), state
 
-    return draft_step
+    return next_token
 
 
-def score(
-    forward: Forward, kind: str, temperature: float
-) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, State]]:
-    """Target pass over pending and drafted tokens: weight increments, the bonus token, which rows ended or broke.
+class Judged(NamedTuple):
+    """What the target makes of a block x_0 .. x_K."""
+
+    increments: Tensor  # [R] float64, of the log weights
+    tokens: Tensor  # [R, K+1]: x_1 .. x_K and the bonus; padding after an end
+    log_p: Tensor  # [R, K+1] of these tokens under the target; 0 where nothing counts
+    over: Tensor  # [R, K+1] bool: the sequence ends with x_k or before
+    undefined: Tensor  # [R] bool: a law that counts is NaN
+
+
+def judge(law: Law) -> Callable[..., Judged]:
+    """From rows [R*(K+1), V] over a block: weight increments, the bonus token, which rows ended or broke.
 
     Increments after the end of a sequence and beyond the length cap are zero; the bonus is drawn from the target itself
     and adds none.
     """
 
-    def score_block(
+    def judge_block(
+        rows: Tensor,
         block: Tensor,  # [R, K+1]: x_0 .. x_K
         log_q: Tensor,  # [R, K] of x_1 .. x_K
-        ended: Tensor,
-        eos: Tensor,
-        remaining: Tensor,  # tokens still wanted after x_0
+        ended: Tensor,  # [R]
+        stops: Tensor,  # [R, K+1] bool: the text ends with x_k for another reason than its token
+        ends: Ends,
+        remaining: Tensor,  # [R], tokens still wanted after x_0
+        settings: Settings,
         u: Tensor,  # [R]
-        positions: Tensor,
-        slots: Tensor,
+    ) -> Judged:
+        r, width = block.shape
+        spread = {name: value[:, None].expand(r, width).reshape(-1, 1) for name, value in settings.items()}
+        log_p = law.log_probs(rows, spread).view(r, width, -1)
+        over = ended[:, None] | ((is_end(block, ends) | stops).int().cumsum(1) > 0)
+        wanted = torch.arange(1, width, device=block.device) <= remaining[:, None]
+        counts = ~over[:, :-1] & wanted  # [R, K]
+        of_drafted = pick(log_p[:, :-1], block[:, 1:]).double()
+        increments = torch.where(counts, of_drafted - log_q.double(), 0.0).sum(1)
+        bonus = draw(log_p[:, -1], u, False)
+        tokens = torch.where(over, ends.pad[:, None], torch.cat([block[:, 1:], bonus[:, None]], 1))
+        live = torch.cat([counts, ~over[:, -1:] & (remaining[:, None] > width - 1)], 1)
+        of_tokens = torch.cat([of_drafted, pick(log_p[:, -1], bonus).double()[:, None]], 1)
+        return Judged(increments, tokens, torch.where(live, of_tokens, 0.0), over, (broken(log_p) & live).any(1))
+
+    return judge_block
+
+
+def score(forward: Forward, law: Law) -> Callable[..., tuple[Judged, State]]:
+    """Target pass over pending and drafted tokens, and what it makes of them."""
+    judged = judge(law)
+
+    def score_block(
+        block: Tensor,
+        log_q: Tensor,
+        ended: Tensor,
+        stops: Tensor,
+        ends: Ends,
+        remaining: Tensor,
+        settings: Settings,
+        u: Tensor,
+        places: Places,
         state: State,
         context: Any,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, State]:
-        r, width = block.shape
-        rows, state = forward(block, positions, slots, state, context)  # rows: [R*(K+1), V]
-        log_p = log_law(rows, kind, temperature).view(r, width, -1)
-        over = ended[:, None] | ((block == eos).int().cumsum(1) > 0)  # [R, K+1]: nothing counts after x_k
-        wanted = torch.arange(1, width, device=block.device) <= remaining
-        counts = ~over[:, :-1] & wanted  # [R, K]
-        increments = torch.where(counts, pick(log_p[:, :-1], block[:, 1:]).double() - log_q.double(), 0.0).sum(1)
-        bonus = torch.where(over[:, -1], eos, draw(log_p[:, -1], u, False))
-        live = torch.cat([counts, ~over[:, -1:] & (remaining > width - 1)], 1)
-        return increments, bonus, over[:, -1].contiguous(), (broken(log_p) & live).any(1), state
+    ) -> tuple[Judged, State]:
+        rows, state = forward(block, places, state, context)  # rows: [R*(K+1), V]
+        return judged(rows, block, log_q, ended, stops, ends, remaining, settings, u), state
 
     return score_block
 
 
-def extend(
-    forward: Forward, kind: str, temperature: float, greedy: bool
-) -> Callable[..., tuple[Tensor, Tensor, Tensor, State]]:
-    """Autoregressive step: the next token of every row from the target."""
-
-    def target_step(
-        tokens: Tensor,
-        ended: Tensor,
-        eos: Tensor,
-        u: Tensor,
-        positions: Tensor,
-        slots: Tensor,
-        state: State,
-        context: Any,
-    ) -> tuple[Tensor, Tensor, Tensor, State]:
-        rows, state = forward(tokens, positions, slots, state, context)
-        log_p = log_law(rows, kind, temperature)
-        ended = ended | (tokens[:, -1] == eos)
-        token = torch.where(ended, eos, draw(log_p, u, greedy))
-        return token, ended, broken(log_p) & ~ended, state
-
-    return target_step
-
-
 def weigh(threshold: float, method: str) -> Callable[..., tuple[Tensor, ...]]:
-    """Add increments [B, N] to the weights and resample the requests whose population degenerated."""
+    """Resample the requests whose population [B, N] degenerated."""
 
-    def weigh_and_resample(log_w: Tensor, increments: Tensor, log_evidence: Tensor, u: Tensor) -> tuple[Tensor, ...]:
-        return resample_step(log_w + increments, log_evidence, u, threshold, method)
+    def weigh_and_resample(log_w: Tensor, log_evidence: Tensor, u: Tensor) -> tuple[Tensor, ...]:
+        return resample_step(log_w, log_evidence, u, threshold, method)
 
     return weigh_and_resample
 

@@ -6,7 +6,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,14 +16,20 @@ from smc_compile.errors import InputError, OptionError
 from smc_compile.logits import logits_of, traceable
 from smc_compile.options import Options, is_stateful
 from smc_compile.passes.pipeline import Traced, trace_model
+from smc_compile.requests import build_request, check_prompt, request_seeds
 from smc_compile.result import Generation
 from smc_compile.runtime.compiled import Region
+from smc_compile.runtime.law import Law, Rule
 from smc_compile.runtime.models import CachedModel, RuntimeModel, StatefulModel
-from smc_compile.runtime.session import AutoregressiveSession, Law, Request, SMCSession
+from smc_compile.runtime.one_token import AutoregressiveSession
+from smc_compile.runtime.request import Request
+from smc_compile.runtime.rules import Rules
+from smc_compile.runtime.session import SMCSession
 
 log = logging.getLogger(__name__)
 KEPT = 16  # analyses kept; the oldest goes first, and with it its hold on the model
 _traced: OrderedDict[Any, Traced] = OrderedDict()
+PADDED_SHARE = 0.01  # heads that differ by less are padded differently; more is another vocabulary
 TRACE_BATCH = 2  # any batch > 1: the batch axis is told apart from axes of size one
 
 
@@ -40,13 +46,19 @@ class Model:
 
 @dataclass
 class Program:
-    """A compiled target and draft; sessions for each batch size are made on demand and kept."""
+    """A compiled target and draft. One session answers every batch: its regions compile for what they meet.
+
+    Attributes:
+        rules: logits processors that read the text, with whether they compile.
+    """
 
     target: Model
     draft: Model | None
     options: Options
-    sessions: dict[int, SMCSession | AutoregressiveSession] = field(default_factory=dict)
+    rules: tuple[Rule, ...] = ()
+    rules_traced: bool = False
     analysis_seconds: float = 0.0
+    _session: SMCSession | AutoregressiveSession | None = None
 
     @property
     def method(self) -> str:
@@ -59,46 +71,50 @@ class Program:
             InputError: when the prompt or the length does not fit the model.
             GenerationError: when generation breaks in the middle; ``partial`` holds the result so far.
         """
-        check_request(ids, new_tokens, self.target, self.draft)
+        check_prompt(ids)
         seeds = request_seeds(self.options.seed, ids) if seeds is None else seeds
-        session = self._session(ids.shape[0])
-        eos = -1 if self.options.eos_token_id is None else self.options.eos_token_id
-        result = session.run(Request(ids.detach(), new_tokens, seeds, eos))
+        return self.answer(build_request(ids, new_tokens, seeds, ends=self.options.eos_token_id))
+
+    def answer(self, request: Request) -> Generation:
+        """As ``run``, for requests that differ."""
+        check_request(request, self.target, self.draft)
+        result = self.session.run(request)
         for warning in result.stats.warnings:
             log.warning(warning)
         return result
 
-    def _session(self, batch: int) -> SMCSession | AutoregressiveSession:
-        if batch not in self.sessions:
-            self.sessions[batch] = self._new_session()
-        return self.sessions[batch]
+    @property
+    def session(self) -> SMCSession | AutoregressiveSession:
+        if self._session is None:
+            self._session = self._new_session()
+        return self._session
 
     def _new_session(self) -> SMCSession | AutoregressiveSession:
         o = self.options
+        rules = Rules(self.rules, self.rules_traced, o.compiler)
         if self.method == "autoregressive":
-            return AutoregressiveSession(self.target.runtime, self.target.law, o.compiler)
+            return AutoregressiveSession(self.target.runtime, self.target.law, o.compiler, rules)
         assert self.draft is not None
-        temperature = o.draft_temperature or self.draft.law.temperature
         return SMCSession(
             self.target.runtime,
             self.draft.runtime,
             self.target.law,
-            temperature,
+            self.draft.law,
             o.n_particles,
             o.lookahead,
             o.ess_threshold,
             o.resampling_method,
             o.compiler,
+            rules,
         )
 
     @property
     def regions(self) -> list[Region]:
-        found = {id(r): r for session in self.sessions.values() for r in session.regions}
-        return list(found.values())
+        return [] if self._session is None else self._session.regions
 
 
-def build_program(target: Model, options: Options, temperature: float, ids: Tensor) -> Program:
-    """Add the draft that ``options`` name; ``temperature`` is the loop's own, used for the draft unless overridden.
+def build_program(target: Model, options: Options, draft_law: Law, ids: Tensor, **rules: Any) -> Program:
+    """Add the draft that ``options`` name; it follows ``draft_law`` unless ``draft_temperature`` overrides it.
 
     Raises:
         OptionError: when the method needs a draft and there is none.
@@ -106,7 +122,7 @@ def build_program(target: Model, options: Options, temperature: float, ids: Tens
     """
     needs_draft = options.method == "smc" and target.law.kind != "greedy"
     if not needs_draft:
-        return Program(target, None, options)
+        return Program(target, None, options, **rules)
     if options.draft is None:
         raise OptionError(
             "no draft model was given",
@@ -114,18 +130,21 @@ def build_program(target: Model, options: Options, temperature: float, ids: Tens
             'pass draft=small_model, or method="autoregressive" for the exact one-token loop',
         )
     start = time.perf_counter()
-    draft = compile_draft(options.draft, options, temperature, ids)
-    check_pair(target, draft)
-    return Program(target, draft, options, analysis_seconds=time.perf_counter() - start)
+    if options.draft_temperature is not None:
+        draft_law = Law("logits", options.draft_temperature)
+    draft = compile_draft(options.draft, options, draft_law, ids)
+    vocab = shared_vocabulary(target, draft)
+    target.law, draft.law = replace(target.law, vocab=vocab), replace(draft.law, vocab=vocab)
+    return Program(target, draft, options, analysis_seconds=time.perf_counter() - start, **rules)
 
 
-def compile_draft(model: Any, options: Options, temperature: float, ids: Tensor) -> Model:
+def compile_draft(model: Any, options: Options, law: Law, ids: Tensor) -> Model:
     """The draft's own incremental form; its rows are raw logits."""
     if is_stateful(model):
-        return stateful(model, temperature)
+        return stateful(model, law)
     require_eval(model, "draft")
     traced = trace_once(model, LastLogits(model), ids, options.validate, sampled=False)
-    return cached(traced, traced.owned, options, "draft", Law("logits", temperature))
+    return cached(traced, traced.owned, options, "draft", law)
 
 
 def trace_once(model: nn.Module, step: nn.Module, ids: Tensor, check: bool, sampled: bool, law: Any = ()) -> Traced:
@@ -150,11 +169,11 @@ def cached(traced: Traced, weights: Callable[[], list[Tensor]], options: Options
     return Model(runtime, graphs.vocab_size, graphs.max_positions, law, traced)
 
 
-def stateful(model: Any, temperature: float) -> Model:
+def stateful(model: Any, law: Law) -> Model:
     """A model that follows the explicit protocol carries its state itself; nothing is synthesized."""
     if isinstance(model, nn.Module):
         require_eval(model, "model")
-    return Model(StatefulModel(model), None, getattr(model, "max_positions", None), Law("logits", temperature))
+    return Model(StatefulModel(model), None, getattr(model, "max_positions", None), law)
 
 
 class LastLogits(nn.Module):
@@ -180,14 +199,15 @@ def require_eval(model: nn.Module, name: str) -> None:
             )
 
 
-def check_pair(target: Model, draft: Model) -> None:
-    """Vocabulary, device and dtype of target and draft must agree."""
-    if target.vocab_size is not None and draft.vocab_size is not None and target.vocab_size != draft.vocab_size:
-        raise InputError(
-            "draft and target have different vocabularies",
-            f"the target has {target.vocab_size} tokens, the draft {draft.vocab_size}",
-            "use a draft trained with the target's tokenizer",
-        )
+def shared_vocabulary(target: Model, draft: Model) -> int | None:
+    """How many rows of the logits are tokens of both models; None when all are. They must agree in device and dtype.
+
+    Heads are often padded to a round number of rows, differently in models of one tokenizer. A difference of less than
+    a hundredth is taken for such padding and cut off; a larger one is another vocabulary.
+
+    Raises:
+        InputError: when the pair does not fit.
+    """
     mine, theirs = placement(target), placement(draft)
     if mine and theirs and mine != theirs:
         raise InputError(
@@ -195,6 +215,22 @@ def check_pair(target: Model, draft: Model) -> None:
             f"the target is {mine[1]} on {mine[0]}, the draft {theirs[1]} on {theirs[0]}",
             f"move the draft: draft.to(device={str(mine[0])!r}, dtype={mine[1]})",
         )
+    sizes = [model.vocab_size for model in (target, draft) if model.vocab_size is not None]
+    if len(set(sizes)) < 2:
+        return None
+    if max(sizes) - min(sizes) >= PADDED_SHARE * max(sizes):
+        raise InputError(
+            "draft and target have different vocabularies",
+            f"the target has {target.vocab_size} tokens, the draft {draft.vocab_size}",
+            "use a draft trained with the target's tokenizer",
+        )
+    log.warning(
+        "the target has %d rows of logits, the draft %d: rows from %d on are taken for padding and never drawn",
+        target.vocab_size,
+        draft.vocab_size,
+        min(sizes),
+    )
+    return min(sizes)
 
 
 def placement(model: Model) -> tuple[torch.device, torch.dtype] | None:
@@ -208,43 +244,38 @@ def placement(model: Model) -> tuple[torch.device, torch.dtype] | None:
     return next(((w.device, w.dtype) for w in weights if w.is_floating_point() and w.dim() > 1), None)
 
 
-def check_prompt(ids: Any) -> None:
-    """A prompt by itself: ids [B, P] int64, not empty."""
-    if not isinstance(ids, Tensor) or ids.dim() != 2:
-        found = f"a tensor of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise InputError("prompts must be ids [B, P]", f"got {found}", "pass tokens[None] for one prompt")
-    if ids.dtype != torch.int64:
-        raise InputError("prompts must be int64 token ids", f"got {ids.dtype}", "convert with ids.long()")
-    if ids.shape[0] < 1 or ids.shape[1] < 1:
-        raise InputError(
-            "the prompt is empty", f"ids has shape {tuple(ids.shape)}", "pass at least one token (such as BOS)"
-        )
-
-
-def check_request(ids: Tensor, new_tokens: Any, target: Model, draft: Model | None) -> None:
-    """Prompt and length, against the models."""
-    check_prompt(ids)
-    if isinstance(new_tokens, bool) or not isinstance(new_tokens, int) or new_tokens < 1:
-        raise InputError("the number of new tokens must be a positive integer", f"got {new_tokens!r}", "pass n >= 1")
+def check_request(request: Request, target: Model, draft: Model | None) -> None:
+    """Prompts, ends and lengths, against the models."""
+    ids = request.ids
     place = placement(target)
     if place and place[0] != ids.device:
         raise InputError(
             "prompt and model are on different devices", f"{ids.device} and {place[0]}", "move one of them"
         )
-    low, high = int(ids.min()), int(ids.max())
-    vocab = target.vocab_size
+    vocab = target.law.vocab or target.vocab_size
+    padding = torch.arange(ids.shape[1], device=ids.device) < (ids.shape[1] - request.lengths)[:, None]
+    given = ids.masked_fill(padding, 0)
+    low, high = int(given.min()), int(given.max())
     if low < 0 or (vocab is not None and high >= vocab):
         bad = low if low < 0 else high
         raise InputError(
             "a prompt token is out of range", f"id {bad}, vocabulary {vocab}", "use the model's own tokenizer"
         )
+    pad = [p for p in request.pad.tolist() if p < 0 or (vocab is not None and p >= vocab)]
+    if pad:
+        raise InputError(
+            "pad_token_id is out of range", f"id {pad[0]}, vocabulary {vocab}", "use one of the vocabulary"
+        )
+    total = int((request.lengths + request.new_tokens).max())
     for name, model in (("target", target), ("draft", draft)):
-        limit = position_limit(model, ids.shape[1] + new_tokens) if model is not None else None
-        if limit is not None and ids.shape[1] + new_tokens > limit:
+        limit = position_limit(model, total) if model is not None else None
+        if limit is not None and total > limit:
+            row = int((request.lengths + request.new_tokens).argmax())
+            length, n = int(request.lengths[row]), int(request.new_tokens[row])
             raise InputError(
                 f"prompt plus new tokens exceed the {name}'s maximum positions",
-                f"{ids.shape[1]} + {new_tokens} > {limit}",
-                f"ask for at most {max(limit - ids.shape[1], 0)} new tokens, or shorten the prompt",
+                f"{length} + {n} > {limit}",
+                f"ask for at most {max(limit - length, 0)} new tokens, or shorten the prompt",
             )
 
 
@@ -259,10 +290,3 @@ def position_limit(model: Model, length: int) -> int | None:
         middle = (low + high) // 2
         low, high = (middle, high) if model.runtime.has_tables(middle) else (low, middle)
     return low
-
-
-def request_seeds(seed: int | None, ids: Tensor) -> Tensor:
-    """Request b uses seed + b, so that it draws the same tokens whatever else is in the batch."""
-    base = int(torch.randint(2**62, ())) if seed is None else seed
-    wrapped = [(base + b + 2**63) % 2**64 - 2**63 for b in range(ids.shape[0])]
-    return torch.tensor(wrapped, dtype=torch.int64, device=ids.device)

@@ -2,91 +2,218 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from smc_compile.compile import (
-    LastLogits,
-    Program,
-    build_program,
-    cached,
-    check_prompt,
-    request_seeds,
-    require_eval,
-    stateful,
-    trace_once,
-)
+from smc_compile.compile import LastLogits, Model, Program, build_program, cached, require_eval, stateful, trace_once
 from smc_compile.errors import InputError, OptionError
 from smc_compile.options import Options, is_stateful
+from smc_compile.processors import Processors, sort_processors
+from smc_compile.requests import build_request, check_prompt, per_request, request_seeds
 from smc_compile.result import Generation
-from smc_compile.runtime.session import Law
+from smc_compile.runtime.law import SETTINGS, Law
+from smc_compile.stopping import any_stop, criteria_stop, strings_stop
+from smc_compile.streaming import watch_for
 
 KEPT = 16  # programs kept; the oldest goes first, and with it its hold on the model
 _programs: OrderedDict[Any, Program] = OrderedDict()
+WITH_CONFIG = (  # what goes beside a generation_config; the rest is written in it
+    "max_new_tokens", "attention_mask", "tokenizer", "logits_processor", "stopping_criteria", "seed", "streamer",
+    "stream", "max_lag", "stop_strings",
+)  # fmt: skip
+BOUNDS = {"temperature": (0.0, torch.inf), "top_k": (0, 2**31), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0)}
 
 
 def generate(
     model: Any,
     draft: Any = None,
-    ids: Tensor | None = None,
+    input_ids: Tensor | None = None,
     *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
+    max_new_tokens: Any = None,
+    attention_mask: Tensor | None = None,
+    temperature: Any = 1.0,
+    top_k: Any = 0,
+    top_p: Any = 1.0,
+    min_p: Any = 0.0,
+    eos_token_id: Any = None,
+    pad_token_id: Any = None,
+    stop_strings: Any = None,
+    tokenizer: Any = None,
+    logits_processor: Sequence[Any] = (),
+    stopping_criteria: Sequence[Any] = (),
+    num_return_sequences: int = 1,
+    seed: Any = None,
+    streamer: Any = None,
+    stream: str = "settled",
+    max_lag: int | None = None,
+    generation_config: Any = None,
     **options: Any,
 ) -> Generation:
-    """Sample ``max_new_tokens`` after each prompt from ``softmax(model(ids)[:, -1] / temperature)`` with SMC.
+    """Sample new tokens after each prompt from the model's next-token law with SMC.
+
+    Whatever says "each" may be one value for all requests or a list with one for each; values that differ between
+    requests or calls do not recompile.
 
     Args:
         model: the target, ``ids [B, S] -> logits [B, S, V]``, or one that follows the step protocol.
         draft: the draft, of the same kind; not needed for ``method="autoregressive"``.
-        ids: prompts [B, P] int64, all of one length.
-        max_new_tokens: n, new tokens per request.
-        temperature: divides the target's logits; 0 takes the most likely token (exact one-token loop).
+        input_ids: prompts [B, P] int64, padding in front of the shorter ones.
+        max_new_tokens: the most new tokens of each request.
+        attention_mask: [B, P], 0 at the padding.
+        temperature: divides the target's logits, each; 0 for all takes the most likely token (exact one-token loop).
+        top_k, top_p, min_p: truncate the target's law in this order, each; 0, 1 and 0 change nothing.
+        eos_token_id: tokens that end a sequence: an int, a list for all, or a list of lists, one a request.
+        pad_token_id: what follows an end, each; by default the (first) token of ``eos_token_id``.
+        stop_strings: strings that end a sequence, a list for all or a list of lists; they need a ``tokenizer``.
+        logits_processor: processors ``(input_ids [R, L], scores [R, V]) -> scores``, before temperature and truncation;
+            those that read the text apply to target and draft.
+        stopping_criteria: ``(input_ids [R, L], scores=None) -> bool [R]``.
+        num_return_sequences: independent populations for each prompt; row b*M + m of the result is prompt b's.
+        seed: a 64-bit int, request b using seed + b, or a list with one for each.
+        streamer, stream: see ``smc_compile.streaming.watch_for``.
+        max_lag: with a streamer, settle what is older than so many tokens by drawing one of the particles' pasts: exact
+            in expectation, at the price of the other particles.
+        generation_config: of transformers; the model's own ``generate`` then prepares the request, and the sampler's
+            settings are those of the config.
         **options: see ``smc_compile.options.Options``.
 
     Returns:
-        a ``Generation``: sequences [B, P+n], particles [B, N, P+n], log_weights [B, N], log_evidence [B], ess [B, C].
+        a ``Generation``: sequences [B, P+n], particles [B, N, P+n], log_weights [B, N], log_evidence [B], ...
 
     Raises:
         OptionError, InputError: before any work, when an argument does not fit.
         CacheError, ValidationError: when no cache can be synthesized for a model.
         GenerationError: when generation breaks in the middle; ``error.partial`` holds the result so far.
     """
-    parsed = Options.parse({"draft": draft, **options})
-    _check_arguments(model, ids, temperature)
-    assert ids is not None
-    program = program_for(model, Sample(model, float(temperature)), parsed, ids)
-    return program.run(ids, max_new_tokens, request_seeds(parsed.seed, ids))
+    check_model(model)
+    if generation_config is not None:
+        given = {name: value for name, value in locals().items() if name in WITH_CONFIG and value is not None}
+        return _with_config(model, draft, input_ids, generation_config, given, options)
+    single = seed if not isinstance(seed, (list, tuple, Tensor)) else None
+    parsed = Options.parse({"draft": draft, "seed": single, **options})
+    if not isinstance(input_ids, Tensor):
+        raise InputError("prompts must be ids [B, P] int64", f"got {type(input_ids).__name__}", "pass token ids")
+    check_prompt(input_ids)
+    ids, mask = repeated(num_return_sequences, input_ids, attention_mask)
+    batch = len(ids)
+    values = settings_of(batch, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    greedy = is_greedy(values)
+    processors = sort_processors(logits_processor, [] if greedy else list(values), vocabulary(model, logits_processor))
+    request = build_request(
+        ids,
+        max_new_tokens,
+        request_seeds(seed, ids),
+        mask=mask,
+        ends=eos_token_id if eos_token_id is not None else parsed.eos_token_id,
+        pad=pad_token_id,
+        settings={} if greedy else values,
+        stop=any_stop(strings_stop(stop_strings, tokenizer, batch, ids.shape[1]), criteria_stop(stopping_criteria)),
+        max_lag=checked_lag(max_lag),
+        watch=watch_for(streamer, stream, ids),
+    )
+    return program_for(model, processors, greedy, parsed, ids).answer(request)
 
 
-def _check_arguments(model: Any, ids: Any, temperature: Any) -> None:
+def _with_config(
+    model: Any, draft: Any, ids: Any, config: Any, given: dict[str, Any], options: dict[str, Any]
+) -> Generation:
+    """Through the ``generate`` of a transformers model, which fills in the config and builds its processors."""
+    if not callable(getattr(model, "generate", None)):
+        raise OptionError(
+            "generation_config needs a transformers model",
+            f"{type(model).__name__} has no generate method to fill it in",
+            "pass max_new_tokens, temperature, top_p, ... themselves",
+        )
+    from smc_compile.transformers import generate as custom_generate
+
+    given["token_streamer"] = given.pop("streamer", None)
+    config = copy.deepcopy(config)
+    config.return_dict_in_generate = True
+    result: Generation = model.generate(
+        ids, generation_config=config, custom_generate=custom_generate, draft_model=draft, **given, **options
+    )
+    return result
+
+
+def check_model(model: Any) -> None:
     if not isinstance(model, nn.Module) and not is_stateful(model):
         raise InputError("model must be an nn.Module or follow the step protocol", f"got {type(model).__name__}")
-    if (
-        isinstance(temperature, bool)
-        or not isinstance(temperature, (int, float))
-        or not 0 <= temperature < float("inf")
-    ):
+
+
+def repeated(times: Any, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Each prompt ``times`` times over."""
+    if isinstance(times, bool) or not isinstance(times, int) or times < 1:
+        raise OptionError("num_return_sequences must be a positive integer", f"got {times!r}")
+    return ids.repeat_interleave(times, 0), None if mask is None else mask.repeat_interleave(times, 0)
+
+
+def settings_of(batch: int, **given: Any) -> dict[str, Tensor]:
+    """The settings that change something for some request, [B] each; the temperature always.
+
+    Raises:
+        OptionError: when a value is out of its range.
+    """
+    found = {}
+    for name, value in given.items():
+        values = per_request(name, value if value is not None else SETTINGS[name][1], batch, torch.float64)
+        low, high = BOUNDS[name]
+        wrong = values[~((values >= low) & (values <= high) & values.isfinite())].tolist()
+        if wrong:
+            raise OptionError(
+                f"{name} must be a number between {low:g} and {high:g}"
+                if high < 2**31
+                else f"{name} must be a number >= 0",
+                f"got {wrong[0]!r}",
+                "0 means greedy, 1 the model's own law" if name == "temperature" else "",
+            )
+        if name == "temperature" or bool((values != SETTINGS[name][1]).any()):
+            found[name] = values
+    return found
+
+
+def is_greedy(settings: dict[str, Tensor]) -> bool:
+    zero = settings["temperature"] == 0
+    if bool(zero.any()) and not bool(zero.all()):
         raise OptionError(
-            "temperature must be a number >= 0", f"got {temperature!r}", "0 means greedy, 1 the model's own law"
+            "temperature 0 and other temperatures cannot share a batch",
+            "0 runs the exact one-token loop, others run particles",
+            "generate for the greedy requests in a call of their own",
         )
-    if not isinstance(ids, Tensor):
-        raise InputError("prompts must be ids [B, P] int64", f"got {type(ids).__name__}", "pass a tensor of token ids")
+    return bool(zero.all())
 
 
-def program_for(model: Any, step: Sample, options: Options, ids: Tensor) -> Program:
-    """One program per (model, draft, law of the step, options without the seed).
+def checked_lag(max_lag: Any) -> int | None:
+    if max_lag is None:
+        return None
+    if isinstance(max_lag, bool) or not isinstance(max_lag, int) or max_lag < 0:
+        raise OptionError("max_lag must be a number of tokens of at least 0", f"got {max_lag!r}")
+    return max_lag
+
+
+def vocabulary(model: Any, processors: Sequence[Any]) -> int:
+    """How many scores processors are tried with; a model that does not say gets a thousand."""
+    if not processors:
+        return 0
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    weight = getattr(head, "weight", None)
+    return int(weight.shape[0]) if weight is not None else int(getattr(model, "vocab_size", 1000))
+
+
+def program_for(model: Any, processors: Processors, greedy: bool, options: Options, ids: Tensor) -> Program:
+    """One program per (model, draft, law, options without the seed).
 
     Raises:
         OptionError, InputError, CacheError, ValidationError: when the pair cannot be compiled.
     """
-    chosen = tuple(value for name, value in vars(options).items() if name not in ("draft", "seed"))
-    signature = (id(model), id(options.draft), step.law, chosen, _dtype(model))
+    chosen = tuple(value for name, value in vars(options).items() if name not in ("draft", "seed", "eos_token_id"))
+    signature = (id(model), id(options.draft), processors.key, greedy, chosen, _dtype(model))
     if signature not in _programs:
-        _programs[signature] = _compile(model, step, options, ids)
+        _programs[signature] = _compile(model, processors, greedy, options, ids)
     _programs.move_to_end(signature)
     while len(_programs) > KEPT:
         _programs.popitem(last=False)
@@ -98,37 +225,16 @@ def _dtype(model: Any) -> torch.dtype | None:
     return next((p.dtype for p in parameters), None)
 
 
-def _compile(model: Any, step: Sample, options: Options, ids: Tensor) -> Program:
-    check_prompt(ids)
+def _compile(model: Any, processors: Processors, greedy: bool, options: Options, ids: Tensor) -> Program:
+    law = Law("greedy" if greedy else "logits", stages=processors.stages)
+    draft_law = Law("logits", stages=() if greedy else (SETTINGS["temperature"][0],))
+    rules = {"rules": processors.rules, "rules_traced": processors.traced}
+    return build_program(compile_target(model, law, options, ids), options, draft_law, ids, **rules)
+
+
+def compile_target(model: Any, law: Law, options: Options, ids: Tensor) -> Model:
     if is_stateful(model):
-        target = stateful(model, step.temperature or 1.0)
-        if step.temperature == 0:
-            target.law = Law("greedy")
-        return build_program(target, options, step.temperature or 1.0, ids)
+        return stateful(model, law)
     require_eval(model, "model")
-    traced = trace_once(model, step, ids, options.validate, True, step.law)
-    assert traced.sampler is not None
-    target = cached(traced, traced.owned, options, "target", Law(traced.sampler.kind))
-    return build_program(target, options, traced.sampler.temperature, ids)
-
-
-class Sample(nn.Module):
-    """The trip of a plain loop: ``ids [B, S] -> token [B, 1]``.
-
-    Attributes:
-        law: what a program depends on beside the model and the options.
-    """
-
-    def __init__(self, model: Any, temperature: float) -> None:
-        super().__init__()
-        self.last = LastLogits(model)
-        self.temperature = temperature
-        self.law: tuple[Any, ...] = (temperature,)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        logits = self.last(ids)
-        if self.temperature == 0:
-            return logits.argmax(-1, keepdim=True)
-        if self.temperature != 1.0:
-            logits = logits / self.temperature
-        return torch.multinomial(torch.softmax(logits, -1), 1)
+    traced = trace_once(model, LastLogits(model), ids, options.validate, sampled=False)
+    return cached(traced, traced.owned, options, "target", law)

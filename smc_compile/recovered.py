@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from smc_compile.compile import Program, build_program, cached, check_prompt
+from smc_compile.compile import Program, build_program, cached
 from smc_compile.errors import LoopError
 from smc_compile.options import Options
 from smc_compile.passes.pipeline import Traced, trace_model
 from smc_compile.passes.recover_loop import DecodeLoop
+from smc_compile.requests import check_prompt
 from smc_compile.result import Generation
-from smc_compile.runtime.session import Law
+from smc_compile.runtime.law import Law
 
 KEPT = 16  # programs kept for loops that are compiled again (another n, another prompt length)
 _programs: OrderedDict[Any, LoopProgram] = OrderedDict()
@@ -95,4 +96,4 @@ def _compile(loop: DecodeLoop, arguments: Sequence[Any], weights: list[Tensor], 
     current = list(weights)
     law = Law(traced.sampler.kind)
     target = cached(traced, lambda: [*traced.owned(), *current], options, "target", law)
-    return LoopProgram(build_program(target, options, traced.sampler.temperature, ids), traced, current)
+    return LoopProgram(build_program(target, options, Law("logits", traced.sampler.temperature), ids), traced, current)

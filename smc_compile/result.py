@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from torch import Tensor
 
@@ -12,28 +14,33 @@ class Stats:
     """Where the time of one generation went; seconds are wall-clock, without compilation unless named."""
 
     method: str
-    new_tokens: int  # per request
+    new_tokens: int  # the longest request's
     cycles: int = 0
     resamplings: int = 0  # (request, cycle) pairs whose population was resampled
     retries: int = 0  # (request, cycle) pairs drawn again because every particle had weight zero
+    settled_early: int = 0  # (request, cycle) pairs in which ``max_lag`` drew an ancestor
     seconds: float = 0.0
     compile_seconds: float = 0.0
     prefill_seconds: float = 0.0
     draft_seconds: float = 0.0
     score_seconds: float = 0.0
     resample_seconds: float = 0.0
+    rules_seconds: float = 0.0  # rules that read the text, and stopping criteria
     warnings: list[str] = field(default_factory=list)
 
     @property
     def host_seconds(self) -> float:
         """What is left of ``seconds`` outside the compiled regions."""
         spent = self.prefill_seconds + self.draft_seconds + self.score_seconds + self.resample_seconds
-        return max(0.0, self.seconds - spent)
+        return max(0.0, self.seconds - spent - self.rules_seconds)
 
 
 @dataclass(frozen=True)
 class Generation:
     """The answer of one generation. B requests, N particles, P prompt tokens, n new tokens, C cycles.
+
+    Reads like the output of a transformers model too: ``out["sequences"]``, ``out[0]``, ``out.keys()``,
+    ``out.to_tuple()``.
 
     Attributes:
         sequences: [B, P+n] int64, one particle per request drawn in proportion to its weight.
@@ -41,8 +48,17 @@ class Generation:
         log_weights: [B, N], unnormalised, since the last resampling.
         log_evidence: [B], log of an unbiased estimate of the evidence (1 for a normalised target). A cycle drawn again
             (``stats.retries``) divides it by the number of tries, which overestimates.
-        ess: [B, C], effective sample size at the end of each cycle, before resampling.
+        ess: [B, C], effective sample size at the end of each cycle, before resampling; NaN in the cycles after a
+            request finished.
         ancestors: [B, C, N] int64, the particle each particle descends from at each cycle (identity: no resampling).
+        log_probs: [B, n] float64, log-probability of each new token of ``sequences`` under the target's law (after its
+            temperature, truncation and rules), in nats; 0 after the end.
+        new_lengths: [B] int64, new tokens of ``sequences`` up to and with the one that ends it.
+        particle_log_probs: [B, N, n], as ``log_probs``.
+        particle_lengths: [B, N], as ``new_lengths``.
+        logits, scores: [B, V] for each new token of ``sequences``, before and after processors; only where asked for.
+        lag: [B, C] int64, tokens at the end of each cycle on which the particles did not agree yet; only when the
+            generation was streamed, else [B, 0].
     """
 
     sequences: Tensor
@@ -51,4 +67,39 @@ class Generation:
     log_evidence: Tensor
     ess: Tensor
     ancestors: Tensor
+    log_probs: Tensor
+    new_lengths: Tensor
+    particle_log_probs: Tensor
+    particle_lengths: Tensor
+    lag: Tensor
     stats: Stats
+    logits: tuple[Tensor, ...] | None = None
+    scores: tuple[Tensor, ...] | None = None
+
+    def keys(self) -> list[str]:
+        return [f.name for f in fields(self) if getattr(self, f.name) is not None]
+
+    def values(self) -> list[Any]:
+        return [getattr(self, name) for name in self.keys()]
+
+    def items(self) -> list[tuple[str, Any]]:
+        return list(zip(self.keys(), self.values(), strict=True))
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(self.values())
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        if isinstance(key, str):
+            if key not in self.keys():
+                raise KeyError(key)
+            return getattr(self, key)
+        return self.to_tuple()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.keys()

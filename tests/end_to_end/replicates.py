@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from smc_compile import Generation, generate
-from smc_compile.runtime.session import Request, SMCSession
+from smc_compile.runtime.session import Run, SMCSession
 
 
 def replicate(target: Any, draft: Any, prompt: Tensor, n: int, runs: int, **options: Any) -> Generation:
@@ -82,8 +82,9 @@ def recorded_cycles() -> Iterator[list[Cycle]]:
     cycles: list[Cycle] = []
     run_cycle = SMCSession._cycle
 
-    def recording(self: SMCSession, cycle: int, cycles_wanted: int, request: Request, eos: Tensor, p: Any, *rest: Any):
-        run_cycle(self, cycle, cycles_wanted, request, eos, p, *rest)
+    def recording(self: SMCSession, run: Run, cycle: int) -> None:
+        run_cycle(self, run, cycle)
+        p = run.p
         moved = bool((p.ancestors[-1] != torch.arange(self._n)).any())
         states = [[leaf.clone() for leaf in state] for state in (p.target, p.draft)]
         cycles.append(Cycle(p.tokens[:, : p.made].clone(), p.ended.clone(), moved, *states))

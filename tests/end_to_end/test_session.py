@@ -55,7 +55,7 @@ def run(pair, ids: Tensor = PROMPTS, n: int = 12, **options) -> Generation:
 
 def assert_same(a: Generation, b: Generation) -> None:
     for name in ("sequences", "particles", "log_weights", "log_evidence", "ess", "ancestors"):
-        assert torch.equal(getattr(a, name), getattr(b, name)), name
+        torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=0, atol=0, equal_nan=True, msg=name)
 
 
 # --- seeds and batches ---------------------------------------------------------------------------------------------

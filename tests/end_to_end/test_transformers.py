@@ -65,8 +65,9 @@ def test_particles_share_a_prompt(family: str) -> None:
         _, *shared = cached.prefill(prompt, *weights)
         own = [x.new_zeros(3, x.shape[1], 15, x.shape[3]) for x in shared]
         tables, rows = cached.tables(4 + 15 + 1, *weights), []
+        keys = torch.arange(4 + 15)[None]
         for slots in torch.arange(15).split([4, 1, 10]):
-            rows.append(cached.score(ours[:, slots], slots + 4, slots, *shared, *own, *tables, *weights))
+            rows.append(cached.score(ours[:, slots], slots[None] + 4, slots, keys, *shared, *own, *tables, *weights))
         whole = torch.cat([prompt.expand(3, -1), ours], 1)
         with Float64Throughout(), traceable(model):
             expected = logits_of(model, whole)[:, 4:]
@@ -157,5 +158,6 @@ def test_tracing_leaves_the_model_as_it_was() -> None:
     found = trace_model(LastLogits(model), torch.zeros(2, 2, dtype=torch.int64), (), check=False, sampled=False)
     assert (model.config.use_cache, model.get_experts_implementation()) == before
     with torch.no_grad():
-        actual = replay(found.cached, ids, found.owned(), 4, (2, 1))
+        actual, at = replay(found.cached, ids, found.owned(), 4, (2, 1))
+    assert at.tolist() == [[3, 4, 5, 6]]
     assert relative_error(actual, expected[:, 3:]) < 1e-4

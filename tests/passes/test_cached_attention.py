@@ -48,9 +48,12 @@ def test_write_cache_writes_the_slots_and_nothing_else() -> None:
     assert suffix[1, 2, :, 3].tolist() == [0, 2, 0, 0, 1, 0]
 
 
-def test_causal_mask_hides_what_lies_after_a_querys_position() -> None:
-    visible = causal_mask(torch.zeros(2, 1, 3, 5), torch.tensor([0, 2, 4])).isfinite()
-    assert visible[1, 0].int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+@pytest.mark.parametrize("inner", [1, 2], ids=["rows", "rows times heads"])
+def test_causal_mask_hides_what_lies_after_a_querys_position_in_its_request(inner: int) -> None:
+    positions, keys = torch.tensor([[0, 2, 4], [1, 2, 3]]), torch.tensor([[0, 1, 2, 3, 4], [0, 99, 1, 2, 3]])
+    visible = causal_mask(torch.zeros(4 * inner, 3, 5), 0, inner, positions, keys).isfinite()  # two rows a request
+    assert visible[2 * inner - 1].int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+    assert visible[2 * inner].int().tolist() == [[1, 0, 1, 0, 0], [1, 0, 1, 1, 0], [1, 0, 1, 1, 1]]
 
 
 def test_masks_keep_where_true_and_add_where_float() -> None:

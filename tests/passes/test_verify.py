@@ -16,6 +16,7 @@ from smc_compile.errors import CacheError, ValidationError
 from smc_compile.passes.cached_attention import causal_mask, write_cache
 from smc_compile.passes.export_lm import export_lm
 from smc_compile.passes.ir import CachedLM
+from smc_compile.passes.position_tables import at_positions
 from smc_compile.passes.synthesize_cache import synthesize_cache
 from smc_compile.passes.verify import check_causal, relative_error, validate
 
@@ -54,10 +55,18 @@ def lose_the_mask(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def shift_positions(graph: fx.Graph, node: fx.Node) -> None:
-    if node.target is torch.ops.aten.index_select.default:
+    if node.target is at_positions:
         with graph.inserting_before(node):
-            shifted = graph.call_function(operator.sub, (node.args[2], 1))
-        node.args = (*node.args[:2], shifted)
+            shifted = graph.call_function(operator.sub, (node.args[5], 1))
+        node.args = (*node.args[:5], shifted, *node.args[6:])
+
+
+def show_padding(graph: fx.Graph, node: fx.Node) -> None:
+    """Keys of a shorter prompt's padding at positions that a query sees."""
+    if node.target is causal_mask:
+        with graph.inserting_before(node):
+            seen = graph.call_function(torch.clamp, (node.args[4], None, 4))
+        node.args = (*node.args[:4], seen)
 
 
 def swap_prompts(graph: fx.Graph, node: fx.Node) -> None:
@@ -68,7 +77,7 @@ def swap_prompts(graph: fx.Graph, node: fx.Node) -> None:
             node.args = (node.args[0], other, node.args[2])
 
 
-@pytest.mark.parametrize("edit", [shift_slots, lose_the_mask, shift_positions, swap_prompts])
+@pytest.mark.parametrize("edit", [shift_slots, lose_the_mask, shift_positions, show_padding, swap_prompts])
 def test_a_broken_cached_form_is_a_compile_error(edit) -> None:
     lm, cached, owned = traced("gpt")
     with pytest.raises(ValidationError, match="does not reproduce the original") as caught:

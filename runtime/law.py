@@ -1,0 +1,98 @@
+"""From a model's rows to the law of the next token: what is compiled into a region, between logits and draw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .request import Rows
+
+# (scores [R, V], settings {name: [R, 1]}) -> scores [R, V]
+Stage = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+# (text [R, L], scores [R, V], rows) -> scores [R, V]: a logits processor that reads the tokens so far
+Rule = Callable[[Tensor, Tensor, Rows], Tensor]
+
+
+@dataclass(frozen=True)
+class Law:
+    """The law of the next token: what the model's rows are, and what is still to be done to them.
+
+    Attributes:
+        kind: "logits", "probs" (unnormalised probabilities) or "greedy" (the largest logit).
+        temperature: divides the logits of every request.
+        stages: tensor code on the scores, in order; it may read the settings of each request.
+        vocab: rows past so many are padding that no tokenizer makes: they are cut off. None keeps all.
+    """
+
+    kind: str
+    temperature: float = 1.0
+    stages: tuple[Stage, ...] = ()
+    vocab: int | None = None
+
+    def scores(self, rows: Tensor) -> Tensor:
+        """Rows without padding of the vocabulary, float32 at least."""
+        rows = rows if self.vocab is None else rows[..., : self.vocab]
+        return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+    def log_probs(self, rows: Tensor, settings: Mapping[str, Tensor]) -> Tensor:
+        """Normalised log-probabilities [R, V] of rows [R, V], float32 at least; settings are [R, 1]."""
+        rows = self.scores(rows)
+        if self.kind == "probs":
+            return rows.log() - rows.sum(-1, keepdim=True).log()
+        if self.temperature != 1.0:
+            rows = rows / self.temperature
+        for stage in self.stages:
+            rows = stage(rows, settings)
+        return torch.log_softmax(rows, -1)
+
+
+def broken(log_probs: Tensor) -> Tensor:
+    """Rows [...] whose law is undefined: NaN anywhere (an infinite or NaN logit gives that)."""
+    return log_probs.isnan().any(-1)
+
+
+def pick(log_probs: Tensor, token: Tensor) -> Tensor:
+    """log-probability of the chosen token: [..., V], [...] -> [...]"""
+    return log_probs.gather(-1, token[..., None])[..., 0]
+
+
+# ---- stages that read settings: the definitions are those of transformers' warpers of the same names -----------------
+
+
+def temperature(scores: Tensor, at: Mapping[str, Tensor]) -> Tensor:
+    """Divide by ``temperature`` > 0."""
+    return scores / at["temperature"].to(scores.dtype)
+
+
+def top_k(scores: Tensor, at: Mapping[str, Tensor]) -> Tensor:
+    """Keep what is not below the ``top_k``-th largest score; 0 keeps all (Fan, Lewis and Dauphin, 2018)."""
+    k = at["top_k"].to(torch.int64)
+    ordered = scores.sort(-1, descending=True).values
+    least = ordered.gather(-1, (k - 1).clamp(0, scores.shape[-1] - 1))
+    return scores.masked_fill((scores < least) & (k > 0), -torch.inf)
+
+
+def top_p(scores: Tensor, at: Mapping[str, Tensor]) -> Tensor:
+    """Keep the fewest likeliest tokens that hold ``top_p`` of the mass; 1 keeps all (Holtzman et al., 2020)."""
+    ordered, index = scores.sort(-1)  # ascending
+    below = torch.softmax(ordered, -1).cumsum(-1)
+    cut = (below <= (1 - at["top_p"]).to(scores.dtype)) & (at["top_p"] < 1)
+    cut = torch.cat([cut[..., :-1], torch.zeros_like(cut[..., :1])], -1)  # the likeliest stays
+    return scores.masked_fill(torch.zeros_like(cut).scatter(-1, index, cut), -torch.inf)
+
+
+def min_p(scores: Tensor, at: Mapping[str, Tensor]) -> Tensor:
+    """Keep tokens at least ``min_p`` times as likely as the likeliest; 0 keeps all (Nguyen et al., 2024)."""
+    probs = torch.softmax(scores, -1)
+    return scores.masked_fill(probs < at["min_p"].to(scores.dtype) * probs.amax(-1, keepdim=True), -torch.inf)
+
+
+SETTINGS: dict[str, tuple[Stage, float]] = {  # in the order in which they apply, with the value that changes nothing
+    "temperature": (temperature, 1.0),
+    "top_k": (top_k, 0),
+    "top_p": (top_p, 1.0),
+    "min_p": (min_p, 0.0),
+}

@@ -1,0 +1,66 @@
+"""All uniforms of one call, from the counter-based generator: a value depends on (seed, particle, step) alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import philox
+
+ATTEMPT = 8  # purposes of the random streams repeat with this period, one set for every try
+
+
+class Streams:
+    """B requests, N particles, ``tokens`` generated tokens and ``cycles`` cycles at most."""
+
+    def __init__(self, seeds: Tensor, n: int, tokens: int, cycles: int) -> None:
+        self._seeds, self._n = seeds, n
+        self._draft = uniforms(seeds, n, tokens + 1, philox.PROPOSE)  # [B, N, G], indexed by generated token
+        self._target = uniforms(seeds, n, tokens + 1, philox.TARGET)
+        self._resample = uniforms(seeds, n, max(cycles, 1), philox.RESAMPLE)  # [B, N, C]
+
+    def first(self) -> Tensor:
+        """For the first token: [B, N]."""
+        return self._target[:, :, 0]
+
+    def cycle(self, start: int, k: int, tries: Tensor) -> tuple[Tensor, Tensor]:
+        """For x_{start+1} .. x_{start+k} [R, K] and the bonus [R]; later tries [B] use other streams."""
+        draft = self._draft[:, :, start + 1 : start + k + 1]
+        bonus = self._target[:, :, start + k + 1]
+        if bool((tries > 1).any()):
+            steps = torch.arange(start + 1, start + k + 2, device=tries.device)
+            later = ATTEMPT * (tries - 1)  # [B]
+            draft = philox.uniforms(self._seeds, self._n, steps[:-1], philox.PROPOSE + later)
+            bonus = philox.uniforms(self._seeds, self._n, steps[-1:], philox.TARGET + later)
+        return draft.flatten(0, 1), bonus.flatten().clone()
+
+    def token(self, made: int) -> Tensor:
+        """For generated token number ``made`` of the one-token loop: [R]."""
+        return self._target[:, :, made].flatten().clone()
+
+    def resample(self, cycle: int) -> Tensor:
+        """For the ancestors of a cycle: [B, N]."""
+        return self._resample[:, :, cycle].clone()
+
+    def settle(self, cycle: int) -> Tensor:
+        """For the ancestor that is drawn for old tokens: [B]."""
+        return self._one(cycle, philox.SETTLE)
+
+    def select(self) -> Tensor:
+        """For the particle that becomes the answer: [B]."""
+        return self._one(0, philox.SELECT)
+
+    def _one(self, step: int, purpose: int) -> Tensor:
+        return philox.uniforms(self._seeds, 1, torch.full((1,), step, device=self._seeds.device), purpose)[:, 0, 0]
+
+    def take(self, keep: Tensor) -> Streams:
+        """The streams of these requests."""
+        taken = object.__new__(Streams)
+        taken._seeds, taken._n = self._seeds[keep], self._n
+        taken._draft, taken._target, taken._resample = self._draft[keep], self._target[keep], self._resample[keep]
+        return taken
+
+
+def uniforms(seeds: Tensor, n: int, steps: int, purpose: int) -> Tensor:
+    """Uniforms [B, N, steps] for steps 0, 1, ..."""
+    return philox.uniforms(seeds, n, torch.arange(steps, device=seeds.device), purpose)

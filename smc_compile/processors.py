@@ -1,0 +1,182 @@
+"""Sort logits processors: tensor code on the scores goes into the compiled law, what reads the text runs beside it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from smc_compile.errors import OptionError
+from smc_compile.runtime.law import SETTINGS, Rule, Stage
+from smc_compile.runtime.request import Rows
+from smc_compile.runtime.rules import name_of
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Processors:
+    """Logits processors in their order: the rules first, then the stages, as far as the last one that reads the text.
+
+    Attributes:
+        rules: up to the last that reads the text; they apply to target and draft.
+        traced: whether the rules compile.
+        stages: what follows, with the settings; of these the draft follows the temperature alone.
+        key: equal for equal classes and settings.
+    """
+
+    rules: tuple[Rule, ...] = ()
+    traced: bool = False
+    stages: tuple[Stage, ...] = ()
+    key: tuple[Any, ...] = ()
+
+
+class TextRule:
+    """A processor ``(input_ids, scores) -> scores`` as a rule."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor, self.name = processor, name_of(processor)
+
+    def __call__(self, text: Tensor, scores: Tensor, rows: Rows) -> Tensor:
+        result: Tensor = self.processor(text, scores)
+        return result
+
+
+class UnseenPadding(TextRule):
+    """A processor that a library tells, once for a batch, how much padding to overlook.
+
+    Particles leave a batch while it runs, so padding is shown to it as a token that it drops: one past the vocabulary.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        super().__init__(copy.copy(processor))
+        self.processor.prompt_ignore_length = None
+
+    def __call__(self, text: Tensor, scores: Tensor, rows: Rows) -> Tensor:
+        padding = torch.arange(text.shape[1], device=text.device) < rows.padding[:, None]
+        return super().__call__(text.masked_fill(padding, scores.shape[-1]), scores, rows)
+
+
+class AllowedTokens:
+    """``allowed(request, text [L]) -> token ids`` for each row, as a rule: what is not allowed is removed."""
+
+    def __init__(self, allowed: Any, name: str) -> None:
+        self.allowed, self.name = allowed, name
+
+    def __call__(self, text: Tensor, scores: Tensor, rows: Rows) -> Tensor:
+        masked = torch.full_like(scores, -torch.inf)
+        for row, (request, mine) in enumerate(zip(rows.request.tolist(), text, strict=True)):
+            tokens = torch.as_tensor(self.allowed(request, mine), dtype=torch.int64, device=scores.device)
+            masked[row, tokens] = scores[row, tokens]
+        return masked
+
+
+def score_stage(processor: Any) -> Stage:
+    """A processor that reads the scores alone, as a stage of the law."""
+
+    def apply(scores: Tensor, settings: Mapping[str, Tensor]) -> Tensor:
+        result: Tensor = processor(torch.zeros(scores.shape[0], 1, dtype=torch.int64, device=scores.device), scores)
+        return result
+
+    return apply
+
+
+def sort_processors(
+    processors: Sequence[Any], settings: Sequence[str], vocab: int, after: Sequence[Any] = ()
+) -> Processors:
+    """Sort ``processors``, which come before the ``settings``, and ``after``, which come behind.
+
+    Raises:
+        OptionError: when one of ``after`` reads the text: rules come before temperature and truncation.
+    """
+    if late := [name_of(processor) for processor in after if reads_text(processor, vocab)]:
+        raise OptionError(
+            f"{late[0]} reads the text, and comes after temperature or truncation",
+            "rules on the text apply to target and draft, and a draft that truncates could not reach every token",
+            "put it before them, or leave temperature, top_k, top_p and min_p out",
+        )
+    reading = [reads_text(processor, vocab) for processor in processors]
+    last = max((i for i, reads in enumerate(reading) if reads), default=-1)
+    rules = tuple(as_rule(processor) for processor in processors[: last + 1])
+    stages = [score_stage(processor) for processor in processors[last + 1 :]]
+    stages += [SETTINGS[name][0] for name in SETTINGS if name in settings]
+    stages += [score_stage(processor) for processor in after]
+    key = (tuple(fingerprint(p) for p in processors), tuple(sorted(settings)), tuple(fingerprint(p) for p in after))
+    return Processors(rules, bool(rules) and compiles(rules, vocab), tuple(stages), key)
+
+
+def as_rule(processor: Any) -> Rule:
+    allowed = getattr(processor, "_prefix_allowed_tokens_fn", None)
+    if callable(allowed):
+        return AllowedTokens(allowed, name_of(processor))
+    if isinstance(getattr(processor, "prompt_ignore_length", None), Tensor):
+        return UnseenPadding(processor)
+    return TextRule(processor)
+
+
+def reads_text(processor: Any, vocab: int) -> bool:
+    """Whether a processor's answer can depend on the tokens or on their number.
+
+    Its trace with a symbolic length says so. What cannot be traced is taken to depend on them.
+    """
+    ids, scores = _sample(vocab, 7 if vocab != 7 else 11)  # sizes that are equal would share a symbol
+    try:
+        graph = make_fx(processor, tracing_mode="symbolic")(ids, scores)
+    except Exception as error:  # whatever a processor does that a tracer cannot follow
+        log.debug("%s does not trace: %s", name_of(processor), error)
+        return True
+    placeholder = next(node for node in graph.graph.nodes if node.op == "placeholder")
+    graph.graph.eliminate_dead_code()
+    sizes = {dim.node.expr for dim in placeholder.meta["val"].shape[1:]}
+    environment = graph.shape_env
+    branches = environment is None or any(sizes & guard.expr.free_symbols for guard in environment.guards)
+    return bool(placeholder.users) or branches
+
+
+def compiles(rules: Sequence[Rule], vocab: int) -> bool:
+    """Whether rules trace as tensor code, leave their own state alone, and say the same as without tracing."""
+
+    def apply(text: Tensor, scores: Tensor, rows: Rows) -> Tensor:
+        for rule in rules:
+            scores = rule(text, scores, rows)
+        return scores
+
+    before = [state_of(rule) for rule in rules]
+    traced = torch.compile(apply, backend="eager", fullgraph=True)
+    try:
+        for length in (7, 9, 12):
+            ids, scores = _sample(vocab, length)
+            rows = Rows(torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
+            if not torch.equal(traced(ids, scores.clone(), rows), apply(ids, scores.clone(), rows)):
+                return False
+    except Exception as error:  # a graph break, or an error that a real text would not give: run them as they are
+        log.debug("rules do not trace: %s", error)
+        return False
+    return before == [state_of(rule) for rule in rules]
+
+
+def _sample(vocab: int, length: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocab, (2, length), generator=generator), torch.randn(2, vocab, generator=generator)
+
+
+def state_of(rule: Any) -> tuple[Any, ...]:
+    return fingerprint(getattr(rule, "processor", rule))
+
+
+def fingerprint(processor: Any) -> tuple[Any, ...]:
+    """Class and settings of a processor: a library builds new but equal ones at every call."""
+    if hasattr(processor, "__code__"):
+        return (processor,)
+    settings = sorted((name, plain(value)) for name, value in vars(processor).items())
+    return (type(processor), *settings)
+
+
+def plain(value: Any) -> str:
+    return str(value.tolist()) if isinstance(value, Tensor) else repr(value)
