@@ -42,8 +42,21 @@ class Region:
 
 
 def compile_function(function: Callable[..., Any], name: str, compiler: str, whole: bool = True) -> Callable[..., Any]:
-    """``function`` compiled with a Dynamo cache of its own; ``whole`` forbids graph breaks."""
-    return torch.compile(_own_code(function, name), backend=compiler, fullgraph=whole, dynamic=False)
+    """``function`` compiled for static shapes, apart for each number of rows; ``whole`` forbids graph breaks.
+
+    Rows are the first axes of its tensors. Each number has a Dynamo cache of its own, so that no count of batch sizes
+    meets the limit of recompilations.
+    """
+    compiled: dict[tuple[int, ...], Callable[..., Any]] = {}
+
+    def call(*args: Any) -> Any:
+        rows = tuple(a.shape[0] for a in args if isinstance(a, torch.Tensor) and a.dim())
+        if rows not in compiled:
+            own = _own_code(function, name)
+            compiled[rows] = torch.compile(own, backend=compiler, fullgraph=whole, dynamic=False)
+        return compiled[rows](*args)
+
+    return call
 
 
 def _own_code(function: Callable[..., Any], name: str) -> Callable[..., Any]:

@@ -25,6 +25,7 @@ class AutoregressiveSession:
 
     def __init__(self, target: RuntimeModel, law: Law, compiler: str, rules: Rules) -> None:
         self._target, self._law, self._rules = target, law, rules
+        self._sizes: set[int] = set()
         if rules:
             self._step = Region("target_step", run_model(target.advance), compiler, target.whole)
             self._choose = Region("target_choose", choose(law), compiler)
@@ -41,12 +42,13 @@ class AutoregressiveSession:
         """Generate; raises GenerationError with the partial result when the target's logits are not finite."""
         run = self._begin(request)
         try:
-            run.release(run.p.finished(run.request, run.ends), (self._target,))
+            run.release(run.p.finished(run.request, run.ends), (self._target,), self._sizes)
             while len(run.gone) < request.batch:
                 self._token(run)
+                self._sizes.add(run.request.batch)
                 if run.watcher is not None:
                     run.watcher.cycle(run.p, run.request, run.gone)
-                run.release(run.p.finished(run.request, run.ends), (self._target,))
+                run.release(run.p.finished(run.request, run.ends), (self._target,), self._sizes)
         except GenerationError as error:
             error.partial = self._result(run, False)
             raise

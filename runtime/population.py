@@ -62,7 +62,7 @@ class Population:
         ends_here = over.any(1) & ~self.ended
         at = self.made + (~over).sum(1)  # x_0 is the token before ``made``
         self.length = torch.where(ends_here, at, self.length)
-        self.ended = over[:, -1]
+        self.ended = over[:, -1].contiguous()
         self.tokens[:, self.made : self.made + width] = tokens
         self.log_p[:, self.made : self.made + width] = log_p
         self.made += width

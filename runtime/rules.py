@@ -10,7 +10,7 @@ from torch import Tensor
 
 from smc_compile.errors import GenerationError
 
-from .compiled import Region
+from .compiled import Region, mark_dynamic
 from .law import Rule
 from .request import Rows
 
@@ -49,7 +49,7 @@ class Rules:
 
     def _position(self, text: Tensor, scores: Tensor, rows: Rows, live: Tensor) -> Tensor:
         if self.region is not None:
-            after = self.region(text, scores.clone(), rows)
+            after = self.region(mark_dynamic(text, 1), scores.clone(), rows)
             check_scores(after[live], scores[live], self.rules)
             return torch.where(live[:, None], after, scores)
         if live.any():

@@ -66,16 +66,20 @@ class Run:
         slots = torch.arange(first, first + count, device=self.keys.device)
         return Places(self.request.positions(slots), slots, self.keys)
 
-    def release(self, finished: Tensor, models: Sequence[RuntimeModel]) -> None:
-        """Requests that have finished leave, so that the others do not carry them."""
+    def release(self, finished: Tensor, models: Sequence[RuntimeModel], sizes: set[int]) -> None:
+        """Give the answers of requests that have finished, and let their rows go, so that the others do not carry them.
+
+        A batch shrinks to a size in ``sizes``, for which regions are compiled already: to compile for another one would
+        hold up those that go on for longer than the rows that are left over.
+        """
         if not finished.any():
             return
-        self.settle(finished.nonzero()[:, 0].tolist())
-        keep = [b for b, done in enumerate(finished.tolist()) if not done]
-        # One request alone compiles apart from many: the last one of many keeps a finished one beside it.
-        spare = [b for b, done in enumerate(finished.tolist()) if done][: 2 - len(keep) if len(finished) > 1 else 0]
-        if keep and len(keep) + len(spare) < len(finished):
-            self._take(sorted(keep + spare), models)
+        done = finished.nonzero()[:, 0].tolist()
+        self.settle(done)
+        live = len(finished) - len(done)
+        size = min((s for s in sizes if live <= s), default=len(finished))
+        if live and size < len(finished):
+            self._take(sorted([b for b in range(len(finished)) if b not in done] + done[: size - live]), models)
 
     def settle(self, done: list[int]) -> None:
         """Keep the answers of these rows' requests; one that stayed behind for company has given its own."""
@@ -126,6 +130,7 @@ class SMCSession:
     ) -> None:
         self._target, self._draft, self._law, self._draft_law = target, draft, law, draft_law
         self._n, self._k, self._rules = n_particles, lookahead, rules
+        self._sizes: set[int] = set()  # batch sizes for which the regions have run
         self._weigh = Region("weigh", weigh(ess_threshold, resampling_method), compiler)
         # Two widths of the draft: one token, and two at the head of a cycle: the last drafted token and the bonus.
         if rules:
@@ -152,13 +157,14 @@ class SMCSession:
         run = self._begin(request)
         try:
             models = (self._target, self._draft)
-            run.release(run.p.finished(run.request, run.ends), models)
+            run.release(run.p.finished(run.request, run.ends), models, self._sizes)
             cycle = 0
             while len(run.gone) < request.batch:
                 self._cycle(run, cycle)
+                self._sizes.add(run.request.batch)
                 if run.watcher is not None:
                     run.watcher.cycle(run.p, run.request, run.gone)
-                run.release(run.p.finished(run.request, run.ends), models)
+                run.release(run.p.finished(run.request, run.ends), models, self._sizes)
                 cycle += 1
         except GenerationError as error:
             error.partial = self._result(run, False)
@@ -246,14 +252,8 @@ class SMCSession:
             if self._rules:
                 rows, new = region(tokens, places, state, run.contexts[1])
                 live = ~(ended | is_end(tokens[:, -1:], run.ends)[:, 0]) & (run.remaining > k)
-                rows = ruled(
-                    run,
-                    self._rules,
-                    self._draft_law,
-                    rows[:, None],
-                    torch.stack(chosen[1:], 1) if k else run.nothing,
-                    live[:, None],
-                )
+                so_far = torch.stack(chosen[1:], 1) if k else run.nothing
+                rows = ruled(run, self._rules, self._draft_law, rows[:, None], so_far, live[:, None])[:, 0]
                 token, log_prob, ended, _ = self._choose(rows, tokens, ended, run.ends, settings, uniform)
             else:
                 token, log_prob, ended, _, new = region(

@@ -60,16 +60,17 @@ class Genealogy:
 
 def trace_genealogy(generation: Generation, request: int = 0) -> Genealogy:
     """Follow the ancestors of one request back from its final particles."""
-    batch, n_cycles, n_particles = generation.ancestors.shape
+    batch, _, n_particles = generation.ancestors.shape
     if not 0 <= request < batch:
         raise InputError(f"There is no request {request}.", f"the generation holds {batch}, counted from 0")
+    n_cycles = int((~generation.ess[request].isnan()).sum())  # until this request finished
     if n_cycles == 0 or n_particles == 0:
         raise InputError(
             "This generation has no genealogy to draw.",
             f'method "{generation.stats.method}" recorded {n_cycles} cycles of {n_particles} particles',
             'draw a generation made with method="smc"',
         )
-    parents: list[list[int]] = generation.ancestors[request].tolist()
+    parents: list[list[int]] = generation.ancestors[request, :n_cycles].tolist()
     families = [[1] * n_particles]
     for row in reversed(parents):
         counts = [0] * n_particles
@@ -85,7 +86,7 @@ def trace_genealogy(generation: Generation, request: int = 0) -> Genealogy:
         above = rows[-1]
         order = sorted(range(n_particles), key=lambda child: (above[row[child]], child))
         rows.append([order.index(child) for child in range(n_particles)])
-    return Genealogy(parents, families, lineage, rows, weights, generation.ess[request].tolist())
+    return Genealogy(parents, families, lineage, rows, weights, generation.ess[request, :n_cycles].tolist())
 
 
 def normalised_weights(generation: Generation, request: int) -> list[float]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from smc_compile.errors import OptionError
+from smc_compile.runtime.compiled import compile_function, mark_dynamic
 from smc_compile.runtime.law import SETTINGS, Rule, Stage
 from smc_compile.runtime.request import Rows
 from smc_compile.runtime.rules import name_of
@@ -125,9 +126,12 @@ def reads_text(processor: Any, vocab: int) -> bool:
 
     Its trace with a symbolic length says so. What cannot be traced is taken to depend on them.
     """
+    if not isinstance(as_rule(processor), TextRule) or isinstance(as_rule(processor), UnseenPadding):
+        return True
+    processor = untouched(processor)
     ids, scores = _sample(vocab, 7 if vocab != 7 else 11)  # sizes that are equal would share a symbol
     try:
-        graph = make_fx(processor, tracing_mode="symbolic")(ids, scores)
+        graph = make_fx(processor, tracing_mode="symbolic", _allow_non_fake_inputs=True)(ids, scores)
     except Exception as error:  # whatever a processor does that a tracer cannot follow
         log.debug("%s does not trace: %s", name_of(processor), error)
         return True
@@ -147,13 +151,20 @@ def compiles(rules: Sequence[Rule], vocab: int) -> bool:
             scores = rule(text, scores, rows)
         return scores
 
-    before = [state_of(rule) for rule in rules]
-    traced = torch.compile(apply, backend="eager", fullgraph=True)
     try:
-        for length in (7, 9, 12):
-            ids, scores = _sample(vocab, length)
+        rules = [copy.deepcopy(rule) for rule in rules]
+    except Exception as error:  # what cannot be copied would be changed by a trial
+        log.debug("rules cannot be copied for a trial: %s", error)
+        return False
+    before = [state_of(rule) for rule in rules]
+    traced = compile_function(apply, "try_rules", "eager")
+    try:
+        for seed, length in enumerate((7, 7, 9, 12, 12)):
+            ids, scores = _sample(vocab, length, seed)
             rows = Rows(torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
-            if not torch.equal(traced(ids, scores.clone(), rows), apply(ids, scores.clone(), rows)):
+            if not torch.equal(
+                traced(mark_dynamic(ids.clone(), 1), scores.clone(), rows), apply(ids, scores.clone(), rows)
+            ):
                 return False
     except Exception as error:  # a graph break, or an error that a real text would not give: run them as they are
         log.debug("rules do not trace: %s", error)
@@ -161,8 +172,17 @@ def compiles(rules: Sequence[Rule], vocab: int) -> bool:
     return before == [state_of(rule) for rule in rules]
 
 
-def _sample(vocab: int, length: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
+def untouched(processor: Any) -> Any:
+    """A copy for a trial: some processors keep what they compute at their first call."""
+    try:
+        return copy.deepcopy(processor)
+    except Exception as error:
+        log.debug("%s cannot be copied for a trial: %s", name_of(processor), error)
+        return copy.copy(processor)
+
+
+def _sample(vocab: int, length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
     return torch.randint(vocab, (2, length), generator=generator), torch.randn(2, vocab, generator=generator)
 
 

@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from generations import generation as made
 
 from smc_compile.ancestry import draw_ancestry, texts_by_cycle, trace_genealogy, visible
 from smc_compile.errors import InputError, OptionError
@@ -22,7 +23,7 @@ def random_generation(batch: int = 2, n_particles: int = 6, n_cycles: int = 9, s
     resampled = (torch.arange(n_cycles) % 3 == 2)[None, :, None]
     particles = torch.arange(batch * n_particles * 7).view(batch, n_particles, 7)
     log_weights = torch.randn(batch, n_particles, generator=generator)
-    return Generation(
+    return made(
         sequences=particles[:, 3],
         particles=particles,
         log_weights=log_weights,
@@ -42,7 +43,7 @@ def classes(path) -> list[set[str]]:
 def test_a_known_genealogy():
     ancestors = torch.tensor([[[0, 1, 2], [1, 1, 2], [0, 2, 2]]])
     particles = torch.arange(3)[None, :, None].expand(1, 3, 4)
-    generation = Generation(
+    generation = made(
         sequences=particles[:, 0],
         particles=particles,
         log_weights=torch.zeros(1, 3),
@@ -145,6 +146,7 @@ def test_nothing_to_draw(tmp_path):
     generation = random_generation()
     with pytest.raises(InputError, match="no request 2"):
         draw_ancestry(generation, tmp_path / "a.svg", request=2)
-    empty = replace(generation, ancestors=generation.ancestors[:, :0], stats=Stats("autoregressive", 5))
+    none = {"ancestors": generation.ancestors[:, :0], "ess": generation.ess[:, :0]}
+    empty = replace(generation, **none, stats=Stats("autoregressive", 5))
     with pytest.raises(InputError, match="no genealogy"):
         draw_ancestry(empty, tmp_path / "a.svg")

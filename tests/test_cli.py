@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from generations import generation
 from rich.console import Console
 
 from smc_compile import bench, demo, measure
@@ -48,7 +49,15 @@ def fake_generation(method: str, seconds: float) -> Generation | None:
     stats = Stats(method, 12, cycles=3, seconds=seconds, prefill_seconds=seconds / 4, draft_seconds=seconds / 2)
     shape = torch.zeros(1, 4, 14, dtype=torch.int64)
     ess = torch.tensor([[1.0, 2.0, 3.0]])
-    return Generation(shape[:, 0], shape, torch.zeros(1, 4), torch.zeros(1), ess, shape[:, :3, :4], stats)
+    return generation(
+        sequences=shape[:, 0],
+        particles=shape,
+        log_weights=torch.zeros(1, 4),
+        log_evidence=torch.zeros(1),
+        ess=ess,
+        ancestors=shape[:, :3, :4],
+        stats=stats,
+    )
 
 
 def rendered(renderable: object, width: int = 100) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -112,26 +113,92 @@ def test_narrow_weights_compile_with_truncating_processors(dtype):
     assert result.shape == (2, IDS.shape[1] + 6)
 
 
-def test_equal_settings_share_a_program(ours):
+def test_settings_that_are_numbers_of_warpers_share_a_program(ours):
     ours(max_new_tokens=3, do_sample=True, top_p=0.8, seed=1)
     before = len(_programs), list(_programs)[-1]
-    ours(max_new_tokens=7, do_sample=True, top_p=0.8, seed=2)
+    ours(max_new_tokens=7, do_sample=True, top_p=0.85, temperature=1.3, seed=2)
     assert (len(_programs), list(_programs)[-1]) == before
-    ours(max_new_tokens=3, do_sample=True, top_p=0.85, seed=1)
+    ours(max_new_tokens=3, do_sample=True, typical_p=0.8, seed=1)
     assert list(_programs)[-1] != before[1]
 
 
+# ---- processors that read the text, ends, stops: token for token what the library's own greedy loop makes -----------
+
+HISTORY = [
+    {"repetition_penalty": 1.7},
+    {"no_repeat_ngram_size": 2},
+    {"bad_words_ids": [[5], [7, 3], [1, 2, 3]]},
+    {"sequence_bias": [[[4], 2.5], [[9, 2], -3.0]]},
+    {"min_new_tokens": 5, "eos_token_id": [2, 5, 9]},
+    {"min_length": 8, "eos_token_id": [2, 5, 9]},
+    {"forced_eos_token_id": 2},
+    {"suppress_tokens": [1, 2, 3], "begin_suppress_tokens": [4, 5]},
+    {"exponential_decay_length_penalty": (2, 1.5), "eos_token_id": 2},
+    {"encoder_repetition_penalty": 1.4},
+    {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "bad_words_ids": [[6]], "eos_token_id": [2, 9]},
+]
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["one length", "padded"])
+@pytest.mark.parametrize("settings", HISTORY, ids=lambda s: "+".join(s))
+def test_greedy_with_processors_equals_the_library(target, ours, settings, padded):
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]) if padded else torch.ones_like(IDS)
+    given = {"max_new_tokens": 12, "do_sample": False, "attention_mask": mask, "pad_token_id": 10, **settings}
+    expected = target.generate(IDS, **given)
+    assert torch.equal(ours(**given), expected)
+
+
+class Alternating(transformers.LogitsProcessor):
+    """A custom rule on the text: an even token follows an odd one."""
+
+    def __call__(self, input_ids, scores):
+        same = torch.arange(scores.shape[1]) % 2 == input_ids[:, -1:] % 2
+        return scores.masked_fill(same, -math.inf)
+
+
+class LastThree(transformers.StoppingCriteria):
+    """Stops when three tokens in a row fall."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        a, b, c = input_ids[:, -3], input_ids[:, -2], input_ids[:, -1]
+        return (a > b) & (b > c)
+
+
+def test_custom_processors_and_criteria_equal_the_library(target, ours):
+    given = {"max_new_tokens": 14, "do_sample": False, "pad_token_id": 10, "eos_token_id": 7}
+    given["logits_processor"] = transformers.LogitsProcessorList([Alternating()])
+    given["stopping_criteria"] = transformers.StoppingCriteriaList([LastThree()])
+    expected = target.generate(IDS, **given)
+    assert torch.equal(ours(**given), expected)
+    assert expected.shape[1] < IDS.shape[1] + 14 or (expected[:, -1] == 10).any(), "the criterion must stop something"
+
+
+def test_allowed_tokens_are_asked_for_each_request(target, ours):
+    def allowed(request: int, text: torch.Tensor) -> list[int]:
+        return [t for t in range(VOCAB) if t % 2 == request]
+
+    given = {"max_new_tokens": 6, "prefix_allowed_tokens_fn": allowed, "pad_token_id": 10}
+    assert torch.equal(ours(do_sample=False, **given), target.generate(IDS, do_sample=False, **given))
+    drawn = ours(do_sample=True, seed=0, **given)[:, IDS.shape[1] :]
+    assert (drawn % 2 == torch.tensor([[0], [1]])).all()
+
+
+def test_scores_and_logits_are_those_of_the_library(target, ours):
+    given = {"max_new_tokens": 5, "do_sample": False, "repetition_penalty": 1.4, "pad_token_id": 10}
+    given |= {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    mine, theirs = ours(**given), target.generate(IDS, **given)
+    assert len(mine.logits) == len(theirs.logits) == 5
+    torch.testing.assert_close(torch.stack(mine.logits), torch.stack(theirs.logits), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.stack(mine.scores), torch.stack(theirs.scores), rtol=1e-4, atol=1e-5)
+    of_tokens = torch.stack(theirs.scores, 1).log_softmax(-1).gather(2, mine.sequences[:, IDS.shape[1] :, None])[..., 0]
+    torch.testing.assert_close(mine.log_probs.float(), of_tokens, rtol=1e-4, atol=1e-4)
+
+
 REFUSED = [
-    ({"repetition_penalty": 1.3}, "RepetitionPenaltyLogitsProcessor reads the history"),
-    ({"no_repeat_ngram_size": 2}, "NoRepeatNGramLogitsProcessor reads the history"),
-    ({"min_new_tokens": 3, "eos_token_id": 2}, "MinLengthLogitsProcessor reads the history"),
-    ({"forced_eos_token_id": 2}, "ForcedEOSTokenLogitsProcessor reads the history"),
     ({"num_beams": 3}, "num_beams=3 is not supported"),
-    ({"output_scores": True}, "output_scores=True is not supported"),
-    ({"max_time": 5.0}, "MaxTimeCriteria is not supported yet"),
-    ({"eos_token_id": [2, 3]}, "several eos_token_id"),
     ({"draft_model": None}, "no draft model was given"),
     ({"n_particles": 0}, "n_particles must be at least 1"),
+    ({"stream": "lead"}, "stream 'lead' is unknown"),
 ]
 
 
@@ -141,10 +208,13 @@ def test_what_is_not_honoured_is_refused_by_name(ours, settings, message):
         ours(max_new_tokens=6, **{"do_sample": True, **settings})
 
 
-def test_padded_prompts_are_refused(ours):
-    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
-    with pytest.raises(InputError, match="different lengths"):
-        ours(max_new_tokens=3, do_sample=True, attention_mask=mask)
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [([[1, 1, 1, 0], [1, 1, 1, 1]], "hides its last token"), ([[1, 0, 1, 1], [1, 1, 1, 1]], "has a hole")],
+)
+def test_padding_stands_in_front(ours, mask, message):
+    with pytest.raises(InputError, match=message):
+        ours(max_new_tokens=3, do_sample=True, attention_mask=torch.tensor(mask))
 
 
 def test_no_field_of_the_config_is_ignored():

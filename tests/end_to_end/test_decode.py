@@ -98,7 +98,7 @@ class Speaker(nn.Module):
 
 
 def generated(n: int = N, **options: Any) -> Generation:
-    return generate(MODEL, ids=IDS, max_new_tokens=n, temperature=0.8, **{**OPTIONS, **options})
+    return generate(MODEL, input_ids=IDS, max_new_tokens=n, temperature=0.8, **{**OPTIONS, **options})
 
 
 @pytest.fixture(scope="module")
