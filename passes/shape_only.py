@@ -15,7 +15,8 @@ from torch._dynamo.utils import counters
 aten = torch.ops.aten
 FILLS = {aten.zeros.default: 0, aten.ones.default: 1, aten.empty.memory_format: 0}  # of sizes
 FILLS_LIKE = {aten.new_zeros.default: 0, aten.new_ones.default: 1, aten.new_empty.default: 0}  # of a tensor and sizes
-SHAPED_AS = {aten.expand_as.default: aten.expand.default, aten.view_as.default: aten.view.default}
+SHAPED_AS = {aten.expand_as.default: aten.expand.default, aten.view_as.default: aten.view.default,
+             aten.reshape_as.default: aten.reshape.default}  # fmt: skip
 
 
 def forget_values(graph: fx.Graph) -> None:

@@ -123,7 +123,7 @@ class StatefulModel:
     def __init__(self, model: Any) -> None:
         self.model = model
         self._spec: Any = None
-        self.whole = True
+        self.whole = getattr(model, "traceable", True)  # False: its step stays in Python (see smc_compile.own_cache)
         self.score = self._body(all_positions=True)
         self.advance = self._body(all_positions=False)
 
