@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,7 +24,11 @@ SMALL = {
     "intermediate_size n_inner ffn_dim d_ff dim_ff decoder_ffn_dim encoder_ffn_dim moe_intermediate_size": 48,
     "shared_expert_intermediate_size ffn_hidden_size expert_ffn_hidden_size intermediate_size_mlp": 48,
     "moe_shared_expert_intermediate_size shared_intermediate_size": 48,
-    "hidden_size_per_layer_input": 8,
+    "hidden_size_per_layer_input indexer_head_dim index_head_dim": 8,
+    "hidden_size_global": 32,
+    "indexer_n_heads indexer_compress_ratio": 2,
+    "indexer_kv_heads": 1,
+    "indexer_budget index_topk": 4,
     "num_experts num_local_experts n_routed_experts moe_num_experts": 4,
     "num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k top_k_experts": 2,
     "n_shared_experts num_shared_experts n_group topk_group num_expert_group first_k_dense_replace": 1,
@@ -42,7 +47,9 @@ SMALL = {
 }
 SIZES = {name: value for names, value in SMALL.items() for name in names.split()}
 # Left unset these are derived, or the configuration does not build.
-UNSET = ("head_dim", "num_key_value_heads", "n_group", "topk_group", "num_experts_per_tok", "n_routed_experts")
+UNSET = ("head_dim", "num_key_value_heads", "n_group", "topk_group", "num_experts_per_tok", "n_routed_experts",
+         "n_shared_experts", "indexer_n_heads", "indexer_kv_heads", "indexer_head_dim",
+         "indexer_budget", "indexer_compress_ratio")  # fmt: skip
 SWITCHED_ON = ("is_decoder", "causal")  # a family that can be an encoder or a decoder is built as a decoder
 KINDS = ("full_attention", "conv")  # of layers, where a configuration wants a list of them and has none
 LAYERS = 12  # at most, to meet each kind of layer once
@@ -70,14 +77,28 @@ def build(family: str, attention: str | None = None, dtype: torch.dtype = torch.
     where each kind once does not build, each comes twice.
     """
     default = library().AutoConfig.for_model(family)
-    try:
-        return _build(default, attention, dtype, {**small(default), **sizes})
-    except Exception:  # whatever a library raises on a configuration that it does not like
+    first: Exception | None = None
+    for arguments in _attempts(default):
         try:
-            return _build(default, attention, dtype, {**small(default, times=2), **sizes})
-        except Exception:
-            pass
-        raise
+            return _build(default, attention, dtype, {**arguments, **sizes})
+        except Exception as error:  # whatever a library raises on a configuration that it does not like
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def _attempts(default: Any) -> Iterator[dict[str, Any]]:
+    """Arguments to try in turn: families tie their numbers together in ways of their own."""
+    chosen = small(default)
+    yield chosen
+    yield small(default, times=2)
+    yield {**chosen, "num_experts_per_tok": 1}
+    if "num_attention_heads" in chosen:
+        yield {**chosen, "num_key_value_heads": chosen["num_attention_heads"]}
+    kinds = _setting(default, "layer_types")
+    if kinds:  # as the family lays them out itself
+        reached = max(list(kinds).index(kind) + 1 for kind in kinds)
+        yield {name: v for name, v in chosen.items() if name != "layer_types"} | {"num_hidden_layers": reached}
 
 
 def _build(default: Any, attention: str | None, dtype: torch.dtype, arguments: dict[str, Any]) -> nn.Module:
@@ -98,6 +119,8 @@ def small(config: Any, times: int = 1) -> dict[str, Any]:
             chosen[name] = value
     if "kv_lora_rank" in chosen:  # keys made from a latent have as many heads as queries
         chosen["num_key_value_heads"] = chosen["num_attention_heads"]
+    if "attn_layer_indices" in vars(config):
+        chosen["attn_layer_indices"] = [1]
     chosen.update(_layers(config, times))
     chosen.update(_state_heads(config, chosen))
     for name in SWITCHED_ON:
@@ -118,6 +141,8 @@ def _layers(config: Any, times: int) -> dict[str, Any]:
     kinds = list(dict.fromkeys(_setting(config, "layer_types") or []))
     if not kinds and "layer_types" in vars(config):
         kinds = list(KINDS)
+    if kinds == ["linear_attention"] and _setting(config, "num_attention_heads"):
+        kinds.append("full_attention")  # a hybrid, whose configuration has no attention by default
     if not kinds:
         return {"num_hidden_layers": n} if (n := _layers_for_all_kinds(config)) else {}
     shared = bool(_setting(config, "num_kv_shared_layers"))
@@ -189,7 +214,16 @@ class LastLogits64(LastLogits):
 
 
 class Float64Throughout(TorchFunctionMode):
-    """Inside, a cast to float32 is one to float64."""
+    """Inside, a cast to float32 is one to float64, and numbers become tensors of float64."""
+
+    def __enter__(self) -> Float64Throughout:
+        self._usual = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        torch.set_default_dtype(self._usual)
+        super().__exit__(*error)
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is Tensor.float:
