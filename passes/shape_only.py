@@ -1,7 +1,7 @@
 """Rewrite ops that read a tensor's shape, or overwrite its values, so that they no longer seem to depend on its values.
 
-``x.new_zeros(sizes)``, ``zeros_like(x)`` and ``zeros(sizes)`` become ``full``, ``a.expand_as(x)`` and ``a.view_as(x)`` take
-sizes, and ``copy(x, y)``, which writing into a slice leaves behind, is ``y`` in the shape of ``x``.
+``x.new_zeros(sizes)``, ``zeros_like(x)`` and ``zeros(sizes)`` become ``full``; ``a.expand_as(x)`` and ``a.view_as(x)``
+take sizes; ``copy(x, y)``, which writing into a slice leaves behind, is ``y`` in the shape of ``x``.
 """
 
 from __future__ import annotations
