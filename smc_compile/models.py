@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -175,15 +176,17 @@ def reads_later_tokens(model: nn.Module) -> bool:
 def try_own_cache(family: str, attention: str, model: nn.Module, refusal: SMCError) -> Row:
     """The row of a model for which no cache could be derived: does its own serve?"""
     start = time.perf_counter()
-    reason = _reason(refusal)
-    try:
-        with _quiet(), Float64Throughout(), gathered_experts(model):
-            error = OwnCache(model).error
-    except CacheError as own:
-        return Row(family, attention, "refused", f"{reason}; its own cache: {_reason(own)}")
-    except Exception as own:  # a library's cache can fail in any way
-        return Row(family, attention, "refused", f"{reason}; its own cache: {_first_line(own)}")
-    return Row(family, attention, "own cache", reason, error=error, seconds=time.perf_counter() - start)
+    reason, own = _reason(refusal), ""
+    for make_cache in (None, partial(library().DynamicCache, config=model.config)):
+        try:
+            with _quiet(), Float64Throughout(), gathered_experts(model):
+                error = OwnCache(model, make_cache).error
+            return Row(family, attention, "own cache", reason, error=error, seconds=time.perf_counter() - start)
+        except CacheError as failure:
+            own = _reason(failure)
+        except Exception as failure:  # a library's cache can fail in any way
+            own = _first_line(failure)
+    return Row(family, attention, "refused", f"{reason}; its own cache: {own}")
 
 
 def _reason(error: SMCError) -> str:

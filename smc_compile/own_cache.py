@@ -11,7 +11,7 @@ import inspect
 import io
 import pickle
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ class OwnCache(nn.Module):
     Attributes:
         model: the wrapped model; its weights are read at every call.
         cache_name: the parameter of its forward that takes the cache, and the field of its result that returns it.
+        positions: whether the forward is told the positions of its tokens (``position_ids``); some count from 0 if not.
         blocks: whether several tokens may be fed at once to a cache that is not empty; else they go one by one.
         error: largest relative difference of the logits with and without the cache, measured at construction.
         traceable: a cache of Python objects is not traced, so the regions of a session leave the step to Python.
@@ -40,19 +41,24 @@ class OwnCache(nn.Module):
 
     traceable = False
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, make_cache: Callable[[], Any] | None = None) -> None:
         """Find the cache, and which axis of its tensors counts rows, and check what comes out.
+
+        Args:
+            model: ``ids [B, S]`` to logits, or an object that holds them; its forward takes a cache and returns it.
+            make_cache: makes an empty cache, for a forward that takes one and fills it in place but returns none.
 
         Raises:
             CacheError: when the model has no cache, or its logits with the cache are not those without it.
         """
         super().__init__()
         self.model = model
-        self.cache_name = _cache_name(model)
+        self._make_cache = make_cache
+        self.cache_name = _cache_name(model, make_cache is not None)
         self._options = {"use_cache": True} if "use_cache" in _parameters(model) else {}
         self._held: dict[int, Any] = {}
         self._row_axes: list[int] | None = None
-        self.blocks = False
+        self.blocks = self.positions = False
         with torch.no_grad():
             self._row_axes = self._find_row_axes()
             self.error = self._check()
@@ -63,23 +69,26 @@ class OwnCache(nn.Module):
         return _logits(self.model(ids, **options))
 
     def initial_state(self, batch: int) -> State:
-        """No cache yet: the model makes one when it sees the prompt."""
-        return self._pack(None, batch)
+        """No tensors yet: the model makes them when it sees the prompt."""
+        return self._pack(self._make_cache() if self._make_cache else None, batch, is_empty=True)
 
     @torch._dynamo.disable
     @torch.no_grad()
     def step(self, tokens: Tensor, pos: Any, state: State) -> tuple[Tensor, State]:
         """Logits [R, T, V] of ``tokens`` [R, T] after ``state``, and the state after them; ``state`` is not changed."""
-        cache = self._unpack(state)
-        pieces = tokens.split(1, 1) if cache is not None and not self.blocks else (tokens,)
+        cache, is_empty = self._unpack(state), not state[1]
+        pieces = (tokens,) if is_empty or self.blocks else tokens.split(1, 1)
         logits = []
         for piece in pieces:
-            rows, cache = self._run(piece, cache)
+            rows, cache = self._run(piece, cache, pos)
             logits.append(rows)
+            pos = pos + piece.shape[1]
         return torch.cat(logits, 1), self._pack(cache, tokens.shape[0])
 
-    def _run(self, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    def _run(self, tokens: Tensor, cache: Any, pos: Any) -> tuple[Tensor, Any]:
         given = {} if cache is None else {self.cache_name: cache}
+        if self.positions:
+            given["position_ids"] = (pos + torch.arange(tokens.shape[1], device=tokens.device)).expand(tokens.shape)
         result = self.model(tokens, **given, **self._options)
         logits = _logits(result)
         if logits.shape[:2] != tokens.shape:
@@ -87,20 +96,21 @@ class OwnCache(nn.Module):
                 "the model's own cache does not reproduce the model",
                 f"logits of shape {tuple(logits.shape)} came out for tokens of shape {tuple(tokens.shape)}",
             )
-        return logits, _returned_cache(result, self.cache_name)
+        new = result[1] if isinstance(result, tuple) else getattr(result, self.cache_name, None)
+        return logits, cache if new is None else new
 
     # ---- the state as tensors -----------------------------------------------------------------------------------
 
-    def _pack(self, cache: Any, rows: int) -> State:
+    def _pack(self, cache: Any, rows: int, is_empty: bool = False) -> State:
         """A cache as tensors with rows first; what is no tensor, or has no rows, is the same for all rows."""
         buffer = io.BytesIO()
-        pickler = _Pickler(buffer, self._held)
+        pickler = _Pickler(buffer, self._held, apart=not is_empty)
         try:
             pickler.dump(cache)
         except (pickle.PicklingError, TypeError, AttributeError) as error:
             raise _refusal("the model's cache holds an object that cannot be copied", str(error)) from error
         axes = [0] * len(pickler.tensors) if self._row_axes is None else self._row_axes
-        if cache is not None and len(axes) != len(pickler.tensors):
+        if not is_empty and len(axes) != len(pickler.tensors):
             raise _refusal(
                 "the model's cache changes its layout as text grows",
                 f"{len(axes)} tensors after a prompt, {len(pickler.tensors)} now",
@@ -144,11 +154,8 @@ class OwnCache(nn.Module):
 
     def _sizes(self, rows: int) -> list[tuple[int, ...]]:
         """Sizes of the cache's tensors after a prompt of ``rows`` rows."""
-        _, cache = self._run(self._tokens(rows, PROMPT), None)
-        if cache is None:
-            raise _refusal(
-                "the model makes no cache", f"{type(self.model).__name__} returned None as {self.cache_name!r}"
-            )
+        cache = self._unpack(self.initial_state(rows))
+        _, cache = self._run(self._tokens(rows, PROMPT), cache, 0)
         pickler = _Pickler(io.BytesIO(), self._held)
         pickler.dump(cache)
         return [tuple(tensor.shape) for tensor in pickler.tensors]
@@ -159,9 +166,15 @@ class OwnCache(nn.Module):
         ids = self._tokens(2, total)
         expected = self(ids)
         tolerance = max(TOLERANCE.get(_dtype(self.model, expected), 1e-4), FINEST)
-        singly = max(
-            relative_error(self._replay(ids, [prompt] + [1] * (total - prompt)), expected) for prompt in (1, 2, PROMPT)
-        )
+        singly = float("inf")
+        for told in (True, False) if "position_ids" in _parameters(self.model) else (False,):
+            self.positions = told
+            singly = max(
+                relative_error(self._replay(ids, [length] + [1] * (total - length)), expected)
+                for length in (1, 2, PROMPT)
+            )
+            if singly <= tolerance:
+                break
         if not singly <= tolerance:
             raise _refusal(
                 "the model's own cache does not reproduce the model",
@@ -202,16 +215,17 @@ class OwnCache(nn.Module):
 
 
 class _Pickler(pickle.Pickler):
-    """Writes an object without its tensors, which it collects; modules and functions are kept by reference."""
+    """Writes an object; tensors ``apart`` are collected, not written; modules and functions are kept by reference."""
 
-    def __init__(self, file: Any, held: dict[int, Any]) -> None:
+    def __init__(self, file: Any, held: dict[int, Any], apart: bool = True) -> None:
         super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        self._apart = apart
         self.tensors: list[Tensor] = []
         self._places: dict[int, int] = {}
         self._held = held
 
     def persistent_id(self, obj: Any) -> tuple[str, int] | None:
-        if isinstance(obj, Tensor):
+        if isinstance(obj, Tensor) and self._apart:
             if id(obj) not in self._places:
                 self._places[id(obj)] = len(self.tensors)
                 self.tensors.append(obj.detach())
@@ -241,29 +255,28 @@ def _parameters(model: nn.Module) -> list[str]:
         return []
 
 
-def _cache_name(model: nn.Module) -> str:
-    """The name under which the forward both takes and returns a value when asked to make a cache.
+def _cache_name(model: nn.Module, is_given: bool) -> str:
+    """The name under which the forward takes a cache, and returns it if none ``is_given``.
 
     Raises:
         CacheError: when there is none.
     """
     names = _parameters(model)
+    known = [name for name in KNOWN if name in names]
+    if is_given and known:
+        return known[0]
     options = {"use_cache": True} if "use_cache" in names else {}
     place = next((p.device for p in model.parameters()), torch.device("cpu"))
     with torch.no_grad():
         result = model(torch.ones(1, 2, dtype=torch.int64, device=place), **options)
     if isinstance(result, tuple):
-        found = [name for name in KNOWN if name in names and len(result) == 2]
+        found = known if len(result) == 2 else []
     else:
         found = [name for name in names if getattr(result, name, None) is not None and name != "logits"]
     if len(found) == 1:
         return found[0]
     what = f"takes and returns {', '.join(found)}" if found else "takes no value that it also returns"
     raise _refusal("the model has no cache of its own that could be found", f"{type(model).__name__}.forward {what}")
-
-
-def _returned_cache(result: Any, name: str) -> Any:
-    return result[1] if isinstance(result, tuple) else getattr(result, name)
 
 
 def _logits(result: Any) -> Tensor:

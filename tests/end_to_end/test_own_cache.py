@@ -95,6 +95,28 @@ class OneAtATime(Recurrent):
         return super().forward(ids, cache if ids.shape[1] == 1 else None)
 
 
+class Filled(Recurrent):
+    """Fills the object it is given and returns logits alone."""
+
+    def forward(self, ids: Tensor, cache: Any = None) -> Any:
+        state, seen = (cache["state"], cache["seen"]) if cache and "state" in cache else (None, 0)
+        logits, (state, seen) = super().forward(ids, None if state is None else [state, seen])
+        if cache is not None:
+            cache |= {"state": state, "seen": seen}
+        return logits
+
+
+def test_a_cache_that_is_filled_and_not_returned() -> None:
+    plain, ids = Filled(), torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+    with pytest.raises(CacheError, match="no cache of its own"):
+        OwnCache(plain)
+    model = OwnCache(plain, make_cache=lambda: {"window": torch.tensor(6)})
+    assert model.error < 1e-12
+    first, state = model.step(ids[:, :3], 0, model.initial_state(2))
+    last, _ = model.step(ids[:, 3:], 3, state)
+    assert relative_error(torch.cat([first, last], 1), plain(ids)) < 1e-12
+
+
 OWN = [Recurrent, Boxed, RowsLast, InPlace, OneAtATime]
 
 
@@ -106,7 +128,7 @@ def test_blocks_of_any_length_give_the_logits_of_the_whole(kind) -> None:
     ids = torch.randint(VOCAB, (3, 9), generator=torch.Generator().manual_seed(1))
     state, rows = model.initial_state(3), []
     for block in ids.split([2, 1, 4, 2], 1):
-        logits, state = model.step(block, 0, state)
+        logits, state = model.step(block, sum(row.shape[1] for row in rows), state)
         rows.append(logits)
     assert relative_error(torch.cat(rows, 1), model(ids)) < 1e-12
 
@@ -229,7 +251,7 @@ def test_with_and_without_the_cache(family) -> None:
     ids = torch.randint(3, 97, (2, 14), generator=torch.Generator().manual_seed(2))
     state, rows = model.initial_state(2), []
     for block in ids.split([5, 4, 1, 2, 2], 1):
-        logits, state = model.step(block, 0, state)
+        logits, state = model.step(block, sum(row.shape[1] for row in rows), state)
         rows.append(logits)
     error = relative_error(torch.cat(rows, 1), model(ids))
     print(f"{family}: blocks {model.blocks}, relative difference {error:.1e}")
@@ -272,8 +294,8 @@ def test_after_resampling_the_state_is_that_of_the_surviving_tokens(family, inte
             for leaf, expected in zip(state[1:], fresh[1], strict=True):
                 torch.testing.assert_close(leaf, expected, atol=1e-9, rtol=1e-9)
             following = cycle.tokens[:, -unseen:]
-            actual, _ = model.step(following, 0, (state[0], state[1:]))
-            expected, _ = model.step(following, 0, fresh)
+            actual, _ = model.step(following, tokens.shape[1], (state[0], state[1:]))
+            expected, _ = model.step(following, tokens.shape[1], fresh)
             assert relative_error(actual, expected) < 1e-9
 
 
