@@ -176,17 +176,25 @@ def reads_later_tokens(model: nn.Module) -> bool:
 def try_own_cache(family: str, attention: str, model: nn.Module, refusal: SMCError) -> Row:
     """The row of a model for which no cache could be derived: does its own serve?"""
     start = time.perf_counter()
-    reason, own = _reason(refusal), ""
-    for make_cache in (None, partial(library().DynamicCache, config=model.config)):
-        try:
-            with _quiet(), Float64Throughout(), gathered_experts(model):
-                error = OwnCache(model, make_cache).error
-            return Row(family, attention, "own cache", reason, error=error, seconds=time.perf_counter() - start)
-        except CacheError as failure:
-            own = _reason(failure)
-        except Exception as failure:  # a library's cache can fail in any way
-            own = _first_line(failure)
-    return Row(family, attention, "refused", f"{reason}; its own cache: {own}")
+    reason = _reason(refusal)
+    try:
+        with _quiet(), Float64Throughout(), gathered_experts(model):
+            error = _own_cache(model).error
+    except CacheError as failure:
+        return Row(family, attention, "refused", f"{reason}; its own cache: {_reason(failure)}")
+    except Exception as failure:  # a library's cache can fail in any way
+        return Row(family, attention, "refused", f"{reason}; its own cache: {_first_line(failure)}")
+    return Row(family, attention, "own cache", reason, error=error, seconds=time.perf_counter() - start)
+
+
+def _own_cache(model: nn.Module) -> OwnCache:
+    """The model with its own cache; where it makes none, one of the library that it may fill."""
+    try:
+        return OwnCache(model)
+    except CacheError as failure:
+        if "no cache of its own" not in failure.what:
+            raise
+    return OwnCache(model, partial(library().DynamicCache, config=model.config))
 
 
 def _reason(error: SMCError) -> str:
