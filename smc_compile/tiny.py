@@ -231,4 +231,17 @@ class Float64Throughout(TorchFunctionMode):
         wide = {torch.float32: torch.float64}
         args = tuple(wide.get(a, a) if isinstance(a, torch.dtype) else a for a in args)
         kwargs = {k: wide.get(v, v) if isinstance(v, torch.dtype) else v for k, v in (kwargs or {}).items()}
+        if function in FACTORIES and "dtype" not in kwargs and _holds_float(function, args, kwargs):
+            kwargs["dtype"] = torch.float64  # named, so that a graph replayed outside makes it, too
         return function(*args, **kwargs)
+
+
+FACTORIES = (torch.zeros, torch.ones, torch.empty, torch.linspace, torch.full, torch.arange)
+
+
+def _holds_float(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a factory without a dtype makes a tensor of the default one."""
+    if function not in (torch.full, torch.arange):
+        return True
+    numbers = [kwargs.get("fill_value", args[1] if len(args) > 1 else None)] if function is torch.full else args
+    return any(isinstance(number, float) for number in numbers)
