@@ -12,7 +12,7 @@ from replicates import recorded_cycles
 from torch import Tensor, nn
 
 from smc_compile import CacheError, OwnCache, generate
-from smc_compile.passes.verify import relative_error
+from smc_compile.passes.verify import TOLERANCE, relative_error
 
 VOCAB, WIDTH = 11, 6
 
@@ -131,6 +131,26 @@ def test_blocks_of_any_length_give_the_logits_of_the_whole(kind) -> None:
         logits, state = model.step(block, sum(row.shape[1] for row in rows), state)
         rows.append(logits)
     assert relative_error(torch.cat(rows, 1), model(ids)) < 1e-12
+
+
+class HalfForgetful(Recurrent):
+    """Given several tokens it remembers how many it has seen, but not what."""
+
+    def forward(self, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+        forgets = cache is not None and ids.shape[1] > 1
+        return super().forward(ids, [torch.zeros_like(cache[0]), cache[1]] if forgets else cache)
+
+
+@pytest.mark.parametrize("kind", [Recurrent, HalfForgetful])
+def test_narrow_types_do_not_hide_a_state_that_is_read_in_part(kind) -> None:
+    """What a block forgets here lies within the tolerance of bfloat16."""
+    plain = kind().bfloat16()
+    with torch.no_grad():
+        plain.mix.weight.mul_(0.1)
+        ids = torch.randint(VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
+        block = plain(ids[:, 5:], plain(ids[:, :5])[1])[0]
+        assert relative_error(block, plain(ids)[0][:, 5:]) < TOLERANCE[torch.bfloat16]
+    assert OwnCache(plain).blocks is (kind is Recurrent)
 
 
 @pytest.mark.parametrize("kind", OWN)
