@@ -214,16 +214,7 @@ class LastLogits64(LastLogits):
 
 
 class Float64Throughout(TorchFunctionMode):
-    """Inside, a cast to float32 is one to float64, and numbers become tensors of float64."""
-
-    def __enter__(self) -> Float64Throughout:
-        self._usual = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        torch.set_default_dtype(self._usual)
-        super().__exit__(*error)
+    """Inside, a cast to float32 is one to float64, and what is made without a dtype is float64."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is Tensor.float:

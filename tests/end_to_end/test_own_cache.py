@@ -238,7 +238,7 @@ def test_greedy_and_smc_through_generate() -> None:
 
 # ---- models of the transformers library ------------------------------------------------------------------------------
 
-LIBRARY = ["mamba", "mamba2", "falcon_h1", "lfm2"]  # two state-space models, two hybrids with attention
+LIBRARY = ["mamba", "mamba2", "falcon_h1", "bamba"]  # two state-space models, two hybrids with attention
 PROMPT = torch.tensor([[5, 9, 13, 40, 2]])
 
 
