@@ -55,8 +55,41 @@ def index_put_as_where(x: Tensor, indices: Sequence[Any], values: Tensor, accumu
     return torch.where(mask.reshape(*mask.shape, *[1] * (x.dim() - mask.dim())), values, x)
 
 
+def running_count_as_attention(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
+    """A running sum of integers over the positions, as attention with weight one on every position so far.
+
+    What is summed at each position then stands in a cache like keys and values. Sums in float64 are exact below 2^53.
+    """
+    if x.dtype.is_floating_point or x.dtype.is_complex or isinstance(x.shape[dim], int):
+        return NotImplemented
+    values = x.movedim(dim, -1).double().unsqueeze(-1)  # [..., S, 1]
+    scores = torch.matmul(values, values.transpose(-2, -1))  # their value is of no account, that they stand [S, S] is
+    length = torch.arange(x.shape[dim], device=x.device)
+    seen = length[None, :] <= length[:, None]
+    sums = torch.matmul(torch.where(seen, scores * 0 + 1, 0.0), values).squeeze(-1)
+    return sums.movedim(-1, dim).to(dtype or torch.int64)
+
+
+def gather_as_index(x: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Tensor:
+    """A gather from rows that are all the same, one row expanded: the row at these indices."""
+    others = [i for i in range(x.dim()) if i != dim % x.dim()]
+    if any(isinstance(x.shape[i], int) and x.shape[i] != 1 and x.stride(i) != 0 for i in others):
+        return NotImplemented
+    if any(not isinstance(size, int) for size in x.shape):
+        return NotImplemented
+    row = x
+    for i in reversed(others):
+        row = row.select(i, 0)
+    return row[index]
+
+
 DECOMPOSED: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.einsum.default: einsum_as_matmul,
     torch.ops.aten.index_put.default: index_put_as_where,
     torch.ops.aten.baddbmm.default: baddbmm_as_bmm,
+}
+# Only where a graph counts tokens of some kind along the positions, as in cumsum(ids != padding).
+COUNTING: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.cumsum.default: running_count_as_attention,
+    torch.ops.aten.gather.default: gather_as_index,
 }

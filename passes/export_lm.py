@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,7 +13,7 @@ from torch.export.graph_signature import InputKind
 
 from smc_compile.errors import CacheError, SMCError
 from smc_compile.passes.axis_helpers import op_name
-from smc_compile.passes.decompositions import DECOMPOSED
+from smc_compile.passes.decompositions import COUNTING, DECOMPOSED
 from smc_compile.passes.ir import CausalLM
 from smc_compile.passes.sequence_axes import refuse, type_axes
 from smc_compile.passes.shape_only import forget_values
@@ -56,23 +56,37 @@ def _export(step: nn.Module, inputs: tuple[Tensor, ...], length: object) -> torc
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.export.export(_Positional(step), inputs, dynamic_shapes=(dynamic,), strict=False)
-        if _is_functional(program.graph):
+        dependent = _token_dependent(program.graph, _user_inputs(program)[0])
+        counts = any(node.target is torch.ops.aten.cumsum.default and _is_count(node) for node in dependent)
+        if _is_functional(program.graph) and not counts:
             return program  # decomposing traces everything again, which costs as much as the export
-        _refuse_convolutions(program.graph, _user_inputs(program)[0])
-        return program.run_decompositions(DECOMPOSED)
+        _refuse_convolutions(dependent)
+        return program.run_decompositions(DECOMPOSED | (COUNTING if counts else {}))
 
 
-def _refuse_convolutions(graph: fx.Graph, ids: fx.Node) -> None:
+def _token_dependent(graph: fx.Graph, ids: fx.Node) -> dict[fx.Node, None]:
+    """The nodes that read the tokens, or what was computed from them, in order."""
+    dependent = {ids: None}
+    for node in graph.nodes:
+        if any(source in dependent for source in node.all_input_nodes):
+            dependent[node] = None
+    return dependent
+
+
+def _is_count(node: fx.Node) -> bool:
+    """A running sum of integers along an axis that grows with the sequence."""
+    source, dim = node.args[:2]
+    value = source.meta["val"]  # type: ignore[union-attr]
+    return not value.is_floating_point() and not isinstance(value.shape[dim], int)
+
+
+def _refuse_convolutions(dependent: Iterable[fx.Node]) -> None:
     """Refuse before minutes go by what will be refused anyway: such models often unroll to very long graphs.
 
     Raises:
         CacheError: naming a convolution of values that depend on tokens.
     """
-    dependent = {ids}
-    for node in graph.nodes:
-        if dependent.isdisjoint(node.all_input_nodes):
-            continue
-        dependent.add(node)
+    for node in dependent:
         if str(node.target).startswith("aten.conv"):
             raise refuse(node, f"{op_name(node)} has no position-by-position form")
 

@@ -75,7 +75,10 @@ class Typing:
 
 def refuse(node: fx.Node, why: str, fix: str = "") -> CacheError:
     """The error for an op that has no incremental form; it names the op and the user's line."""
-    default = "use the explicit protocol step(tokens, pos, state) -> (logits, state) with initial_state(batch)"
+    default = (
+        "wrap a model that has a cache of its own: smc_compile.OwnCache(model); or write the explicit protocol "
+        "step(tokens, pos, state) -> (logits, state) with initial_state(batch)"
+    )
     return CacheError(f"no cache can be synthesized: {why}", user_line(node), fix or default)
 
 

@@ -1,7 +1,7 @@
 """Rewrite ops that read a tensor's shape, or overwrite its values, so that they no longer seem to depend on its values.
 
-``x.new_zeros(sizes)`` and ``zeros(sizes)`` become ``full``, ``a.expand_as(x)`` and ``a.view_as(x)`` take sizes, and
-``copy(x, y)``, which writing into a slice leaves behind, is ``y`` in the shape of ``x``.
+``x.new_zeros(sizes)``, ``zeros_like(x)`` and ``zeros(sizes)`` become ``full``; ``a.expand_as(x)`` and ``a.view_as(x)``
+take sizes; ``copy(x, y)``, which writing into a slice leaves behind, is ``y`` in the shape of ``x``.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from torch._dynamo.utils import counters
 
 aten = torch.ops.aten
 FILLS = {aten.zeros.default: 0, aten.ones.default: 1, aten.empty.memory_format: 0}  # of sizes
+LIKE = {aten.zeros_like.default: 0, aten.ones_like.default: 1, aten.empty_like.default: 0}  # of a tensor
 FILLS_LIKE = {aten.new_zeros.default: 0, aten.new_ones.default: 1, aten.new_empty.default: 0}  # of a tensor and sizes
-SHAPED_AS = {aten.expand_as.default: aten.expand.default, aten.view_as.default: aten.view.default}
+SHAPED_AS = {aten.expand_as.default: aten.expand.default, aten.view_as.default: aten.view.default,
+             aten.reshape_as.default: aten.reshape.default}  # fmt: skip
 
 
 def forget_values(graph: fx.Graph) -> None:
@@ -35,6 +37,10 @@ def _replacement(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
         return _full(graph, node, node.args[0], FILLS[node.target])  # type: ignore[index]
     if node.target in FILLS_LIKE:
         return _full(graph, node, node.args[1], FILLS_LIKE[node.target])  # type: ignore[index]
+    if node.target in LIKE:
+        return _full(graph, node, _sizes(graph, node.args[0]), LIKE[node.target])  # type: ignore[index]
+    if node.target is aten.full_like.default:
+        return _full(graph, node, _sizes(graph, node.args[0]), node.args[1])
     if node.target is aten.new_full.default:
         return _full(graph, node, node.args[1], node.args[2])
     if node.target in SHAPED_AS:

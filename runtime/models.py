@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from smc_compile.errors import InputError
+
 from .compiled import compile_function, mark_dynamic
 from .regions import Forward, Places, State, unify
 from .request import Request
@@ -137,12 +139,18 @@ class StatefulModel:
         self.model = model
         self._spec: Any = None
         self._ragged = False
-        self.whole = True
+        self.whole = getattr(model, "traceable", True)  # False: its step stays in Python (see smc_compile.own_cache)
         self.score = self._body(all_positions=True)
         self.advance = self._body(all_positions=False)
 
     def begin(self, request: Request, n_particles: int, capacity: int) -> tuple[Tensor, Any, State]:
         self._ragged = bool((request.lengths != request.lengths[0]).any())
+        if self._ragged and getattr(self.model, "one_length", False):
+            raise InputError(
+                "prompts of different lengths cannot share a batch with this model",
+                f"{type(self.model).__name__} keeps one length for all rows of its cache",
+                "generate for the prompts of each length in a call of their own",
+            )
         rows, *leaves = by_length(request, self._prefill)
         return rows, (), [leaf.repeat_interleave(n_particles, 0) for leaf in leaves]
 

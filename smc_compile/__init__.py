@@ -18,6 +18,7 @@ from smc_compile.errors import (
 from smc_compile.explain import Explanation, explain
 from smc_compile.generate import generate
 from smc_compile.options import Options
+from smc_compile.own_cache import OwnCache
 from smc_compile.result import Generation, Stats
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "LoopError",
     "OptionError",
     "Options",
+    "OwnCache",
     "SMCError",
     "Stats",
     "ValidationError",

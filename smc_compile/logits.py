@@ -43,9 +43,7 @@ def _takes(model: nn.Module, name: str) -> bool:
 def traceable(model: nn.Module) -> Iterator[None]:
     """Inside, a model makes no cache and its experts are chosen in a way whose shapes depend on no token.
 
-    ``config.use_cache`` is switched off, for forwards that do not name it. Mixtures of experts that offer a choice
-    (``set_experts_implementation``) gather the weights of each token's experts, where sorting tokens by expert, the
-    usual way, has shapes that depend on the tokens. Everything is switched back at the end.
+    ``config.use_cache`` is switched off, for forwards that do not name it. Everything is switched back at the end.
     """
     with ExitStack() as stack:
         for module in model.modules():
@@ -53,6 +51,18 @@ def traceable(model: nn.Module) -> Iterator[None]:
             if config is not None and getattr(config, "use_cache", None) is True:
                 config.use_cache = False
                 stack.callback(setattr, config, "use_cache", True)
+        stack.enter_context(gathered_experts(model))
+        yield
+
+
+@contextmanager
+def gathered_experts(model: nn.Module) -> Iterator[None]:
+    """Inside, mixtures of experts that offer a choice gather the weights of each token's experts.
+
+    Sorting tokens by expert, the usual way, has shapes that depend on the tokens, and kernels for few dtypes. The
+    choice is the method ``set_experts_implementation``; it is switched back at the end.
+    """
+    with ExitStack() as stack:
         for module in model.modules():
             switch, current = (getattr(module, f"{verb}_experts_implementation", None) for verb in ("set", "get"))
             if callable(switch) and callable(current):

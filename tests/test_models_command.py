@@ -10,15 +10,18 @@ import pytest
 import torch
 from rich.console import Console
 
-from smc_compile import models
+from smc_compile import models, tiny
 from smc_compile.__main__ import main
-from smc_compile.models import Row, show, small, try_family
+from smc_compile.models import Row, show, try_family
+from smc_compile.tiny import build, small
 
 ROWS = [
     Row("alpha", "sdpa", "compiled", None, "2 sdpa", [6], 3, 2.5e-15, 512, 1.25),
     Row("beta", "eager", "compiled", None, "1 sdpa + 1 matmul", [], 2, 1e-15, 1024, 10.0),
     Row("gamma[1]", "sdpa", "refused", f"conv1d has no position-by-position form ({'x' * 90})"),
     Row("delta", "-", "not built", "ValueError: no"),
+    Row("epsilon", "eager", "own cache", "conv1d has no position-by-position form", error=3e-15, seconds=1.0),
+    Row("zeta", "eager", "no decoder", "earlier logits change when the last token does"),
 ]
 
 
@@ -42,9 +45,12 @@ def test_the_tables_fit_and_say_everything() -> None:
         "gamma[1]",
         "conv1d has no",
         "…",
+        "epsilon",
+        "3e-15",
+        "no decoder",
     ):
         assert word in text
-    assert text.splitlines()[-1] == "2 compiled, 1 refused, 1 not built"
+    assert text.splitlines()[-1] == "2 compiled, 1 refused, 1 not built, 1 own cache, 1 no decoder"
 
 
 def test_no_rows_no_tables() -> None:
@@ -81,6 +87,32 @@ def test_configurations_shrink_by_attribute() -> None:
     assert not {"intermediate_size", "use_cache", "num_experts"} & set(chosen)  # derived, no size, absent
 
 
+class Periodic(Config):
+    """Every fourth layer is of another kind, and layers of states have heads of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.layer_types
+        self.num_hidden_layers, self.num_attention_heads, self.expand, self.is_decoder = 24, 16, 2, False
+        self.mamba_n_heads, self.mamba_d_head, self.chunk_size = 128, 64, 256
+
+    @property
+    def layers_block_type(self) -> list[str]:
+        return ["attention" if i % 4 == 3 else "recurrent" for i in range(24)]
+
+
+def test_derived_layers_keep_each_kind_and_heads_of_states_fit_the_width() -> None:
+    chosen = small(Periodic())
+    assert chosen["num_hidden_layers"] == 4
+    assert chosen["mamba_n_heads"] * chosen["mamba_d_head"] == 2 * chosen["hidden_size"]
+    assert chosen["chunk_size"] < 8  # texts of the checks are longer
+    assert chosen["is_decoder"] is True
+
+
+def test_every_kind_can_come_twice() -> None:
+    assert small(Config(), times=2)["layer_types"] == ["wide", "narrow"] * 2
+
+
 # ---- with the library ------------------------------------------------------------------------------------------------
 
 
@@ -104,14 +136,28 @@ def test_a_family_without_fused_attention_gives_one_row(transformers) -> None:
 
 
 def test_what_does_not_compile_gives_its_reason(transformers) -> None:
-    (row,) = try_family("roberta", (None,))
+    (row,) = try_family("rwkv", (None,))
     assert (row.status, row.error) == ("refused", None)
     assert row.reason is not None
-    assert row.reason.startswith("cumsum mixes positions (cumsum = aten.cumsum")
+    assert row.reason.startswith("pad mixes positions (pad = aten.pad")
+    assert "its own cache: the model's own cache does not reproduce the model" in row.reason
+
+
+def test_a_recurrent_model_is_tried_with_its_own_cache(transformers) -> None:
+    (row,) = try_family("mamba", (None,))
+    assert row.status == "own cache"
+    assert row.reason is not None
+    assert row.reason.startswith("conv1d has no position-by-position form")
+    assert row.error is not None
+    assert row.error < 1e-9
+
+
+def test_a_model_whose_positions_read_later_ones_is_no_decoder(transformers) -> None:
+    assert [row.status for row in try_family("xlnet", (None,))] == ["no decoder"]
 
 
 def test_a_configuration_that_does_not_build_is_told_apart(transformers, monkeypatch) -> None:
-    monkeypatch.setitem(models.SIZES, "hidden_size", 33)
+    monkeypatch.setitem(tiny.SIZES, "hidden_size", 33)
     (row,) = try_family("gpt2", (None,))
     assert row.status == "not built"
     assert row.reason
@@ -155,5 +201,5 @@ def test_an_interrupt_keeps_the_rows_so_far(transformers, tmp_path, monkeypatch,
 
 
 def test_small_models_are_reproducible(transformers) -> None:
-    first, second = (models.build("gpt2", dtype=torch.float32) for _ in range(2))
+    first, second = (build("gpt2", dtype=torch.float32) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))

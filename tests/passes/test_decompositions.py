@@ -6,7 +6,7 @@ import pytest
 import torch
 from traces import Step, op_names, rows_of, tokens
 
-from smc_compile.passes.decompositions import baddbmm_as_bmm, index_put_as_where
+from smc_compile.passes.decompositions import baddbmm_as_bmm, gather_as_index, index_put_as_where
 from smc_compile.passes.export_lm import export_lm
 
 
@@ -58,3 +58,31 @@ def test_a_write_by_mask_is_traced_as_where() -> None:
     lm, owned = export_lm(step, tokens(2, 2))
     assert "index_put.default" not in op_names(lm.graph)
     assert torch.equal(rows_of(lm, tokens(2, 6), owned()), step(tokens(2, 6)))
+
+
+def test_a_running_count_of_tokens_becomes_attention() -> None:
+    table = values(40, 6)
+
+    def then(ids):
+        return table[(ids != 3).int().cumsum(1) + ids.eq(3)][:, -1]
+
+    class Counting(torch.nn.Module):
+        def forward(self, ids):
+            return then(ids)
+
+    lm, owned = export_lm(Counting(), tokens(2, 2))
+    assert "cumsum.default" not in op_names(lm.graph)
+    assert "matmul.default" in op_names(lm.graph)
+    ids = tokens(2, 30, vocab=5)
+    assert torch.equal(rows_of(lm, ids, owned()), then(ids))
+
+
+def test_running_sums_of_other_numbers_stay() -> None:
+    lm, _ = export_lm(Step(lambda x: x.cumsum(1)[:, -1]), tokens(2, 2))
+    assert "cumsum.default" in op_names(lm.graph)
+
+
+def test_a_gather_from_one_repeated_row() -> None:
+    row, index = values(1, 9), tokens(3, 4, vocab=9)
+    assert torch.equal(gather_as_index(row.expand(3, 9), 1, index), row.expand(3, 9).gather(1, index))
+    assert gather_as_index(values(3, 9), 1, index) is NotImplemented
