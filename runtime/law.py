@@ -8,12 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .request import Rows
-
 # (scores [R, V], settings {name: [R, 1]}) -> scores [R, V]
 Stage = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
-# (text [R, L], scores [R, V], rows) -> scores [R, V]: a logits processor that reads the tokens so far
-Rule = Callable[[Tensor, Tensor, Rows], Tensor]
 
 
 @dataclass(frozen=True)

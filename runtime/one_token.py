@@ -56,7 +56,7 @@ class AutoregressiveSession:
 
     def _begin(self, request: Request) -> Run:
         clock = Clock(self.regions)
-        self._rules.seconds = 0.0
+        self._rules.begin(request)
         n = int(request.new_tokens.max())
         capacity = max(n, 2)
         rows, context, state = self._target.begin(request, 1, capacity)

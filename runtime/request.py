@@ -17,6 +17,8 @@ class Rows(NamedTuple):
     padding: Tensor  # [R], how many tokens in front of the prompt are padding
 
 
+# (text [R, L], scores [R, V], rows) -> scores [R, V]: a logits processor that reads the tokens so far
+Rule = Callable[[Tensor, Tensor, Rows], Tensor]
 # (text [R, L], rows) -> [R] bool: whether each sequence ends with its last token. It runs on the host.
 Stop = Callable[[Tensor, Rows], Tensor]
 
@@ -34,6 +36,7 @@ class Request:
         pad: [B] int64, the token that follows an end.
         settings: what the law reads, by name: [B] each.
         number: the place of each request in the caller's batch.
+        rules: on the scores, where they run as they are; compiled ones belong to the session.
         stop: ends a sequence by what its text is; it runs on the host.
         max_lag: draw one ancestor for what is older than so many tokens; None never does.
         watch: called with every ``Progress``.
@@ -47,6 +50,7 @@ class Request:
     pad: Tensor
     settings: Mapping[str, Tensor] = field(default_factory=dict)
     number: tuple[int, ...] = ()
+    rules: tuple[Rule, ...] = ()
     stop: Stop | None = None
     max_lag: int | None = None
     watch: Callable[[Any], None] | None = None

@@ -11,24 +11,29 @@ from torch import Tensor
 from smc_compile.errors import GenerationError
 
 from .compiled import Region, mark_dynamic
-from .law import Rule
-from .request import Rows
+from .request import Request, Rows, Rule
 
 
 class Rules:
     """Logits processors in order, ``(text [R, L], scores [R, V], rows) -> scores [R, V]``, before a law's stages.
 
-    Rules that are ``traced`` are tensor code and compile into one region for texts of every length; others run as they
-    are, once a position.
+    Rules in ``traced`` are tensor code and compile into one region for texts of every length. Others may keep a state:
+    with ``by_hand`` each request brings its own, and they run as they are, once a position.
     """
 
-    def __init__(self, rules: Sequence[Rule] = (), traced: bool = False, compiler: str = "inductor") -> None:
-        self.rules = tuple(rules)
-        self.region = Region("rules", _in_order(self.rules), compiler) if traced and rules else None
+    def __init__(self, traced: Sequence[Rule] = (), by_hand: bool = False, compiler: str = "inductor") -> None:
+        self.rules, self._by_hand_too = tuple(traced), by_hand
+        self.region = Region("rules", _in_order(self.rules), compiler) if traced else None
         self.seconds = 0.0
 
     def __bool__(self) -> bool:
-        return bool(self.rules)
+        return self.region is not None or self._by_hand_too
+
+    def begin(self, request: Request) -> None:
+        """Take the rules of a request."""
+        self.seconds = 0.0
+        if self.region is None:
+            self.rules = request.rules
 
     def apply(self, text: Tensor, scores: Tensor, rows: Rows, live: Tensor) -> Tensor:
         """Scores [R, T, V] after the T last prefixes of text [R, L].

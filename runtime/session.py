@@ -173,7 +173,7 @@ class SMCSession:
 
     def _begin(self, request: Request) -> Run:
         clock = Clock(self.regions)
-        self._rules.seconds = 0.0
+        self._rules.begin(request)
         stats = Stats("smc", int(request.new_tokens.max()))
         cycles = math.ceil((stats.new_tokens - 1) / (self._k + 1))
         capacity = max(cycles * (self._k + 1) + 1, 2)

@@ -19,10 +19,10 @@ from smc_compile.passes.pipeline import Traced, trace_model
 from smc_compile.requests import build_request, check_prompt, request_seeds
 from smc_compile.result import Generation
 from smc_compile.runtime.compiled import Region
-from smc_compile.runtime.law import Law, Rule
+from smc_compile.runtime.law import Law
 from smc_compile.runtime.models import CachedModel, RuntimeModel, StatefulModel
 from smc_compile.runtime.one_token import AutoregressiveSession
-from smc_compile.runtime.request import Request
+from smc_compile.runtime.request import Request, Rule
 from smc_compile.runtime.rules import Rules
 from smc_compile.runtime.session import SMCSession
 
@@ -49,14 +49,15 @@ class Program:
     """A compiled target and draft. One session answers every batch: its regions compile for what they meet.
 
     Attributes:
-        rules: logits processors that read the text, with whether they compile.
+        rules: logits processors that read the text and compile.
+        by_hand: whether requests bring processors that do not.
     """
 
     target: Model
     draft: Model | None
     options: Options
     rules: tuple[Rule, ...] = ()
-    rules_traced: bool = False
+    by_hand: bool = False
     analysis_seconds: float = 0.0
     _session: SMCSession | AutoregressiveSession | None = None
 
@@ -91,7 +92,7 @@ class Program:
 
     def _new_session(self) -> SMCSession | AutoregressiveSession:
         o = self.options
-        rules = Rules(self.rules, self.rules_traced, o.compiler)
+        rules = Rules(self.rules, self.by_hand, o.compiler)
         if self.method == "autoregressive":
             return AutoregressiveSession(self.target.runtime, self.target.law, o.compiler, rules)
         assert self.draft is not None

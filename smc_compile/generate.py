@@ -112,6 +112,7 @@ def generate(
         ends=eos_token_id if eos_token_id is not None else parsed.eos_token_id,
         pad=pad_token_id,
         settings={} if greedy else values,
+        rules=processors.by_hand,
         stop=any_stop(strings_stop(stop_strings, tokenizer, batch, ids.shape[1]), criteria_stop(stopping_criteria)),
         max_lag=checked_lag(max_lag),
         watch=watch_for(streamer, stream, ids),
@@ -145,11 +146,11 @@ def check_model(model: Any) -> None:
         raise InputError("model must be an nn.Module or follow the step protocol", f"got {type(model).__name__}")
 
 
-def repeated(times: Any, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def repeated(times: Any, ids: Tensor, mask: Any) -> tuple[Tensor, Any]:
     """Each prompt ``times`` times over."""
     if isinstance(times, bool) or not isinstance(times, int) or times < 1:
         raise OptionError("num_return_sequences must be a positive integer", f"got {times!r}")
-    return ids.repeat_interleave(times, 0), None if mask is None else mask.repeat_interleave(times, 0)
+    return ids.repeat_interleave(times, 0), mask.repeat_interleave(times, 0) if isinstance(mask, Tensor) else mask
 
 
 def settings_of(batch: int, **given: Any) -> dict[str, Tensor]:
@@ -228,7 +229,7 @@ def _dtype(model: Any) -> torch.dtype | None:
 def _compile(model: Any, processors: Processors, greedy: bool, options: Options, ids: Tensor) -> Program:
     law = Law("greedy" if greedy else "logits", stages=processors.stages)
     draft_law = Law("logits", stages=() if greedy else (SETTINGS["temperature"][0],))
-    rules = {"rules": processors.rules, "rules_traced": processors.traced}
+    rules = {"rules": processors.traced, "by_hand": bool(processors.by_hand)}
     return build_program(compile_target(model, law, options, ids), options, draft_law, ids, **rules)
 
 

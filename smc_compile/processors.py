@@ -14,8 +14,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from smc_compile.errors import OptionError
 from smc_compile.runtime.compiled import compile_function, mark_dynamic
-from smc_compile.runtime.law import SETTINGS, Rule, Stage
-from smc_compile.runtime.request import Rows
+from smc_compile.runtime.law import SETTINGS, Stage
+from smc_compile.runtime.request import Rows, Rule
 from smc_compile.runtime.rules import name_of
 
 log = logging.getLogger(__name__)
@@ -26,14 +26,14 @@ class Processors:
     """Logits processors in their order: the rules first, then the stages, as far as the last one that reads the text.
 
     Attributes:
-        rules: up to the last that reads the text; they apply to target and draft.
-        traced: whether the rules compile.
+        traced: up to the last that reads the text, if all of these compile; they apply to target and draft.
+        by_hand: the same, if one of them does not.
         stages: what follows, with the settings; of these the draft follows the temperature alone.
-        key: equal for equal classes and settings.
+        key: equal for equal classes and settings of what compiles.
     """
 
-    rules: tuple[Rule, ...] = ()
-    traced: bool = False
+    traced: tuple[Rule, ...] = ()
+    by_hand: tuple[Rule, ...] = ()
     stages: tuple[Stage, ...] = ()
     key: tuple[Any, ...] = ()
 
@@ -108,8 +108,10 @@ def sort_processors(
     stages = [score_stage(processor) for processor in processors[last + 1 :]]
     stages += [SETTINGS[name][0] for name in SETTINGS if name in settings]
     stages += [score_stage(processor) for processor in after]
-    key = (tuple(fingerprint(p) for p in processors), tuple(sorted(settings)), tuple(fingerprint(p) for p in after))
-    return Processors(rules, bool(rules) and compiles(rules, vocab), tuple(stages), key)
+    traced = bool(rules) and compiles(rules, vocab)
+    compiled = [*processors[0 if traced else last + 1 :], None, *after]
+    key = (bool(rules), traced, tuple(sorted(settings)), *(fingerprint(p) if p else None for p in compiled))
+    return Processors(rules if traced else (), () if traced else rules, tuple(stages), key)
 
 
 def as_rule(processor: Any) -> Rule:
@@ -129,6 +131,8 @@ def reads_text(processor: Any, vocab: int) -> bool:
     if not isinstance(as_rule(processor), TextRule) or isinstance(as_rule(processor), UnseenPadding):
         return True
     processor = untouched(processor)
+    if keeps_state(processor, vocab):
+        return True
     ids, scores = _sample(vocab, 7 if vocab != 7 else 11)  # sizes that are equal would share a symbol
     try:
         graph = make_fx(processor, tracing_mode="symbolic", _allow_non_fake_inputs=True)(ids, scores)
@@ -170,6 +174,17 @@ def compiles(rules: Sequence[Rule], vocab: int) -> bool:
         log.debug("rules do not trace: %s", error)
         return False
     return before == [state_of(rule) for rule in rules]
+
+
+def keeps_state(processor: Any, vocab: int) -> bool:
+    """Whether a call leaves a processor other than it was."""
+    before = fingerprint(processor)
+    try:
+        processor(*_sample(vocab, 7))
+    except Exception as error:
+        log.debug("%s fails on random tokens: %s", name_of(processor), error)
+        return True
+    return before != fingerprint(processor)
 
 
 def untouched(processor: Any) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from smc_compile.errors import InputError, OptionError
-from smc_compile.runtime.request import Request, Stop
+from smc_compile.runtime.request import Request, Rule, Stop
 
 
 def build_request(
@@ -21,6 +21,7 @@ def build_request(
     ends: Any = None,
     pad: Any = None,
     settings: Mapping[str, Tensor] | None = None,
+    rules: tuple[Rule, ...] = (),
     stop: Stop | None = None,
     max_lag: int | None = None,
     watch: Callable[[Any], None] | None = None,
@@ -50,6 +51,7 @@ def build_request(
         pad=pads.to(device),
         settings={name: value.to(device) for name, value in (settings or {}).items()},
         number=tuple(range(batch)),
+        rules=rules,
         stop=stop,
         max_lag=max_lag,
         watch=watch,

@@ -125,6 +125,7 @@ def generate(
     settings = settings_of(len(input_ids), **given) if sampled else {}
     ends, criteria = split_ends(stopping_criteria)
     assert config.max_length is not None  # the library has set it
+    processors = sort_processors(before, list(settings), vocabulary(model, logits_processor), after)
     request = build_request(
         input_ids,
         config.max_length - input_ids.shape[1],
@@ -133,11 +134,11 @@ def generate(
         ends=ends,
         pad=pad_of(config, ends),
         settings=settings,
+        rules=processors.by_hand,
         stop=any_stop(criteria_stop(criteria)),
         max_lag=max_lag,
         watch=watch_for(token_streamer, stream, input_ids),
     )
-    processors = sort_processors(before, list(settings), vocabulary(model, logits_processor), after)
     program = program_for(model, processors, not sampled, options, input_ids)
     result = trimmed(program.answer(request), input_ids.shape[1])
     if not (config.return_dict_in_generate or return_particles):
