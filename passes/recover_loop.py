@@ -25,6 +25,7 @@ from torch import fx
 
 from smc_compile.errors import LoopError
 
+from .cached_loop import CachedTrips, carries_cache, recover_cached
 from .concretise import Concrete, concretise
 from .lookups import simplify_lookups
 from .padded_buffer import PaddedTrip, draw_inputs, last_positions, padded_length, padding_of, resolve_lengths
@@ -92,13 +93,19 @@ class DecodeLoop:
     report: list[str] = field(default_factory=list)
     fixed_floats: tuple[tuple[int, float], ...] = ()
     padded: PaddedTrip | None = None
+    cached: CachedTrips | None = None
 
     def check(self, arguments: Sequence[Any]) -> None:
-        """Compare `step` with the trip as it was written, if that reads a padded buffer; arguments of the graph.
+        """Compare `step` with the trips as they were written, if these read padded buffers or caches.
+
+        Args:
+            arguments: those of the graph.
 
         Raises:
-            LoopError: the two differ: the model reads the padding.
+            LoopError: the two differ: the model reads the padding, or the loop does not keep its cache.
         """
+        if self.cached is not None:
+            self.cached.check(arguments)
         if self.padded is not None:
             self.padded.check(arguments[self.prompt_index], [arguments[i] for i in self.invariant_indices])
 
@@ -122,6 +129,8 @@ def recover_loop(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> DecodeLoo
     layouts, tokens = found
     _refuse_hidden_state(nodes)
     _refuse_uncounted_tokens(concrete, tokens)
+    if carries_cache(layouts, tokens):
+        return _cached_loop(gm, example_inputs, concrete, layouts, tokens)
     simplify_lookups(layouts)
     trips = Trips(layouts, tokens)
     closures = [trip_nodes(trips, trip) for trip in range(len(tokens))]
@@ -142,6 +151,30 @@ def recover_loop(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> DecodeLoo
         report=_report(trips, drawn, closures[0], growing, outputs, padded),
         fixed_floats=concrete.fixed_floats,
         padded=padded,
+    )
+
+
+def _cached_loop(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], concrete: Concrete, layouts: Layouts, tokens: list[fx.Node]
+) -> DecodeLoop:
+    """A loop that hands a cache from trip to trip."""
+    found = recover_cached(gm, example_inputs, concrete, layouts, tokens)
+    _check_randomness(found.closure, tokens[0])
+    trips = Trips(layouts, tokens, cached=True)
+    outputs = tuple(_output_layout(trips, output) for output in _output_nodes(layouts.nodes))
+    placeholders = [node for node in layouts.nodes if node.op == "placeholder"]
+    known = tuple((placeholders.index(node), float(value)) for node, value in found.known)
+    return DecodeLoop(
+        step=found.step,
+        prompt_index=placeholders.index(layouts.prompt),
+        invariant_indices=tuple(placeholders.index(node) for node in found.invariants),
+        trips=len(tokens),
+        prompt_length=layouts.prompt_length,
+        batch=layouts.batch,
+        outputs=outputs,
+        report=_report(trips, len(tokens), found.closure, {}, outputs, None, found.report),
+        fixed_floats=concrete.fixed_floats + known,
+        cached=found.check,
     )
 
 
@@ -377,6 +410,7 @@ def _report(
     growing: Leaves,
     outputs: Sequence[OutputLayout],
     padded: PaddedTrip | None,
+    cache: Sequence[str] = (),
 ) -> list[str]:
     layouts = trips.layouts
     draws = [node for node in nodes if is_draw(node)]
@@ -386,7 +420,7 @@ def _report(
         f"decode loop of {drawn} trips",
         f"prompt `{layouts.prompt.name}` [{layouts.batch}, {layouts.prompt_length}]",
         f"token drawn by {describe(draws[-1])}",
-        f"one trip has {len(nodes)} nodes; {len(growing)} integers grow with the sequence length",
+        *(cache or [f"one trip has {len(nodes)} nodes; {len(growing)} integers grow with the sequence length"]),
         *([f"read in a padded buffer of {padded.length} columns"] if padded is not None else []),
         *(f"returns {text}" for text in returned),
     ]
