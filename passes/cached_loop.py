@@ -24,6 +24,7 @@ from smc_compile.errors import LoopError
 
 from .cache_buffers import Buffer, without_buffers
 from .concretise import Concrete, concretise
+from .ones_masks import drop_ones_masks
 from .padded_buffer import resolve_lengths
 from .token_layout import TOKEN_DTYPES, Layouts, is_draw, is_random, mutated_inputs, op_name, plain_tensor, tensor_info
 from .trip_graph import Leaves, Trips, build_step, describe, flatten, trip_nodes
@@ -90,6 +91,7 @@ def recover_cached(
     closure = _first_trip(trips)
     growing = _growth(gm, example_inputs, concrete, trips, closure)
     written, invariants = build_step(gm, trips, closure, growing)
+    drop_ones_masks(written)
     values = [_known_integer(concrete, example_inputs, node) for node in invariants]
     free = without_buffers(written, layouts.batch, [tensor_info(node) for node in invariants], values)
     known = tuple((node, int(v)) for node, v in zip(invariants, values, strict=True) if v is not None)

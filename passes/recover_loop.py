@@ -28,6 +28,7 @@ from smc_compile.errors import LoopError
 from .cached_loop import CachedTrips, carries_cache, recover_cached
 from .concretise import Concrete, concretise
 from .lookups import simplify_lookups
+from .ones_masks import drop_ones_masks
 from .padded_buffer import PaddedTrip, draw_inputs, last_positions, padded_length, padding_of, resolve_lengths
 from .token_layout import TOKEN_DTYPES, Layouts, interpret, is_draw, is_random, mutated_inputs, op_name, tensor_info
 from .trip_graph import NO_CACHE, Leaves, Trips, build_step, compare_trips, describe, trip_nodes
@@ -184,7 +185,9 @@ def _step(
     """One trip that reads the history alone, also when the loop reads it in a padded buffer."""
     length = padded_length(trips, closure)
     if length is None:
-        return (*build_step(gm, trips, closure, growing), None)
+        step, invariants = build_step(gm, trips, closure, growing)
+        drop_ones_masks(step)
+        return step, invariants, None
     sizes = {**growing, **resolve_lengths(trips, closure, growing, length)}
     fixed = last_positions(closure, growing)
     sizes = {leaf: pair for leaf, pair in sizes.items() if leaf not in fixed}
@@ -204,8 +207,9 @@ def _find_tokens(nodes: Sequence[fx.Node]) -> tuple[Layouts, list[fx.Node]] | No
     for prompt in filter(_may_be_prompt, nodes):
         layouts = interpret(nodes, prompt)
         tokens = _tokens_behind(layouts)
-        if len(tokens) >= 2:
-            return layouts, tokens
+        late = _tokens_returned(layouts, tokens)
+        if len(tokens + late) >= 2 and (tokens or carries_cache(layouts, late)):
+            return layouts, tokens + late
     return None
 
 
@@ -217,7 +221,7 @@ def _may_be_prompt(node: fx.Node) -> bool:
 
 
 def _tokens_behind(layouts: Layouts) -> list[fx.Node]:
-    """The tokens of the longest history that is read, and of the outputs for those no trip reads."""
+    """The tokens of the longest history that is read."""
     history = layouts.history(())
     longest: tuple[int, ...] = ()
     for reading in layouts.readings.values():
@@ -226,10 +230,12 @@ def _tokens_behind(layouts: Layouts) -> list[fx.Node]:
             continue
         tail = tuple(itertools.takewhile(layouts.is_token, columns[len(history) :]))
         longest = max(longest, tail, key=len)
-    tokens = [source for column in longest if (source := layouts.source(column)) is not None]
-    if not tokens:
-        return []
-    last = layouts.order[tokens[-1]]
+    return [source for column in longest if (source := layouts.source(column)) is not None]
+
+
+def _tokens_returned(layouts: Layouts, tokens: Sequence[fx.Node]) -> list[fx.Node]:
+    """The tokens among the outputs that are drawn after those that are read in a history."""
+    last = layouts.order[tokens[-1]] if tokens else -1
     fresh = {
         layouts.source(column)
         for labels in layouts.outputs.values()
@@ -237,7 +243,7 @@ def _tokens_behind(layouts: Layouts) -> list[fx.Node]:
         if layouts.is_token(column)
     }
     late = [source for source in fresh if source is not None and layouts.order[source] > last]
-    return tokens + sorted(late, key=layouts.order.__getitem__)
+    return sorted(late, key=layouts.order.__getitem__)
 
 
 def _refuse_unrecognised_feedback(nodes: Sequence[fx.Node]) -> None:
