@@ -271,8 +271,11 @@ class _Rewriter:
         self.cut_masks(node, shrunk, inputs, values)
         for leaves in self.readings(node):
             numbers = {at: self.length for at in leaves}
-            chosen = {leaf: self.length for at, leaf in enumerate(flatten(node)) if at in leaves and _is_node(leaf)}
-            args, kwargs = replace_leaves(node, numbers, {**values, **chosen})
+            chosen = dict(values)
+            chosen.update(
+                {leaf: self.length for at, leaf in enumerate(flatten(node)) if at in leaves and _is_node(leaf)}
+            )
+            args, kwargs = replace_leaves(node, numbers, chosen)
             try:
                 value = self.call(node, args, kwargs)
             except Exception:
@@ -296,7 +299,7 @@ class _Rewriter:
         return sorted({buffer.length for buffer in self.buffers.values()})
 
     def readings(self, node: fx.Node) -> Iterator[dict[int, None]]:
-        """Choices of the leaves that are lengths of the buffer, as many as possible first."""
+        """Choices of the leaves that are lengths of the buffer, the largest choice first."""
         lengths = self.lengths()
         values = [self.old.get(leaf) if isinstance(leaf, fx.Node) else leaf for leaf in flatten(node)]
         found = [at for at, v in enumerate(values) if type(v) is int and v in lengths][:6]
@@ -321,10 +324,10 @@ class _Rewriter:
         if not (last or (shrunk and op_name(node) == _ATTENTION)):
             return
         for source, value in values.items():
-            if source not in shrunk and isinstance(value, torch.Tensor) and value.dim() > 1:
-                if value.shape[-1] in self.lengths():
-                    inputs[source] = self.emit("narrow", inputs[source], -1, 0, self.size())
-                    values[source] = value.narrow(-1, 0, self.length)
+            is_mask = source not in shrunk and isinstance(value, torch.Tensor) and value.dim() > 1
+            if is_mask and value.shape[-1] in self.lengths():
+                inputs[source] = self.emit("narrow", inputs[source], -1, 0, self.size())
+                values[source] = value.narrow(-1, 0, self.length)
 
     def size(self) -> fx.Node:
         return self.emit("size", self.copies[self.ids], 1)

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
@@ -31,10 +32,15 @@ from .trip_graph import Leaves, Trips, build_step, describe, flatten, trip_nodes
 from .verify import NARROW, TOLERANCE, relative_error
 
 log = logging.getLogger(__name__)
+MORE = 40  # tokens that a prompt is longer by in the second comparison: a cropped cache shows there
 _MOVES_A_DRAW = frozenset(
     ["multinomial", "argmax", "argmin", "max", "topk", "sort", "getitem", "gather", "take_along_dim", "index_select",
      "squeeze", "unsqueeze", "view", "reshape", "to", "long", "clone", "flatten", "getattr"]
 )  # fmt: skip
+
+
+class ShortPrompt(LoopError):
+    """The prompt has one token: the loop may be traced with a longer one."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,9 @@ def recover_cached(
     free = without_buffers(written, layouts.batch, [tensor_info(node) for node in invariants], values)
     known = tuple((node, int(v)) for node, v in zip(invariants, values, strict=True) if v is not None)
     invariants = list(itertools.compress(invariants, free.kept))
-    check = CachedTrips(gm, concrete.graph, layouts.prompt, tuple(tokens), free.step, tuple(invariants))
+    size = _symbol(layouts.prompt)
+    more = None if size is None else concretise(gm, example_inputs, {size: layouts.prompt_length + MORE}).graph
+    check = CachedTrips(gm, concrete.graph, more, layouts.prompt, tuple(tokens), free.step, tuple(invariants))
     return CachedStep(free.step, invariants, closure, known, check, _report(free.buffers, free.grown), free.buffers)
 
 
@@ -146,11 +154,10 @@ def _growth(
         LoopError: an integer does not grow evenly, or the graph holds for this one prompt length and does not tell.
     """
     length = trips.layouts.prompt_length
-    example = trips.layouts.prompt.meta.get("example_value")
-    size = example.shape[-1] if isinstance(example, torch.Tensor) else length
-    if not isinstance(size, torch.SymInt):
+    size = _symbol(trips.layouts.prompt)
+    if size is None:
         return _growth_of_constants(trips, closure, length)
-    longer = [list(concretise(gm, example_inputs, {size.node.expr: length + k}).graph.nodes) for k in (1, 2)]
+    longer = [list(concretise(gm, example_inputs, {size: length + k}).graph.nodes) for k in (1, 2)]
     order = trips.layouts.order
     growing: Leaves = {}
     for node in closure:
@@ -167,10 +174,23 @@ def _growth(
     return growing
 
 
+def _symbol(prompt: fx.Node) -> sympy.Expr | None:
+    """The prompt's length as Dynamo knows it; None if it is a number there."""
+    example = prompt.meta.get("example_value")
+    size = example.shape[-1] if isinstance(example, torch.Tensor) else None
+    return size.node.expr if isinstance(size, torch.SymInt) else None
+
+
 def _growth_of_constants(trips: Trips, closure: Sequence[fx.Node], length: int) -> Leaves:
     """For a graph of one prompt length: which of its numbers are that length, by shapes."""
+    if length == 1:
+        raise ShortPrompt(
+            "A loop with a cache in it cannot be traced with a prompt of one token.",
+            "then the first call looks like all others, and does not show the model on a text",
+            "give a prompt of two tokens or more, or use @smc_compile.decode",
+        )
     try:
-        return resolve_lengths(trips, closure, {}, length) if length > 1 else {}
+        return resolve_lengths(trips, closure, {}, length)
     except LoopError as error:
         raise LoopError(
             "The loop has a cache in it and was traced for one prompt length only.",
@@ -184,10 +204,17 @@ def _growth_of_constants(trips: Trips, closure: Sequence[fx.Node], length: int) 
 
 @dataclass(frozen=True)
 class CachedTrips:
-    """The loop as it was written, beside the step that replaces it."""
+    """The loop as it was written, beside the step that replaces it.
+
+    Attributes:
+        graph: the loop, for the prompt's own length; its constants are in ``root``.
+        longer: the same for a prompt with MORE tokens, if the loop was traced for any length.
+        prompt, tokens, invariants: nodes of ``graph``; ``invariants`` are the inputs of ``step`` after the ids.
+    """
 
     root: fx.GraphModule
     graph: fx.Graph
+    longer: fx.Graph | None
     prompt: fx.Node
     tokens: tuple[fx.Node, ...]
     step: fx.GraphModule
@@ -199,23 +226,43 @@ class CachedTrips:
         Raises:
             LoopError: they differ: the loop does something else to its cache than keep it.
         """
-        placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
-        given = dict(zip(placeholders, arguments, strict=True))
+        draws = self.draws()
+        worst = self.difference(self.graph, draws, arguments)
+        if self.longer is not None:
+            numbers = {node: at for at, node in enumerate(self.graph.nodes)}
+            nodes = list(self.longer.nodes)
+            there = [Draw(tuple(nodes[numbers[n]] for n in d.nodes), nodes[numbers[d.token]]) for d in draws]
+            at = [n for n in self.graph.nodes if n.op == "placeholder"].index(self.prompt)
+            text = arguments[at]
+            more = text.repeat(*(1,) * (text.dim() - 1), 1 + MORE // text.shape[-1] + 1)
+            longer = [*arguments[:at], more[..., : text.shape[-1] + MORE], *arguments[at + 1 :]]
+            try:
+                worst = max(worst, self.difference(self.longer, there, longer))
+            except _Fails:  # longer than the positions of the model
+                log.debug("the loop was not compared on a longer prompt")
+        log.debug("the step agrees with %d trips to %.1e", len(self.tokens), worst)
+        return worst
+
+    def difference(self, graph: fx.Graph, draws: Sequence[Draw], arguments: Sequence[Any]) -> float:
+        """The largest relative difference over all trips.
+
+        Raises:
+            LoopError: it is too large.
+        """
+        given = dict(zip((n for n in self.graph.nodes if n.op == "placeholder"), arguments, strict=True))
         prompt = given[self.prompt]
         ids = prompt.reshape(-1, prompt.shape[-1])
-        fork = [ids.device] if ids.is_cuda else []
-        with torch.no_grad(), torch.random.fork_rng(devices=fork):
+        with torch.no_grad(), torch.random.fork_rng(devices=[ids.device] if ids.is_cuda else []):
             torch.manual_seed(0)
-            as_written = _Recorder(fx.GraphModule(self.root, self.graph), self.draws())
-            as_written.run(*(_copied(value) for value in arguments))
-            invariants = [given[node] for node in self.invariants]
+            as_written = _Recorder(fx.GraphModule(self.root, graph), draws)
+            as_written.run_all([_copied(value) for value in arguments])
             coarsest = _coarsest([*arguments, *as_written.seen[0]])
             worst = 0.0
             for trip, expected in enumerate(as_written.seen):
                 rewritten = _Recorder(self.step, [_draw(list(self.step.graph.nodes), _token(self.step))])
-                rewritten.run(torch.cat([ids, *as_written.drawn[:trip]], 1), *invariants)
+                invariants = [given[node] for node in self.invariants]
+                rewritten.run_all([torch.cat([ids, *as_written.drawn[:trip]], 1), *invariants])
                 worst = max(worst, self.compare(trip, rewritten.seen[0], expected, coarsest))
-        log.debug("the step agrees with %d trips to %.1e", len(self.tokens), worst)
         return worst
 
     def draws(self) -> list[Draw]:
@@ -286,6 +333,10 @@ def _draw(nodes: Sequence[fx.Node], token: fx.Node) -> Draw:
     return Draw(tuple(node for node in nodes if node in drawing), token)
 
 
+class _Fails(LoopError):
+    """The loop as it was written fails on its own."""
+
+
 class _Recorder(fx.Interpreter):
     """Runs a graph, notes what each token is drawn from, and puts random tokens in the place of those drawn."""
 
@@ -296,6 +347,21 @@ class _Recorder(fx.Interpreter):
         self.reads = {node: at for at, draw in enumerate(draws) for node in draw.nodes}
         self.ends = {draw.token: at for at, draw in enumerate(draws)}
         self.generator = torch.Generator().manual_seed(0)
+
+    def run_all(self, arguments: Sequence[Any]) -> None:
+        """Run the graph.
+
+        Raises:
+            _Fails: it cannot be run: positions beyond those of the model, or of its cache.
+        """
+        try:
+            self.run(*arguments)
+        except (RuntimeError, IndexError) as error:
+            raise _Fails(
+                "The loop with its cache fails when it is run as it was written.",
+                str(error).splitlines()[0][:300] if str(error) else repr(error),
+                "make the cache long enough for the prompt and all new tokens, and its batch that of the prompt",
+            ) from error
 
     def run_node(self, n: fx.Node) -> Any:
         at = self.reads.get(n)

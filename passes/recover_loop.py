@@ -78,10 +78,13 @@ class DecodeLoop:
         prompt_index: which placeholder of the original graph is the prompt.
         invariant_indices: which placeholders feed the other inputs of `step`.
         trips: how many tokens the loop draws.
-        outputs: how each output of the graph is put together.
+        outputs: how each output of the graph is put together; None for a cache that was made outside and is put back.
         report: what was found, in lines for a person.
         fixed_floats: (placeholder, value) of Python floats that Dynamo lifted to inputs and that `step` holds as
             constants: the result is wrong for other values. Temperatures and the like stay inputs.
+        padded: the trip as it was written, if it reads a padded buffer.
+        cached: the trips as they were written, if they hand on a cache.
+        room: positions of the preallocated cache in the loop, if there is one.
     """
 
     step: fx.GraphModule
@@ -90,11 +93,12 @@ class DecodeLoop:
     trips: int
     prompt_length: int
     batch: int
-    outputs: tuple[OutputLayout, ...]
+    outputs: tuple[OutputLayout | None, ...]
     report: list[str] = field(default_factory=list)
     fixed_floats: tuple[tuple[int, float], ...] = ()
     padded: PaddedTrip | None = None
     cached: CachedTrips | None = None
+    room: int | None = None
 
     def check(self, arguments: Sequence[Any]) -> None:
         """Compare `step` with the trips as they were written, if these read padded buffers or caches.
@@ -162,7 +166,8 @@ def _cached_loop(
     found = recover_cached(gm, example_inputs, concrete, layouts, tokens)
     _check_randomness(found.closure, tokens[0])
     trips = Trips(layouts, tokens, cached=True)
-    outputs = tuple(_output_layout(trips, output) for output in _output_nodes(layouts.nodes))
+    returned = _output_nodes(layouts.nodes)
+    outputs = tuple(None if _is_state(layouts, node) else _output_layout(trips, node) for node in returned)
     placeholders = [node for node in layouts.nodes if node.op == "placeholder"]
     known = tuple((placeholders.index(node), float(value)) for node, value in found.known)
     return DecodeLoop(
@@ -176,7 +181,14 @@ def _cached_loop(
         report=_report(trips, len(tokens), found.closure, {}, outputs, None, found.report),
         fixed_floats=concrete.fixed_floats + known,
         cached=found.check,
+        room=min((buffer.length for buffer in found.buffers), default=None),
     )
+
+
+def _is_state(layouts: Layouts, output: Any) -> bool:
+    """An output without a token in it: Dynamo returns what a cache made outside of the function is left with."""
+    labels = layouts.outputs.get(output) if isinstance(output, fx.Node) else None
+    return labels is None or not any(layouts.source(label) for label in labels.flatten().tolist())
 
 
 def _step(
@@ -414,14 +426,15 @@ def _report(
     drawn: int,
     nodes: Sequence[fx.Node],
     growing: Leaves,
-    outputs: Sequence[OutputLayout],
+    outputs: Sequence[OutputLayout | None],
     padded: PaddedTrip | None,
     cache: Sequence[str] = (),
 ) -> list[str]:
     layouts = trips.layouts
     draws = [node for node in nodes if is_draw(node)]
-    pads = [f" + {len(layout.padding)} constants" if layout.padding else "" for layout in outputs]
-    returned = [" + ".join(layout.segments) + pad for layout, pad in zip(outputs, pads, strict=True)]
+    tokens = [layout for layout in outputs if layout is not None]
+    pads = [f" + {len(layout.padding)} constants" if layout.padding else "" for layout in tokens]
+    returned = [" + ".join(layout.segments) + pad for layout, pad in zip(tokens, pads, strict=True)]
     return [
         f"decode loop of {drawn} trips",
         f"prompt `{layouts.prompt.name}` [{layouts.batch}, {layouts.prompt_length}]",

@@ -30,13 +30,15 @@ class LoopProgram:
     traced: Traced
     weights: list[Tensor]
 
-    def run(self, loop: DecodeLoop, arguments: Sequence[Any], trips: int) -> tuple[tuple[Tensor, ...], Generation]:
-        """What the loop returns for ``trips`` trips, and the generation behind it."""
+    def run(
+        self, loop: DecodeLoop, arguments: Sequence[Any], trips: int
+    ) -> tuple[tuple[Tensor | None, ...], Generation]:
+        """What the loop returns for ``trips`` trips, and the generation behind it; None for the loop's own cache."""
         self.weights[:] = _weights(loop, arguments)
         prompt = _prompt(loop, arguments)
         result = self.program.run(prompt, trips)
         tokens = result.sequences[:, prompt.shape[1] :]
-        return tuple(layout.build(prompt, tokens) for layout in loop.outputs), result
+        return tuple(layout and layout.build(prompt, tokens) for layout in loop.outputs), result
 
 
 def program_for(loop: DecodeLoop, arguments: Sequence[Any], options: Options) -> LoopProgram:
