@@ -107,6 +107,7 @@ class _Rewriter:
         for node in self.step.graph.nodes:
             if node.op == "output":
                 continue
+            self.refuse_filled_cache(node)
             buffer = self.buffer_of(node) if mutated_inputs(node) else None
             if buffer is not None:
                 self.buffers[node] = buffer
@@ -138,7 +139,8 @@ class _Rewriter:
             raise LoopError(
                 "The first trip of a loop with a cache cannot be run at another length than the prompt's.",
                 f"{describe(node)} with {self.length} tokens: {str(error).splitlines()[0] if str(error) else error!r}",
-                "mark the prompt's length as dynamic, torch.compile(..., dynamic=True), or use @smc_compile.decode",
+                "make what is as long as the prompt inside of the function (a mask: torch.ones_like(ids)); let shapes "
+                "depend on ids.shape only; and mark the prompt as dynamic, torch.compile(..., dynamic=True)",
             ) from error
 
     def call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
@@ -196,6 +198,18 @@ class _Rewriter:
                     f"{describe(node)} changes `{places[storage].name}`, though not at the positions of the tokens "
                     "from 0 on, as a cache that starts empty would be written",
                     "start with an empty cache, and give the first call the whole prompt at positions 0, 1, ..., P-1",
+                )
+
+    def refuse_filled_cache(self, node: fx.Node) -> None:
+        """Keys of an earlier text stand before those of the prompt."""
+        operands = node.args[0] if op_name(node) in ("cat", "concat", "concatenate") and node.args else ()
+        for source in operands if isinstance(operands, tuple | list) else ():
+            if source in self.given and self.is_tensor(source) and self.old[source].dim() > 2:
+                raise LoopError(
+                    "The cache that the decode loop is given is not empty.",
+                    f"{describe(node)} puts the tokens' own keys behind `{source.name}` "
+                    f"{list(self.old[source].shape)}, an input",
+                    "start with an empty cache and the whole text as the prompt: the compiler makes its own cache",
                 )
 
     def is_tensor(self, node: fx.Node) -> bool:

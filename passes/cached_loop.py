@@ -32,11 +32,8 @@ from .trip_graph import Leaves, Trips, build_step, describe, flatten, trip_nodes
 from .verify import NARROW, TOLERANCE, relative_error
 
 log = logging.getLogger(__name__)
+NO_END = "leave the end-of-sequence handling out of the loop and pass eos_token_id instead"
 MORE = 40  # tokens that a prompt is longer by in the second comparison: a cropped cache shows there
-_MOVES_A_DRAW = frozenset(
-    ["multinomial", "argmax", "argmin", "max", "topk", "sort", "getitem", "gather", "take_along_dim", "index_select",
-     "squeeze", "unsqueeze", "view", "reshape", "to", "long", "clone", "flatten", "getattr"]
-)  # fmt: skip
 
 
 class ShortPrompt(LoopError):
@@ -256,6 +253,7 @@ class CachedTrips:
             torch.manual_seed(0)
             as_written = _Recorder(fx.GraphModule(self.root, graph), draws)
             as_written.run_all([_copied(value) for value in arguments])
+            self.refuse_conditions(as_written.seen)
             coarsest = _coarsest([*arguments, *as_written.seen[0]])
             worst = 0.0
             for trip, expected in enumerate(as_written.seen):
@@ -277,15 +275,23 @@ class CachedTrips:
             earlier = set(self.tokens[:at])
             found.append(_draw([n for n in nodes if n not in earlier], token))
             ops = [[op_name(n) for n in draw.nodes] for draw in (found[0], found[at])]
-            strange = [n for n in found[at].nodes if op_name(n) not in _MOVES_A_DRAW and not is_random(n)]
-            if ops[0] != ops[1] and (strange or set(ops[0]) != set(ops[1])):
+            if ops[0] != ops[1]:
                 raise LoopError(
                     "The trips of the decode loop do not draw their tokens alike.",
                     f"trip 0 draws by {', '.join(ops[0])}; trip {at} by {', '.join(ops[1])}, at {describe(token)}",
-                    "sample in the same way after the first call as after the others; leave the end-of-sequence "
-                    "handling out of the loop and pass eos_token_id instead",
+                    f"sample in the same way after the first call as after the others; {NO_END}",
                 )
         return found
+
+    def refuse_conditions(self, seen: Sequence[Sequence[torch.Tensor]]) -> None:
+        """A draw that is replaced under some condition: random tokens need not meet it."""
+        for token, values in zip(self.tokens, seen, strict=True):
+            if any(value.dtype == torch.bool for value in values):
+                raise LoopError(
+                    "A token of the decode loop is replaced after it was drawn.",
+                    f"{describe(token)} depends on a condition",
+                    NO_END,
+                )
 
     def compare(
         self, trip: int, actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], dtype: torch.dtype

@@ -69,7 +69,7 @@ class OutputLayout:
         return value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DecodeLoop:
     """A decode loop as data.
 
@@ -167,7 +167,7 @@ def _cached_loop(
     _check_randomness(found.closure, tokens[0])
     trips = Trips(layouts, tokens, cached=True)
     returned = _output_nodes(layouts.nodes)
-    outputs = tuple(None if _is_state(layouts, node) else _output_layout(trips, node) for node in returned)
+    outputs = tuple(None if _is_state(trips, node) else _output_layout(trips, node) for node in returned)
     placeholders = [node for node in layouts.nodes if node.op == "placeholder"]
     known = tuple((placeholders.index(node), float(value)) for node, value in found.known)
     return DecodeLoop(
@@ -185,10 +185,11 @@ def _cached_loop(
     )
 
 
-def _is_state(layouts: Layouts, output: Any) -> bool:
+def _is_state(trips: Trips, output: Any) -> bool:
     """An output without a token in it: Dynamo returns what a cache made outside of the function is left with."""
-    labels = layouts.outputs.get(output) if isinstance(output, fx.Node) else None
-    return labels is None or not any(layouts.source(label) for label in labels.flatten().tolist())
+    labels = trips.layouts.outputs.get(output) if isinstance(output, fx.Node) else None
+    sources = set() if labels is None else {trips.layouts.source(label) for label in labels.flatten().tolist()}
+    return not sources & trips.carriers
 
 
 def _step(

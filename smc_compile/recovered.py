@@ -6,11 +6,13 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, fx
 
-from smc_compile.compile import Program, build_program, cached, check_prompt
+from smc_compile.calling import compile_called, needs_more
+from smc_compile.compile import Model, Program, build_program, cached, check_pair, check_prompt
 from smc_compile.errors import LoopError
 from smc_compile.options import Options
 from smc_compile.passes.pipeline import Traced, trace_model
@@ -20,6 +22,7 @@ from smc_compile.runtime.session import Law
 
 KEPT = 16  # programs kept for loops that are compiled again (another n, another prompt length)
 _programs: OrderedDict[Any, LoopProgram] = OrderedDict()
+_checked: WeakSet[DecodeLoop] = WeakSet()
 
 
 @dataclass
@@ -51,6 +54,9 @@ def program_for(loop: DecodeLoop, arguments: Sequence[Any], options: Options) ->
                 "pass it as a tensor, or call torch._dynamo.reset() before changing it",
             )
     check_prompt(_prompt(loop, arguments))
+    if loop not in _checked:  # another loop with the same step may treat its padding or its cache in another way
+        loop.check(arguments)
+        _checked.add(loop)
     weights = _weights(loop, arguments)
     signature = (
         step_text(loop.step.graph),
@@ -90,11 +96,19 @@ def _weights(loop: DecodeLoop, arguments: Sequence[Any]) -> list[Tensor]:
 
 
 def _compile(loop: DecodeLoop, arguments: Sequence[Any], weights: list[Tensor], options: Options) -> LoopProgram:
-    loop.check(arguments)
     ids = _prompt(loop, arguments)
     traced = trace_model(loop.step, ids.new_zeros(loop.batch, 2), weights, options.validate)
     assert traced.sampler is not None
     current = list(weights)
     law = Law(traced.sampler.kind)
     target = cached(traced, lambda: [*traced.owned(), *current], options, "target", law)
-    return LoopProgram(build_program(target, options, traced.sampler.temperature, ids), traced, current)
+    return LoopProgram(_program(target, options, traced.sampler.temperature, ids), traced, current)
+
+
+def _program(target: Model, options: Options, temperature: float, ids: Tensor) -> Program:
+    """Target and draft; a draft with another calling convention is traced in a loop of its own."""
+    if options.method != "smc" or target.law.kind == "greedy" or not needs_more(options.draft):
+        return build_program(target, options, temperature, ids)
+    draft = compile_called(options.draft, options, temperature, ids)
+    check_pair(target, draft)
+    return Program(target, draft, options)
