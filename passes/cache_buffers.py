@@ -12,7 +12,7 @@ the result is the same is not proved here but measured on all trips: see `cached
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from smc_compile.errors import LoopError
 
+from .padded_buffer import quiet_shapes
 from .token_layout import TensorInfo, is_random, mutated_inputs, on_cpu, op_name
 from .trip_graph import describe, flatten, replace_leaves
 
@@ -231,8 +232,7 @@ class _Rewriter:
                 self.grown += 1
             else:
                 self.copy(node)
-        impure: Callable[[fx.Node], bool] = lambda n: n.op in ("placeholder", "output") or bool(mutated_inputs(n))  # noqa: E731
-        self.graph.eliminate_dead_code(is_impure_node=impure)
+        self.graph.eliminate_dead_code(is_impure_node=_is_impure)
         kept = [bool(self.copies[node].users) for node in self.inputs]
         for node, used in zip(self.inputs, kept, strict=True):
             if not used:
@@ -282,22 +282,21 @@ class _Rewriter:
             self.emit_copy(node, inputs, {})
             self.new[node] = self.old[node]
             return
-        self.cut_masks(node, shrunk, inputs, values)
-        for leaves in self.readings(node):
-            numbers = {at: self.length for at in leaves}
-            chosen = dict(values)
-            chosen.update(
-                {leaf: self.length for at, leaf in enumerate(flatten(node)) if at in leaves and _is_node(leaf)}
-            )
-            args, kwargs = replace_leaves(node, numbers, chosen)
-            try:
-                value = self.call(node, args, kwargs)
-            except Exception:
-                continue
-            if self.fits(_shape(self.old[node]), _shape(value)):
-                self.emit_copy(node, inputs, leaves)
-                self.new[node] = value
-                return
+        with quiet_shapes():
+            for masks, leaves in itertools.product(self.masks(node, shrunk, values), self.readings(node)):
+                chosen = {leaf for at, leaf in enumerate(flatten(node)) if at in leaves and _is_node(leaf)}
+                tried = dict(values)
+                tried.update({source: values[source].narrow(-1, 0, self.length) for source in masks})
+                tried.update(dict.fromkeys(chosen, self.length))
+                try:
+                    value = self.call(node, *replace_leaves(node, dict.fromkeys(leaves, self.length), tried))
+                except Exception:
+                    continue
+                if self.fits(_shape(self.old[node]), _shape(value)):
+                    narrowed = {s: self.emit("narrow", inputs[s], -1, 0, self.size()) for s in masks}
+                    self.emit_copy(node, {**inputs, **narrowed}, leaves)
+                    self.new[node] = value
+                    return
         raise LoopError(
             "The cache of the decode loop is preallocated, and which of the sizes are its length is not clear.",
             f"a cache of {self.lengths()} positions; no reading of the sizes fits {describe(node)}",
@@ -330,18 +329,21 @@ class _Rewriter:
         lengths = self.lengths()
         return all(a == b or (a in lengths and b == self.length) for a, b in zip(old, new, strict=True))
 
-    def cut_masks(
-        self, node: fx.Node, shrunk: Sequence[fx.Node], inputs: dict[fx.Node, Any], values: dict[fx.Node, Any]
-    ) -> None:
-        """Operands whose last axis still has the buffer's length lose what lies behind the tokens."""
-        last = any((_shape(self.old[s]) or (0,))[-1] != (_shape(values[s]) or (0,))[-1] for s in shrunk)
-        if not (last or (shrunk and op_name(node) == _ATTENTION)):
+    def masks(self, node: fx.Node, shrunk: Sequence[fx.Node], values: dict[fx.Node, Any]) -> Iterator[list[fx.Node]]:
+        """Operands to cut behind the tokens: the mask of an attention, or what meets values cut already, if need be."""
+        wide = [
+            source
+            for source, value in values.items()
+            if source not in shrunk and isinstance(value, torch.Tensor) and value.dim() > 1
+            if value.shape[-1] in self.lengths()
+        ]
+        if shrunk and op_name(node) == _ATTENTION:
+            mask = node.kwargs.get("attn_mask", node.args[3] if len(node.args) > 3 else None)
+            yield [mask] if mask in wide else []  # type: ignore[list-item]
             return
-        for source, value in values.items():
-            is_mask = source not in shrunk and isinstance(value, torch.Tensor) and value.dim() > 1
-            if is_mask and value.shape[-1] in self.lengths():
-                inputs[source] = self.emit("narrow", inputs[source], -1, 0, self.size())
-                values[source] = value.narrow(-1, 0, self.length)
+        yield []
+        if wide and any(_shape(self.old[s])[-1:] != _shape(values[s])[-1:] for s in shrunk):
+            yield wide
 
     def size(self) -> fx.Node:
         return self.emit("size", self.copies[self.ids], 1)
@@ -400,6 +402,10 @@ def _per_axis(index: Any, dim: int) -> list[Any] | None:
     plain = all(isinstance(item, int | slice | torch.Tensor) for item in full)
     mixed = any(isinstance(item, int) for item in full) and any(isinstance(item, torch.Tensor) for item in full)
     return full if plain and not mixed and len(full) == dim and len(dots) < 2 else None
+
+
+def _is_impure(node: fx.Node) -> bool:
+    return node.op in ("placeholder", "output") or bool(mutated_inputs(node))
 
 
 def _is_node(leaf: Any) -> bool:

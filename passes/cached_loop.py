@@ -33,6 +33,7 @@ from .verify import NARROW, TOLERANCE, relative_error
 
 log = logging.getLogger(__name__)
 NO_END = "leave the end-of-sequence handling out of the loop and pass eos_token_id instead"
+FROM_IDS = "make masks and positions inside of the function, torch.ones_like(ids) or torch.arange(ids.shape[1])"
 MORE = 40  # tokens that a prompt is longer by in the second comparison: a cropped cache shows there
 
 
@@ -95,6 +96,7 @@ def recover_cached(
     growing = _growth(gm, example_inputs, concrete, trips, closure)
     written, invariants = build_step(gm, trips, closure, growing)
     drop_ones_masks(written)
+    _refuse_long_inputs(invariants, _symbol(layouts.prompt))
     values = [_known_integer(concrete, example_inputs, node) for node in invariants]
     free = without_buffers(written, layouts.batch, [tensor_info(node) for node in invariants], values)
     known = tuple((node, int(v)) for node, v in zip(invariants, values, strict=True) if v is not None)
@@ -127,6 +129,19 @@ def _first_trip(trips: Trips) -> list[fx.Node]:
             "give the first call all of the prompt, model(ids, ...), and each later call the newest token; "
             "feed no part of the prompt in advance",
         ) from error
+
+
+def _refuse_long_inputs(invariants: Sequence[fx.Node], size: sympy.Expr | None) -> None:
+    """An input as long as the prompt has no value for the tokens behind it."""
+    for node in invariants:
+        example = node.meta.get("example_value")
+        shape = example.shape if isinstance(example, torch.Tensor) else ()
+        if any(isinstance(s, torch.SymInt) and size in s.node.expr.free_symbols for s in shape):
+            raise LoopError(
+                "An input of a loop with a cache is as long as the prompt.",
+                f"`{node.name}` {tuple(shape)}: what it holds for the tokens behind the prompt is not known",
+                FROM_IDS,
+            )
 
 
 def _known_integer(concrete: Concrete, example_inputs: Sequence[Any], node: fx.Node) -> torch.Tensor | None:
@@ -259,7 +274,11 @@ class CachedTrips:
             for trip, expected in enumerate(as_written.seen):
                 rewritten = _Recorder(self.step, [_draw(list(self.step.graph.nodes), _token(self.step))])
                 invariants = [given[node] for node in self.invariants]
-                rewritten.run_all([torch.cat([ids, *as_written.drawn[:trip]], 1), *invariants])
+                try:
+                    rewritten.run_all([torch.cat([ids, *as_written.drawn[:trip]], 1), *invariants])
+                except _Fails as error:
+                    what = "The first trip of a loop with a cache cannot be run on another number of tokens."
+                    raise LoopError(what, error.why, FROM_IDS) from error
                 worst = max(worst, self.compare(trip, rewritten.seen[0], expected, coarsest))
         return worst
 

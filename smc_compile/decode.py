@@ -173,6 +173,8 @@ class CompiledLoop:
         try:
             return self._traced(*shifted.args, **shifted.kwargs)
         except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
+            if "bind arguments" in str(error):
+                raise _failed(error, context=True) from error
             raise LoopError(
                 "the decode loop has Python control flow that depends on data, or code that Dynamo cannot trace",
                 _first_lines(error),
@@ -331,10 +333,11 @@ def _trace(function: Callable[..., Any], backend: Callable[..., Any]) -> Callabl
     return torch.compile(copy, backend=backend, fullgraph=True, dynamic=False)
 
 
-def _failed(error: Exception) -> LoopError:
+def _failed(error: Exception, context: bool = False) -> LoopError:
+    lines = [line.strip() for line in str(error).splitlines() if "context:" in line] if context else []
     return LoopError(
         "the loop fails with these arguments",
-        _first_lines(error),
+        "\n".join(line.removeprefix("Developer debug context: ")[:300] for line in lines) or _first_lines(error),
         "run the plain loop to see the error, or name the number of trips: decode(trip_count='n')",
     )
 
