@@ -63,9 +63,15 @@ class CachedStep:
     buffers: list[Buffer]
 
 
-def carries_cache(layouts: Layouts, tokens: Sequence[fx.Node]) -> bool:
-    """Whether the second trip reads the token before it alone, and never the whole sequence."""
+def carries_cache(layouts: Layouts, tokens: Sequence[fx.Node], whole: bool = False) -> bool:
+    """Whether the second trip reads the token before it alone, and never the whole sequence.
+
+    With ``whole``, the first must read the prompt as a whole: else nothing tells that the tokens follow it.
+    """
     trips = Trips(layouts, tokens, cached=True)
+    first = _trip_closure(trips, 0) if whole else []
+    if whole and all(trips.read_length(n, source, 0) is None for n in first for source in n.all_input_nodes):
+        return False
     newest = trips.history[layouts.prompt_length : layouts.prompt_length + 1]
     alone = False
     for node in _trip_closure(trips, 1):

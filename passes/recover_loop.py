@@ -221,7 +221,7 @@ def _find_tokens(nodes: Sequence[fx.Node]) -> tuple[Layouts, list[fx.Node]] | No
         layouts = interpret(nodes, prompt)
         tokens = _tokens_behind(layouts)
         late = _tokens_returned(layouts, tokens)
-        if len(tokens + late) >= 2 and (tokens or carries_cache(layouts, late)):
+        if len(tokens + late) >= 2 and (tokens or carries_cache(layouts, late, whole=True)):
             return layouts, tokens + late
     return None
 
