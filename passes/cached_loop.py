@@ -60,17 +60,16 @@ class CachedStep:
     known: tuple[tuple[fx.Node, int], ...]
     check: CachedTrips
     report: list[str]
-    buffers: list[Buffer]
 
 
-def carries_cache(layouts: Layouts, tokens: Sequence[fx.Node], whole: bool = False) -> bool:
-    """Whether the second trip reads the token before it alone, and never the whole sequence.
-
-    With ``whole``, the first must read the prompt as a whole: else nothing tells that the tokens follow it.
-    """
+def carries_cache(layouts: Layouts, tokens: Sequence[fx.Node]) -> bool:
+    """Whether the first trip reads the prompt as a whole, and the second the token before it alone."""
     trips = Trips(layouts, tokens, cached=True)
-    first = _trip_closure(trips, 0) if whole else []
-    if whole and all(trips.read_length(n, source, 0) is None for n in first for source in n.all_input_nodes):
+    try:
+        first = trip_nodes(trips, 0)
+    except LoopError:
+        return False
+    if all(trips.read_length(node, source, 0) is None for node in first for source in node.all_input_nodes):
         return False
     newest = trips.history[layouts.prompt_length : layouts.prompt_length + 1]
     alone = False
@@ -89,7 +88,7 @@ def recover_cached(
     """The step of a loop whose later trips read one token and a cache.
 
     Raises:
-        LoopError: the first trip does not read the prompt as a whole, or what it is for another length is not clear.
+        LoopError: what the first trip is for another length is not clear.
     """
     if concrete.unrolled:
         raise LoopError(
@@ -98,7 +97,7 @@ def recover_cached(
             "write the loop with `for`, and compile it with @smc_compile.decode",
         )
     trips = Trips(layouts, tokens, cached=True)
-    closure = _first_trip(trips)
+    closure = trip_nodes(trips, 0)
     growing = _growth(gm, example_inputs, concrete, trips, closure)
     written, invariants = build_step(gm, trips, closure, growing)
     drop_ones_masks(written)
@@ -110,7 +109,7 @@ def recover_cached(
     size = _symbol(layouts.prompt)
     more = None if size is None else concretise(gm, example_inputs, {size: layouts.prompt_length + MORE}).graph
     check = CachedTrips(gm, concrete.graph, more, layouts.prompt, tuple(tokens), free.step, tuple(invariants))
-    return CachedStep(free.step, invariants, closure, known, check, _report(free.buffers, free.grown), free.buffers)
+    return CachedStep(free.step, invariants, closure, known, check, _report(free.buffers, free.grown))
 
 
 def _trip_closure(trips: Trips, trip: int) -> list[fx.Node]:
@@ -123,18 +122,6 @@ def _trip_closure(trips: Trips, trip: int) -> list[fx.Node]:
                 found.add(source)
                 pending.append(source)
     return sorted(found, key=order.__getitem__)
-
-
-def _first_trip(trips: Trips) -> list[fx.Node]:
-    try:
-        return trip_nodes(trips, 0)
-    except LoopError as error:
-        raise LoopError(
-            "The first call of the model in a loop with a cache does not read the whole prompt.",
-            error.why,
-            "give the first call all of the prompt, model(ids, ...), and each later call the newest token; "
-            "feed no part of the prompt in advance",
-        ) from error
 
 
 def _refuse_long_inputs(invariants: Sequence[fx.Node], size: sympy.Expr | None) -> None:
@@ -197,6 +184,35 @@ def _symbol(prompt: fx.Node) -> sympy.Expr | None:
     example = prompt.meta.get("example_value")
     size = example.shape[-1] if isinstance(example, torch.Tensor) else None
     return size.node.expr if isinstance(size, torch.SymInt) else None
+
+
+def longest_text(prompt: fx.Node) -> int | None:
+    """The longest text for which the code of the first trip is the one that was traced; None if there is no end.
+
+    A branch on a length leaves a guard: the model's window begins, a cache is full, the loop crops its cache.
+    """
+    symbol = _symbol(prompt)
+    if not isinstance(symbol, sympy.Symbol):
+        return None
+    ends = [_end(guard.expr, symbol) for guard in prompt.meta["example_value"].shape[-1].node.shape_env.guards]
+    return min((end for end in ends if end is not None), default=None)
+
+
+def _end(guard: sympy.Basic, symbol: sympy.Symbol) -> int | None:
+    """The last value up to which a guard holds, if it fails for large ones."""
+
+    def holds(value: int) -> bool:
+        return guard.xreplace({symbol: sympy.Integer(value)}) != sympy.false
+
+    low, high = 2, 2**20 + 7
+    if symbol not in guard.free_symbols or holds(high):
+        return None
+    while low < high and not holds(low):  # a guard that begins somewhere
+        low += 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
 
 
 def _growth_of_constants(trips: Trips, closure: Sequence[fx.Node], length: int) -> Leaves:

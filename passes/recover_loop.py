@@ -25,7 +25,7 @@ from torch import fx
 
 from smc_compile.errors import LoopError
 
-from .cached_loop import CachedTrips, carries_cache, recover_cached
+from .cached_loop import CachedTrips, carries_cache, longest_text, recover_cached
 from .concretise import Concrete, concretise
 from .lookups import simplify_lookups
 from .ones_masks import drop_ones_masks
@@ -84,7 +84,7 @@ class DecodeLoop:
             constants: the result is wrong for other values. Temperatures and the like stay inputs.
         padded: the trip as it was written, if it reads a padded buffer.
         cached: the trips as they were written, if they hand on a cache.
-        room: positions of the preallocated cache in the loop, if there is one.
+        longest: the longest text that `step` holds for, if the loop takes another path for longer ones.
     """
 
     step: fx.GraphModule
@@ -98,7 +98,7 @@ class DecodeLoop:
     fixed_floats: tuple[tuple[int, float], ...] = ()
     padded: PaddedTrip | None = None
     cached: CachedTrips | None = None
-    room: int | None = None
+    longest: int | None = None
 
     def check(self, arguments: Sequence[Any]) -> None:
         """Compare `step` with the trips as they were written, if these read padded buffers or caches.
@@ -181,7 +181,7 @@ def _cached_loop(
         report=_report(trips, len(tokens), found.closure, {}, outputs, None, found.report),
         fixed_floats=concrete.fixed_floats + known,
         cached=found.check,
-        room=min((buffer.length for buffer in found.buffers), default=None),
+        longest=longest_text(layouts.prompt),
     )
 
 
@@ -221,7 +221,7 @@ def _find_tokens(nodes: Sequence[fx.Node]) -> tuple[Layouts, list[fx.Node]] | No
         layouts = interpret(nodes, prompt)
         tokens = _tokens_behind(layouts)
         late = _tokens_returned(layouts, tokens)
-        if len(tokens + late) >= 2 and (tokens or carries_cache(layouts, late, whole=True)):
+        if len(tokens + late) >= 2 and (tokens or carries_cache(layouts, late)):
             return layouts, tokens + late
     return None
 

@@ -79,7 +79,6 @@ class CompiledLoop:
         self._trip_count = trip_count
         self._offset = 0  # 1: a total length, which counts the prompt too
         self._extra = 0  # trips = argument - prompt + extra: a token may be drawn before the loop
-        self._room: int | None = None  # positions of the loop's own cache
         self._fixed_lengths: list[int | None] = []  # what fills up an output whose length is always the same
         self._call = _Call()
         self._traced = _trace(function, self._backend)
@@ -126,7 +125,7 @@ class CompiledLoop:
         """How many tokens a call asks for.
 
         Raises:
-            InputError: none, or more than the loop's own cache has room for.
+            InputError: none.
         """
         assert self._trip_count is not None
         asked = bound.arguments[self._trip_count]
@@ -137,13 +136,6 @@ class CompiledLoop:
                 f"{self._trip_count} asks for no tokens",
                 f"{self._trip_count}={asked!r}",
                 "ask for at least one new token",
-            )
-        lengths = [v.shape[-1] for v in bound.arguments.values() if _may_be_prompt(v)]
-        if self._room is not None and lengths and lengths[0] + trips - 1 > self._room:
-            raise InputError(
-                "the tokens do not fit the cache of the loop",
-                f"{lengths[0]} + {trips} tokens, of which all but the last are kept, and {self._room} positions",
-                "make the cache longer, or ask for fewer tokens",
             )
         return trips
 
@@ -225,7 +217,6 @@ class CompiledLoop:
                 "keep the number of new tokens out of the sampling, or name the right argument: decode(trip_count='n')",
             )
         self._trip_count, self._extra = name, extra
-        self._room = found.room if found.room == other.room else None  # made as long as the loop needs
         self._fixed_lengths = [_fixed_length(*pair) for pair in zip(found.outputs, other.outputs, strict=True)]
 
     def _for_trips(self, loop: DecodeLoop, trips: int) -> DecodeLoop:
@@ -285,10 +276,22 @@ class CompiledLoop:
             if call.prompt is not None:
                 at = found.prompt_index
                 arguments = (*arguments[:at], call.prompt, *arguments[at + 1 :])
+            _check_longest(found, arguments[found.prompt_index].shape[-1], call.trips)
             outputs, call.generation = call.program.run(shown, arguments, call.trips)
             return outputs
 
         return run
+
+
+def _check_longest(loop: DecodeLoop, prompt: int, trips: int) -> None:
+    """Three trips show only one path of a loop that takes another for long texts."""
+    if loop.longest is not None and prompt + trips - 1 > loop.longest:
+        raise InputError(
+            "the text becomes longer than what the loop was traced for",
+            f"the model reads up to {prompt} + {trips} - 1 tokens; beyond {loop.longest} the loop takes another path: its "
+            "cache is full or cropped, or a window of the model begins",
+            "make the cache longer, ask for fewer tokens, or write the loop without a cache, model(ids)[:, -1]",
+        )
 
 
 def _models(function: Callable[..., Any], bound: inspect.BoundArguments) -> list[nn.Module]:

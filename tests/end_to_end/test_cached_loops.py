@@ -429,7 +429,7 @@ REFUSED = {
     another_temperature: (handed, "does not compute what the model computes on all tokens so far"),
     greedy_at_first: (handed, "do not draw their tokens alike"),
     ends: (handed, "pass eos_token_id instead"),
-    in_parts: (handed, "does not read the whole prompt"),
+    in_parts: (handed, "reads tokens other than as the whole sequence"),
     returned: (handed, "Only tokens can be returned"),
     stays_at_one_position: (slots, "does not compute what the model computes on all tokens so far"),
 }
@@ -509,12 +509,34 @@ def test_a_mask_from_outside():
         decode(masked, compiler="eager")(llama(), prompt(), N, torch.ones_like(prompt()))
 
 
+@torch.no_grad()
 def test_more_tokens_than_the_cache_has_room_for():
     model, compiled = slots(), decode(registered_buffers, compiler="eager")
-    with torch.no_grad():
-        assert torch.equal(compiled(model, prompt(), 19), registered_buffers(model, prompt(), 19))
-    with pytest.raises(InputError, match="do not fit the cache of the loop"):
+    assert torch.equal(compiled(model, prompt(), 19), registered_buffers(model, prompt(), 19))
+    with pytest.raises(InputError, match="maximum positions"):
         compiled(model, prompt(), 21)
+
+
+@torch.no_grad()
+def test_a_loop_that_takes_another_path_when_the_text_is_long():
+    """Three trips of five tokens do not show it, but Dynamo had to look at the length."""
+
+    def cropped_later(model, ids, n):
+        x, cache = ids, None
+        for _ in range(n):
+            logits, cache = model(x, cache)
+            if cache[0][0].shape[2] > 10:
+                cache = [(k[:, :, -4:], v[:, :, -4:]) for k, v in cache]
+            x = greedy(logits)
+            ids = torch.cat([ids, x], 1)
+        return ids
+
+    model, compiled = handed(), decode(cropped_later, compiler="eager")
+    assert torch.equal(compiled(model, prompt(), 4), cropped_later(model, prompt(), 4))
+    with pytest.raises(InputError, match="takes another path"):
+        compiled(model, prompt(), N)
+    with pytest.raises(LoopError, match="does not compute what the model computes"):
+        compiled(model, prompt(length=12), N)
 
 
 def test_the_backend_refuses_a_cache_made_outside():
