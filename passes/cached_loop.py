@@ -107,8 +107,12 @@ def recover_cached(
     known = tuple((node, int(v)) for node, v in zip(invariants, values, strict=True) if v is not None)
     invariants = list(itertools.compress(invariants, free.kept))
     size = _symbol(layouts.prompt)
-    more = None if size is None else concretise(gm, example_inputs, {size: layouts.prompt_length + MORE}).graph
-    check = CachedTrips(gm, concrete.graph, more, layouts.prompt, tuple(tokens), free.step, tuple(invariants))
+    end = longest_text(layouts.prompt)
+    more = MORE if end is None else min(MORE, end - len(tokens) - layouts.prompt_length)
+    longer = None
+    if size is not None and more > 0:
+        longer = concretise(gm, example_inputs, {size: layouts.prompt_length + more}).graph
+    check = CachedTrips(gm, concrete.graph, longer, more, layouts.prompt, tuple(tokens), free.step, tuple(invariants))
     return CachedStep(free.step, invariants, closure, known, check, _report(free.buffers, free.grown))
 
 
@@ -242,13 +246,14 @@ class CachedTrips:
 
     Attributes:
         graph: the loop, for the prompt's own length; its constants are in ``root``.
-        longer: the same for a prompt with MORE tokens, if the loop was traced for any length.
+        longer: the same for a prompt with ``more`` tokens more, if the loop was traced for such.
         prompt, tokens, invariants: nodes of ``graph``; ``invariants`` are the inputs of ``step`` after the ids.
     """
 
     root: fx.GraphModule
     graph: fx.Graph
     longer: fx.Graph | None
+    more: int
     prompt: fx.Node
     tokens: tuple[fx.Node, ...]
     step: fx.GraphModule
@@ -268,8 +273,8 @@ class CachedTrips:
             there = [Draw(tuple(nodes[numbers[n]] for n in d.nodes), nodes[numbers[d.token]]) for d in draws]
             at = [n for n in self.graph.nodes if n.op == "placeholder"].index(self.prompt)
             text = arguments[at]
-            more = text.repeat(*(1,) * (text.dim() - 1), 1 + MORE // text.shape[-1] + 1)
-            longer = [*arguments[:at], more[..., : text.shape[-1] + MORE], *arguments[at + 1 :]]
+            more = text.repeat(*(1,) * (text.dim() - 1), 2 + self.more // text.shape[-1])
+            longer = [*arguments[:at], more[..., : text.shape[-1] + self.more], *arguments[at + 1 :]]
             try:
                 worst = max(worst, self.difference(self.longer, there, longer))
             except _Fails:  # longer than the positions of the model

@@ -288,8 +288,8 @@ def _check_longest(loop: DecodeLoop, prompt: int, trips: int) -> None:
     if loop.longest is not None and prompt + trips - 1 > loop.longest:
         raise InputError(
             "the text becomes longer than what the loop was traced for",
-            f"the model reads up to {prompt} + {trips} - 1 tokens; beyond {loop.longest} the loop takes another path: its "
-            "cache is full or cropped, or a window of the model begins",
+            f"the model reads up to {prompt} + {trips} - 1 tokens; beyond {loop.longest} the loop takes another path: "
+            "its cache is full or cropped, or a window of the model begins",
             "make the cache longer, ask for fewer tokens, or write the loop without a cache, model(ids)[:, -1]",
         )
 
