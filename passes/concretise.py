@@ -33,13 +33,19 @@ class Concrete:
     remaining: int = 0
 
 
-def concretise(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Concrete:
+def concretise(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], sizes: dict[sympy.Expr, int] | None = None
+) -> Concrete:
     """Copy the graph with the sizes of `example_inputs`; a while_loop that draws tokens becomes its first trips.
+
+    Args:
+        sizes: values of symbolic sizes that replace those of the inputs.
 
     Raises:
         LoopError: a while_loop draws tokens, but is not bounded by a counter alone.
     """
     copier = _Copier(gm, example_inputs)
+    copier.sizes.values.update({symbol: sympy.Integer(size) for symbol, size in (sizes or {}).items()})
     copier.run()
     fixed = tuple(sorted(copier.fixed.items()))
     return Concrete(copier.graph, fixed, copier.unrolled, copier.remaining)

@@ -117,7 +117,7 @@ class _Probe:
         self.misfit: fx.Node | None = None
 
     def solve(self) -> Leaves:
-        with _disable_current_modes(), torch.no_grad(), _quiet():
+        with _disable_current_modes(), torch.no_grad(), quiet_shapes():
             branches: list[tuple[_State, list[Assignment]]] = []
             found = self.first(_State(0, [{} for _ in self.lengths], []), branches)
             if found is None:
@@ -276,7 +276,7 @@ class _Probe:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_shapes() -> Iterator[None]:
     """Shapes that do not fit are expected here; fake tensors log each as an error."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before, logger.disabled = logger.disabled, True

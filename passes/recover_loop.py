@@ -25,8 +25,10 @@ from torch import fx
 
 from smc_compile.errors import LoopError
 
+from .cached_loop import CachedTrips, carries_cache, longest_text, recover_cached
 from .concretise import Concrete, concretise
 from .lookups import simplify_lookups
+from .ones_masks import drop_ones_masks
 from .padded_buffer import PaddedTrip, draw_inputs, last_positions, padded_length, padding_of, resolve_lengths
 from .token_layout import TOKEN_DTYPES, Layouts, interpret, is_draw, is_random, mutated_inputs, op_name, tensor_info
 from .trip_graph import NO_CACHE, Leaves, Trips, build_step, compare_trips, describe, trip_nodes
@@ -67,7 +69,7 @@ class OutputLayout:
         return value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DecodeLoop:
     """A decode loop as data.
 
@@ -76,10 +78,13 @@ class DecodeLoop:
         prompt_index: which placeholder of the original graph is the prompt.
         invariant_indices: which placeholders feed the other inputs of `step`.
         trips: how many tokens the loop draws.
-        outputs: how each output of the graph is put together.
+        outputs: how each output of the graph is put together; None for a cache that was made outside and is put back.
         report: what was found, in lines for a person.
         fixed_floats: (placeholder, value) of Python floats that Dynamo lifted to inputs and that `step` holds as
             constants: the result is wrong for other values. Temperatures and the like stay inputs.
+        padded: the trip as it was written, if it reads a padded buffer.
+        cached: the trips as they were written, if they hand on a cache.
+        longest: the longest text that `step` holds for, if the loop takes another path for longer ones.
     """
 
     step: fx.GraphModule
@@ -88,17 +93,24 @@ class DecodeLoop:
     trips: int
     prompt_length: int
     batch: int
-    outputs: tuple[OutputLayout, ...]
+    outputs: tuple[OutputLayout | None, ...]
     report: list[str] = field(default_factory=list)
     fixed_floats: tuple[tuple[int, float], ...] = ()
     padded: PaddedTrip | None = None
+    cached: CachedTrips | None = None
+    longest: int | None = None
 
     def check(self, arguments: Sequence[Any]) -> None:
-        """Compare `step` with the trip as it was written, if that reads a padded buffer; arguments of the graph.
+        """Compare `step` with the trips as they were written, if these read padded buffers or caches.
+
+        Args:
+            arguments: those of the graph.
 
         Raises:
-            LoopError: the two differ: the model reads the padding.
+            LoopError: the two differ: the model reads the padding, or the loop does not keep its cache.
         """
+        if self.cached is not None:
+            self.cached.check(arguments)
         if self.padded is not None:
             self.padded.check(arguments[self.prompt_index], [arguments[i] for i in self.invariant_indices])
 
@@ -122,6 +134,8 @@ def recover_loop(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> DecodeLoo
     layouts, tokens = found
     _refuse_hidden_state(nodes)
     _refuse_uncounted_tokens(concrete, tokens)
+    if carries_cache(layouts, tokens):
+        return _cached_loop(gm, example_inputs, concrete, layouts, tokens)
     simplify_lookups(layouts)
     trips = Trips(layouts, tokens)
     closures = [trip_nodes(trips, trip) for trip in range(len(tokens))]
@@ -145,13 +159,48 @@ def recover_loop(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> DecodeLoo
     )
 
 
+def _cached_loop(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], concrete: Concrete, layouts: Layouts, tokens: list[fx.Node]
+) -> DecodeLoop:
+    """A loop that hands a cache from trip to trip."""
+    found = recover_cached(gm, example_inputs, concrete, layouts, tokens)
+    _check_randomness(found.closure, tokens[0])
+    trips = Trips(layouts, tokens, cached=True)
+    returned = _output_nodes(layouts.nodes)
+    outputs = tuple(None if _is_state(trips, node) else _output_layout(trips, node) for node in returned)
+    placeholders = [node for node in layouts.nodes if node.op == "placeholder"]
+    known = tuple((placeholders.index(node), float(value)) for node, value in found.known)
+    return DecodeLoop(
+        step=found.step,
+        prompt_index=placeholders.index(layouts.prompt),
+        invariant_indices=tuple(placeholders.index(node) for node in found.invariants),
+        trips=len(tokens),
+        prompt_length=layouts.prompt_length,
+        batch=layouts.batch,
+        outputs=outputs,
+        report=_report(trips, len(tokens), found.closure, {}, outputs, None, found.report),
+        fixed_floats=concrete.fixed_floats + known,
+        cached=found.check,
+        longest=longest_text(layouts.prompt),
+    )
+
+
+def _is_state(trips: Trips, output: Any) -> bool:
+    """An output without a token in it: Dynamo returns what a cache made outside of the function is left with."""
+    labels = trips.layouts.outputs.get(output) if isinstance(output, fx.Node) else None
+    sources = set() if labels is None else {trips.layouts.source(label) for label in labels.flatten().tolist()}
+    return not sources & trips.carriers
+
+
 def _step(
     gm: fx.GraphModule, trips: Trips, closure: Sequence[fx.Node], growing: Leaves
 ) -> tuple[fx.GraphModule, list[fx.Node], PaddedTrip | None]:
     """One trip that reads the history alone, also when the loop reads it in a padded buffer."""
     length = padded_length(trips, closure)
     if length is None:
-        return (*build_step(gm, trips, closure, growing), None)
+        step, invariants = build_step(gm, trips, closure, growing)
+        drop_ones_masks(step)
+        return step, invariants, None
     sizes = {**growing, **resolve_lengths(trips, closure, growing, length)}
     fixed = last_positions(closure, growing)
     sizes = {leaf: pair for leaf, pair in sizes.items() if leaf not in fixed}
@@ -171,8 +220,9 @@ def _find_tokens(nodes: Sequence[fx.Node]) -> tuple[Layouts, list[fx.Node]] | No
     for prompt in filter(_may_be_prompt, nodes):
         layouts = interpret(nodes, prompt)
         tokens = _tokens_behind(layouts)
-        if len(tokens) >= 2:
-            return layouts, tokens
+        late = _tokens_returned(layouts, tokens)
+        if len(tokens + late) >= 2 and (tokens or carries_cache(layouts, late)):
+            return layouts, tokens + late
     return None
 
 
@@ -184,7 +234,7 @@ def _may_be_prompt(node: fx.Node) -> bool:
 
 
 def _tokens_behind(layouts: Layouts) -> list[fx.Node]:
-    """The tokens of the longest history that is read, and of the outputs for those no trip reads."""
+    """The tokens of the longest history that is read."""
     history = layouts.history(())
     longest: tuple[int, ...] = ()
     for reading in layouts.readings.values():
@@ -193,10 +243,12 @@ def _tokens_behind(layouts: Layouts) -> list[fx.Node]:
             continue
         tail = tuple(itertools.takewhile(layouts.is_token, columns[len(history) :]))
         longest = max(longest, tail, key=len)
-    tokens = [source for column in longest if (source := layouts.source(column)) is not None]
-    if not tokens:
-        return []
-    last = layouts.order[tokens[-1]]
+    return [source for column in longest if (source := layouts.source(column)) is not None]
+
+
+def _tokens_returned(layouts: Layouts, tokens: Sequence[fx.Node]) -> list[fx.Node]:
+    """The tokens among the outputs that are drawn after those that are read in a history."""
+    last = layouts.order[tokens[-1]] if tokens else -1
     fresh = {
         layouts.source(column)
         for labels in layouts.outputs.values()
@@ -204,7 +256,7 @@ def _tokens_behind(layouts: Layouts) -> list[fx.Node]:
         if layouts.is_token(column)
     }
     late = [source for source in fresh if source is not None and layouts.order[source] > last]
-    return tokens + sorted(late, key=layouts.order.__getitem__)
+    return sorted(late, key=layouts.order.__getitem__)
 
 
 def _refuse_unrecognised_feedback(nodes: Sequence[fx.Node]) -> None:
@@ -375,18 +427,20 @@ def _report(
     drawn: int,
     nodes: Sequence[fx.Node],
     growing: Leaves,
-    outputs: Sequence[OutputLayout],
+    outputs: Sequence[OutputLayout | None],
     padded: PaddedTrip | None,
+    cache: Sequence[str] = (),
 ) -> list[str]:
     layouts = trips.layouts
     draws = [node for node in nodes if is_draw(node)]
-    pads = [f" + {len(layout.padding)} constants" if layout.padding else "" for layout in outputs]
-    returned = [" + ".join(layout.segments) + pad for layout, pad in zip(outputs, pads, strict=True)]
+    tokens = [layout for layout in outputs if layout is not None]
+    pads = [f" + {len(layout.padding)} constants" if layout.padding else "" for layout in tokens]
+    returned = [" + ".join(layout.segments) + pad for layout, pad in zip(tokens, pads, strict=True)]
     return [
         f"decode loop of {drawn} trips",
         f"prompt `{layouts.prompt.name}` [{layouts.batch}, {layouts.prompt_length}]",
         f"token drawn by {describe(draws[-1])}",
-        f"one trip has {len(nodes)} nodes; {len(growing)} integers grow with the sequence length",
+        *(cache or [f"one trip has {len(nodes)} nodes; {len(growing)} integers grow with the sequence length"]),
         *([f"read in a padded buffer of {padded.length} columns"] if padded is not None else []),
         *(f"returns {text}" for text in returned),
     ]

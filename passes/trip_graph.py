@@ -45,10 +45,14 @@ def describe(node: fx.Node) -> str:
 
 @dataclass
 class Trips:
-    """An unrolled loop seen as trips; trip t ends at ``tokens[t]`` and reads the prompt and ``tokens[:t]``."""
+    """An unrolled loop seen as trips; trip t ends at ``tokens[t]`` and reads the prompt and ``tokens[:t]``.
+
+    With ``cached``, trips may hand values on to later ones, in inputs too.
+    """
 
     layouts: Layouts
     tokens: Sequence[fx.Node]
+    cached: bool = False
     writers: dict[int, list[fx.Node]] = field(default_factory=dict)  # storage -> nodes that write to it
     history: tuple[int, ...] = ()
     carriers: frozenset[fx.Node] = frozenset()
@@ -56,7 +60,7 @@ class Trips:
     def __post_init__(self) -> None:
         self.history = self.layouts.history(self.tokens)
         self.carriers = frozenset([self.layouts.prompt, *self.tokens])
-        self.writers = find_writers(self.layouts.nodes)
+        self.writers = find_writers(self.layouts.nodes, self.cached)
 
     def reads_history(self, node: fx.Node, source: fx.Node, trip: int) -> bool:
         """True if `source` is the whole history of the trip when `node` reads it, be it followed by padding."""
@@ -131,8 +135,8 @@ class Trips:
         return [writer for writer in found if order[writer] < order[before]]
 
 
-def find_writers(nodes: Sequence[fx.Node]) -> dict[int, list[fx.Node]]:
-    """Storage -> nodes that write to it, in program order. Writes to inputs and parameters are refused."""
+def find_writers(nodes: Sequence[fx.Node], to_inputs: bool = False) -> dict[int, list[fx.Node]]:
+    """Storage -> nodes that write to it, in program order. Writes to inputs and parameters are refused by default."""
     inputs = [node for node in nodes if node.op in ("placeholder", "get_attr")]
     owners = {info.storage: node for node in inputs if (info := tensor_info(node)) is not None}
     writers: dict[int, list[fx.Node]] = defaultdict(list)
@@ -141,7 +145,7 @@ def find_writers(nodes: Sequence[fx.Node]) -> dict[int, list[fx.Node]]:
             info = tensor_info(target)
             if info is None:
                 continue
-            if info.storage in owners:
+            if info.storage in owners and not to_inputs:
                 raise LoopError(
                     "The decode loop writes into one of its inputs.",
                     f"{describe(node)} changes `{owners[info.storage].name}` in place",

@@ -42,6 +42,7 @@ def smc(
 
     def run(*arguments: Any) -> Any:
         loop = finder.loop_for(arguments)
+        _refuse_state(loop)
         outputs, _ = program_for(loop, arguments, parsed).run(loop, arguments, loop.trips)
         return outputs
 
@@ -125,6 +126,16 @@ def find_loop(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> DecodeLoop |
             "remove the branch: pass eos_token_id instead of `if token == eos: break`; keep prints and .item() outside",
         )
     return loop
+
+
+def _refuse_state(loop: DecodeLoop) -> None:
+    """A cache that is made outside of the function would be left without the keys that the loop puts into it."""
+    if None in loop.outputs:
+        raise LoopError(
+            "Only tokens can be returned from a decode loop.",
+            f"{loop.outputs.count(None)} other tensors are returned, or kept in a cache made outside of the function",
+            "make the cache inside of the function, or use @smc_compile.decode, which leaves caches as they are",
+        )
 
 
 def _raiser(error: SMCError) -> Callable[..., Any]:

@@ -114,8 +114,17 @@ class Program:
         return [] if self._session is None else self._session.regions
 
 
-def build_program(target: Model, options: Options, draft_law: Law, ids: Tensor, **rules: Any) -> Program:
+def build_program(
+    target: Model,
+    options: Options,
+    draft_law: Law,
+    ids: Tensor,
+    draft_model: Callable[[Any, Options, Law, Tensor], Model] | None = None,
+    **rules: Any,
+) -> Program:
     """Add the draft that ``options`` name; it follows ``draft_law`` unless ``draft_temperature`` overrides it.
+
+    ``draft_model`` compiles a draft that is called in another way than with ids alone.
 
     Raises:
         OptionError: when the method needs a draft and there is none.
@@ -133,7 +142,7 @@ def build_program(target: Model, options: Options, draft_law: Law, ids: Tensor, 
     start = time.perf_counter()
     if options.draft_temperature is not None:
         draft_law = Law("logits", options.draft_temperature)
-    draft = compile_draft(options.draft, options, draft_law, ids)
+    draft = (draft_model or compile_draft)(options.draft, options, draft_law, ids)
     vocab = shared_vocabulary(target, draft)
     target.law, draft.law = replace(target.law, vocab=vocab), replace(draft.law, vocab=vocab)
     return Program(target, draft, options, analysis_seconds=time.perf_counter() - start, **rules)

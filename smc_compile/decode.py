@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -17,9 +18,11 @@ from smc_compile.backend import LoopFinder
 from smc_compile.errors import InputError, LoopError, OptionError, SMCError
 from smc_compile.logits import traceable
 from smc_compile.options import Options
+from smc_compile.passes.cached_loop import ShortPrompt
 from smc_compile.passes.recover_loop import DecodeLoop, OutputLayout
 from smc_compile.recovered import LoopProgram, program_for, step_text
 from smc_compile.result import Generation
+from smc_compile.user_caches import names_a_cache, own_copy, refuse_returned_cache
 
 PROBE = 3  # trips that are traced: two would do for an affine fit, the third checks it
 CHECK = 2
@@ -52,6 +55,7 @@ class _Call:
     """What the backend of one traced function is asked for, and what it answers."""
 
     trips: int | None = None  # None: only look at the loop
+    prompt: Tensor | None = None  # what to answer, if a longer prompt is traced
     loop: DecodeLoop | None = None
     program: LoopProgram | None = None
     generation: Generation | None = None
@@ -73,7 +77,8 @@ class CompiledLoop:
                 f"its arguments are {', '.join(self._signature.parameters)}",
             )
         self._trip_count = trip_count
-        self._offset = 0  # trips = argument - offset: a total length counts the prompt too
+        self._offset = 0  # 1: a total length, which counts the prompt too
+        self._extra = 0  # trips = argument - prompt + extra: a token may be drawn before the loop
         self._fixed_lengths: list[int | None] = []  # what fills up an output whose length is always the same
         self._call = _Call()
         self._traced = _trace(function, self._backend)
@@ -87,29 +92,52 @@ class CompiledLoop:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         bound = self._signature.bind(*args, **kwargs)
         bound.apply_defaults()
+        caches = names_a_cache(self._function)
         with ExitStack() as stack:
             for model in _models(self._function, bound):
-                stack.enter_context(traceable(model))
-            return self._answer(bound)
+                stack.enter_context(traceable(model, caches))
+            try:
+                return self._answer(bound)
+            except ShortPrompt:
+                return self._answer(bound, longer=True)
 
-    def _answer(self, bound: inspect.BoundArguments) -> Any:
-        for value in bound.arguments.values():
-            if _may_be_prompt(value) and value.shape[-1] > 1:
-                torch._dynamo.maybe_mark_dynamic(value, value.dim() - 1)
+    def _answer(self, bound: inspect.BoundArguments, longer: bool = False) -> Any:
+        """The result of a call; ``longer`` traces with prompts of one token made two."""
+        given = [name for name, value in bound.arguments.items() if _may_be_prompt(value)]
+        traced = inspect.BoundArguments(self._signature, bound.arguments.copy())
+        for name in given if longer else ():
+            traced.arguments[name] = torch.cat([bound.arguments[name]] * 2, -1)
+        for name in given:
+            if traced.arguments[name].shape[-1] > 1:
+                torch._dynamo.maybe_mark_dynamic(traced.arguments[name], traced.arguments[name].dim() - 1)
         if self._trip_count is None or self._call.program is None:
-            self._find_trip_count(bound)
+            self._find_trip_count(traced)
+        assert self._trip_count is not None
+        trips = self._trips(bound)
+        call = _Call(trips, bound.arguments[given[0]] if longer else None)
+        result = self._run(traced, call)
+        if call.loop is not None and call.loop.cached is not None:
+            refuse_returned_cache(result)
+        self.last = call.generation
+        return result
+
+    def _trips(self, bound: inspect.BoundArguments) -> int:
+        """How many tokens a call asks for.
+
+        Raises:
+            InputError: none.
+        """
         assert self._trip_count is not None
         asked = bound.arguments[self._trip_count]
-        if isinstance(asked, bool) or not isinstance(asked, int) or asked - self._prompt_offset(bound) < 1:
+        integer = isinstance(asked, int) and not isinstance(asked, bool)
+        trips = asked - self._prompt_offset(bound) + self._extra if integer else 0
+        if trips < 1:
             raise InputError(
                 f"{self._trip_count} asks for no tokens",
                 f"{self._trip_count}={asked!r}",
                 "ask for at least one new token",
             )
-        trips = asked - self._prompt_offset(bound)
-        result = self._run(bound, _Call(trips=trips))
-        self.last = self._call.generation
-        return result
+        return trips
 
     @property
     def program(self) -> LoopProgram | None:
@@ -130,12 +158,15 @@ class CompiledLoop:
         """Call the traced function with a short trip count; its backend answers with as many tokens as were asked."""
         name = name or self._trip_count
         assert name is not None
-        shifted = inspect.BoundArguments(self._signature, bound.arguments.copy())
+        own = {key: own_copy(value) for key, value in bound.arguments.items()}
+        shifted = inspect.BoundArguments(self._signature, OrderedDict(own))
         shifted.arguments[name] = trips + self._prompt_offset(bound)
         self._call = call
         try:
             return self._traced(*shifted.args, **shifted.kwargs)
         except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
+            if "bind arguments" in str(error):
+                raise _failed(error, context=True) from error
             raise LoopError(
                 "the decode loop has Python control flow that depends on data, or code that Dynamo cannot trace",
                 _first_lines(error),
@@ -148,6 +179,7 @@ class CompiledLoop:
         """Which integer argument counts the trips, and whether it counts the prompt too: change it and count draws."""
         names = [self._trip_count] if self._trip_count else [n for n, v in bound.arguments.items() if type(v) is int]
         refusals = []
+        others = []
         for self._offset in (0, 1):
             for name in names:
                 found = self._look(bound, PROBE, name)
@@ -156,6 +188,13 @@ class CompiledLoop:
                 elif found is not None and found.trips == PROBE:
                     self._confirm(bound, name, found)
                     return
+                elif found is not None and found.trips == PROBE + 1:
+                    others.append((self._offset, name, found))
+        for self._offset, name, found in others:  # a token is drawn before the loop
+            other = self._look(bound, CHECK, name)
+            if isinstance(other, DecodeLoop) and other.trips == CHECK + 1:
+                self._confirm(bound, name, found, extra=1)
+                return
         if refusals:
             raise refusals[0]
         raise LoopError(
@@ -164,25 +203,29 @@ class CompiledLoop:
             "take the number of new tokens as an integer argument, or name it: decode(trip_count='n')",
         )
 
-    def _confirm(self, bound: inspect.BoundArguments, name: str, found: DecodeLoop) -> None:
+    def _confirm(self, bound: inspect.BoundArguments, name: str, found: DecodeLoop, extra: int = 0) -> None:
         """The same step must come out for another number of trips, or the number takes part in the law."""
         other = self._look(bound, CHECK, name)
         if isinstance(other, SMCError):
             raise other
-        if other is None or other.trips != CHECK or step_text(other.step.graph) != step_text(found.step.graph):
+        same = other is not None and step_text(other.step.graph) == step_text(found.step.graph)
+        if other is None or other.trips != CHECK + extra or not same:
             raise LoopError(
                 f"argument {name!r} does not only count trips",
                 f"with {name}={PROBE} the loop has {found.trips} trips, with {CHECK} {other.trips if other else 0}"
-                + ("" if other is None or other.trips != CHECK else ", and what a trip computes differs"),
+                + ("" if other is None or other.trips != CHECK + extra else ", and what a trip computes differs"),
                 "keep the number of new tokens out of the sampling, or name the right argument: decode(trip_count='n')",
             )
-        self._trip_count = name
+        self._trip_count, self._extra = name, extra
         self._fixed_lengths = [_fixed_length(*pair) for pair in zip(found.outputs, other.outputs, strict=True)]
 
     def _for_trips(self, loop: DecodeLoop, trips: int) -> DecodeLoop:
         """The loop with the padding that its outputs have after this many trips."""
-        outputs = []
+        outputs: list[OutputLayout | None] = []
         for layout, pad in zip(loop.outputs, self._fixed_lengths, strict=True):
+            if layout is None:
+                outputs.append(None)
+                continue
             padding = layout.padding
             if pad is not None and trips - loop.trips > len(padding):
                 raise InputError(
@@ -230,10 +273,25 @@ class CompiledLoop:
                 raise LoopError("the function holds no decode loop", "no token is drawn and fed back")
             call.program = program_for(found, arguments, self._options)
             shown = self._for_trips(found, call.trips)
+            if call.prompt is not None:
+                at = found.prompt_index
+                arguments = (*arguments[:at], call.prompt, *arguments[at + 1 :])
+            _check_longest(found, arguments[found.prompt_index].shape[-1], call.trips)
             outputs, call.generation = call.program.run(shown, arguments, call.trips)
             return outputs
 
         return run
+
+
+def _check_longest(loop: DecodeLoop, prompt: int, trips: int) -> None:
+    """Three trips show only one path of a loop that takes another for long texts."""
+    if loop.longest is not None and prompt + trips - 1 > loop.longest:
+        raise InputError(
+            "the text becomes longer than what the loop was traced for",
+            f"the model reads up to {prompt} + {trips} - 1 tokens; beyond {loop.longest} the loop takes another path: "
+            "its cache is full or cropped, or a window of the model begins",
+            "make the cache longer, ask for fewer tokens, or write the loop without a cache, model(ids)[:, -1]",
+        )
 
 
 def _models(function: Callable[..., Any], bound: inspect.BoundArguments) -> list[nn.Module]:
@@ -249,9 +307,9 @@ def _may_be_prompt(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() in (1, 2) and value.dtype == torch.int64
 
 
-def _fixed_length(layout: OutputLayout, shorter: OutputLayout) -> int | None:
+def _fixed_length(layout: OutputLayout | None, shorter: OutputLayout | None) -> int | None:
     """The padding of an output whose length does not depend on the number of trips; None if it grows with them."""
-    if layout == shorter:
+    if layout == shorter or layout is None or shorter is None:
         return None
     rest = shorter.padding[PROBE - CHECK :]
     if layout != replace(shorter, padding=rest):
@@ -278,10 +336,11 @@ def _trace(function: Callable[..., Any], backend: Callable[..., Any]) -> Callabl
     return torch.compile(copy, backend=backend, fullgraph=True, dynamic=False)
 
 
-def _failed(error: Exception) -> LoopError:
+def _failed(error: Exception, context: bool = False) -> LoopError:
+    lines = [line.strip() for line in str(error).splitlines() if "context:" in line] if context else []
     return LoopError(
         "the loop fails with these arguments",
-        _first_lines(error),
+        "\n".join(line.removeprefix("Developer debug context: ")[:300] for line in lines) or _first_lines(error),
         "run the plain loop to see the error, or name the number of trips: decode(trip_count='n')",
     )
 

@@ -229,8 +229,9 @@ def _dtype(model: Any) -> torch.dtype | None:
 def _compile(model: Any, processors: Processors, greedy: bool, options: Options, ids: Tensor) -> Program:
     law = Law("greedy" if greedy else "logits", stages=processors.stages)
     draft_law = Law("logits", stages=() if greedy else (SETTINGS["temperature"][0],))
-    rules = {"rules": processors.traced, "by_hand": bool(processors.by_hand)}
-    return build_program(compile_target(model, law, options, ids), options, draft_law, ids, **rules)
+    target = compile_target(model, law, options, ids)
+    by_hand = bool(processors.by_hand)
+    return build_program(target, options, draft_law, ids, rules=processors.traced, by_hand=by_hand)
 
 
 def compile_target(model: Any, law: Law, options: Options, ids: Tensor) -> Model:

@@ -40,13 +40,14 @@ def _takes(model: nn.Module, name: str) -> bool:
 
 
 @contextmanager
-def traceable(model: nn.Module) -> Iterator[None]:
+def traceable(model: nn.Module, caches: bool = False) -> Iterator[None]:
     """Inside, a model makes no cache and its experts are chosen in a way whose shapes depend on no token.
 
-    ``config.use_cache`` is switched off, for forwards that do not name it. Everything is switched back at the end.
+    ``config.use_cache`` is switched off, for forwards that do not name it, unless the caller hands ``caches`` around.
+    Everything is switched back at the end.
     """
     with ExitStack() as stack:
-        for module in model.modules():
+        for module in model.modules() if not caches else ():
             config = getattr(module, "config", None)
             if config is not None and getattr(config, "use_cache", None) is True:
                 config.use_cache = False

@@ -6,10 +6,12 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, fx
 
+from smc_compile.calling import compile_called, needs_more
 from smc_compile.compile import Program, build_program, cached
 from smc_compile.errors import LoopError
 from smc_compile.options import Options
@@ -21,6 +23,7 @@ from smc_compile.runtime.law import Law
 
 KEPT = 16  # programs kept for loops that are compiled again (another n, another prompt length)
 _programs: OrderedDict[Any, LoopProgram] = OrderedDict()
+_checked: WeakSet[DecodeLoop] = WeakSet()
 
 
 @dataclass
@@ -31,13 +34,15 @@ class LoopProgram:
     traced: Traced
     weights: list[Tensor]
 
-    def run(self, loop: DecodeLoop, arguments: Sequence[Any], trips: int) -> tuple[tuple[Tensor, ...], Generation]:
-        """What the loop returns for ``trips`` trips, and the generation behind it."""
+    def run(
+        self, loop: DecodeLoop, arguments: Sequence[Any], trips: int
+    ) -> tuple[tuple[Tensor | None, ...], Generation]:
+        """What the loop returns for ``trips`` trips, and the generation behind it; None for the loop's own cache."""
         self.weights[:] = _weights(loop, arguments)
         prompt = _prompt(loop, arguments)
         result = self.program.run(prompt, trips)
         tokens = result.sequences[:, prompt.shape[1] :]
-        return tuple(layout.build(prompt, tokens) for layout in loop.outputs), result
+        return tuple(layout and layout.build(prompt, tokens) for layout in loop.outputs), result
 
 
 def program_for(loop: DecodeLoop, arguments: Sequence[Any], options: Options) -> LoopProgram:
@@ -50,6 +55,9 @@ def program_for(loop: DecodeLoop, arguments: Sequence[Any], options: Options) ->
                 "pass it as a tensor, or call torch._dynamo.reset() before changing it",
             )
     check_prompt(_prompt(loop, arguments))
+    if loop not in _checked:  # another loop with the same step may treat its padding or its cache in another way
+        loop.check(arguments)
+        _checked.add(loop)
     weights = _weights(loop, arguments)
     signature = (
         step_text(loop.step.graph),
@@ -89,11 +97,12 @@ def _weights(loop: DecodeLoop, arguments: Sequence[Any]) -> list[Tensor]:
 
 
 def _compile(loop: DecodeLoop, arguments: Sequence[Any], weights: list[Tensor], options: Options) -> LoopProgram:
-    loop.check(arguments)
     ids = _prompt(loop, arguments)
     traced = trace_model(loop.step, ids.new_zeros(loop.batch, 2), weights, options.validate)
     assert traced.sampler is not None
     current = list(weights)
     law = Law(traced.sampler.kind)
     target = cached(traced, lambda: [*traced.owned(), *current], options, "target", law)
-    return LoopProgram(build_program(target, options, Law("logits", traced.sampler.temperature), ids), traced, current)
+    draft_law = Law("logits", traced.sampler.temperature)
+    draft_model = compile_called if needs_more(options.draft) else None  # a draft with another calling convention
+    return LoopProgram(build_program(target, options, draft_law, ids, draft_model), traced, current)

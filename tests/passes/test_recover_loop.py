@@ -461,7 +461,10 @@ def test_refuses_an_end_of_sequence_mask_in_place():
     assert "eos_token_id" in refusal(fn, prompt()).fix
 
 
-def test_refuses_a_loop_over_the_last_token_only():
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_sum_that_is_carried_on_is_the_sum_of_all_tokens(dynamic):
+    """A loop that reads its newest token only: its first trip is the step, and its other trips agree with it."""
+
     def fn(ids):
         state = TABLE[ids].sum(1)
         tokens = []
@@ -471,9 +474,25 @@ def test_refuses_a_loop_over_the_last_token_only():
             tokens.append(token)
         return torch.cat(tokens, 1)
 
-    error = refusal(fn, prompt())
-    assert "could not be recovered" in error.what
-    assert "use_cache=False" in error.fix
+    found, inputs = capture(fn, prompt(), dynamic=dynamic)
+    assert found.trips == 3
+    check_step(found, inputs, lambda ids: torch.multinomial(torch.softmax(TABLE[ids].sum(1), -1), 1))
+    found.check(inputs)
+
+
+def test_a_state_that_forgets_is_not_the_step():
+    def fn(ids):
+        state = TABLE[ids].sum(1)
+        tokens = []
+        for _ in range(3):
+            token = torch.multinomial(torch.softmax(state, -1), 1)
+            state = 0.9 * state + TABLE[token[:, 0]]
+            tokens.append(token)
+        return torch.cat(tokens, 1)
+
+    found, inputs = capture(fn, prompt())
+    with pytest.raises(LoopError, match="what token 1 is drawn from"):
+        found.check(inputs)
 
 
 def test_refuses_to_return_anything_but_tokens():
