@@ -47,7 +47,7 @@ class AutoregressiveSession:
                 self._token(run)
                 self._sizes.add(run.request.batch)
                 if run.watcher is not None:
-                    run.watcher.cycle(run.p, run.request, run.gone)
+                    run.watcher.cycle(run.p, run.request, run.ends, run.gone)
                 run.release(run.p.finished(run.request, run.ends), (self._target,), self._sizes)
         except GenerationError as error:
             error.partial = self._result(run, False)

@@ -77,10 +77,14 @@ class Population:
             values[dead] = values[source]
         return dead, source
 
+    def lengths(self, ends: Ends) -> Tensor:
+        """Tokens of each row up to and with its end [R]; ENDLESS before it."""
+        pending = is_end(self.tokens[:, self.made - 1 : self.made], ends)[:, 0] | self.stopped
+        return torch.where(pending & ~self.ended, self.made, self.length)
+
     def finished(self, request: Request, ends: Ends) -> Tensor:
         """[B] bool: every particle has ended, or the cap is reached."""
-        pending = is_end(self.tokens[:, self.made - 1 : self.made], ends)[:, 0] | self.stopped
-        all_ended = (self.ended | pending).view(-1, self.n).all(1)
+        all_ended = (self.lengths(ends) < ENDLESS).view(-1, self.n).all(1)
         return all_ended | (self.made >= request.new_tokens)
 
     def take(self, keep: Tensor, rows: Tensor) -> Population:
@@ -112,8 +116,7 @@ def outcome(p: Population, request: Request, ends: Ends, keep: list[int], u: Ten
     """The requests at rows ``keep`` as they stand; ``u`` [B] draws the particles that become the answers."""
     index = torch.tensor(keep, device=p.tokens.device)
     batch, made = request.batch, p.made
-    pending = is_end(p.tokens[:, made - 1 : made], ends)[:, 0] | p.stopped
-    lengths = torch.where(pending & ~p.ended, made, p.length).view(batch, p.n)[index]
+    lengths = p.lengths(ends).view(batch, p.n)[index]
     caps = request.new_tokens[index]
     lengths = lengths.minimum(caps.clamp(max=made)[:, None])
     counted = torch.arange(made, device=index.device) < lengths[..., None]  # [b, N, G]

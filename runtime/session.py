@@ -163,7 +163,7 @@ class SMCSession:
                 self._cycle(run, cycle)
                 self._sizes.add(run.request.batch)
                 if run.watcher is not None:
-                    run.watcher.cycle(run.p, run.request, run.gone)
+                    run.watcher.cycle(run.p, run.request, run.ends, run.gone)
                 run.release(run.p.finished(run.request, run.ends), models, self._sizes)
                 cycle += 1
         except GenerationError as error:

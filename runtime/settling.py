@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .population import Outcome, Population
+from .regions import Ends
 from .request import Request
 from .sampling import sample_inverse_cdf
 from .weights import normalise
@@ -71,16 +72,17 @@ class Watcher:
     def __init__(self, report: Callable[[Progress], None]) -> None:
         self._report = report
 
-    def cycle(self, p: Population, request: Request, gone: Container[int]) -> None:
+    def cycle(self, p: Population, request: Request, ends: Ends, gone: Container[int]) -> None:
         """After a cycle, before the finished requests leave; ``gone`` have left."""
         lag = []
+        lengths = p.lengths(ends).view(request.batch, p.n).minimum(request.new_tokens[:, None]).clamp(max=p.made)
         for b, number in enumerate(request.number):
-            cap = min(p.made, int(request.new_tokens[b]))
-            tokens = p.tokens[b * p.n : (b + 1) * p.n, :cap]
-            settled = settled_tokens(tokens, p.log_w[b])
-            lag.append(cap - settled)
+            leader = int(p.log_w[b].argmax())
+            tokens = p.tokens[b * p.n : (b + 1) * p.n, : int(lengths[b].max())]
+            settled = min(settled_tokens(tokens, p.log_w[b]), int(lengths[b, leader]))
+            lag.append(int(lengths[b].max()) - settled)
             if number not in gone:
-                self._report(Progress(number, tokens[int(p.log_w[b].argmax())], settled, False))
+                self._report(Progress(number, tokens[leader, : int(lengths[b, leader])], settled, False))
         p.lag.append(torch.tensor(lag, device=p.tokens.device))
 
     def finish(self, done: Outcome) -> None:

@@ -1,0 +1,99 @@
+"""Processors are sorted by what they read; whatever cannot be told from a trace counts as reading the text."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from smc_compile.errors import OptionError
+from smc_compile.processors import fingerprint, reads_text, sort_processors
+
+VOCAB = 12
+
+
+def halved(ids, scores):
+    return scores / 2
+
+
+def top_three(ids, scores):
+    return scores.masked_fill(scores < scores.topk(3).values[:, -1:], -math.inf)
+
+
+def last_token(ids, scores):
+    return scores + (torch.arange(scores.shape[1]) == ids[:, -1:])
+
+
+def by_length(ids, scores):
+    return scores * 2 if ids.shape[1] < 9 else scores
+
+
+def by_size(ids, scores):
+    return scores * ids.shape[1]
+
+
+def row_by_row(ids, scores):
+    return torch.stack([row / len({*text}) for text, row in zip(ids.tolist(), scores, strict=True)])
+
+
+def rare(ids, scores):
+    """Looks at the text only to find a token that a trial is unlikely to hold."""
+    return torch.where((ids == 11).all(1, keepdim=True), -scores, scores)
+
+
+class Counts:
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, ids, scores):
+        self.calls += 1
+        return scores / self.calls
+
+
+class Scaled:
+    def __init__(self, by):
+        self.by = by
+
+    def __call__(self, ids, scores):
+        return scores * self.by
+
+
+@pytest.mark.parametrize("processor", [halved, top_three, Scaled(2.0)])
+def test_tensor_code_on_the_scores(processor):
+    assert not reads_text(processor, VOCAB)
+
+
+@pytest.mark.parametrize("processor", [last_token, by_length, by_size, row_by_row, rare, Counts()])
+def test_what_reads_text_length_or_keeps_a_state(processor):
+    assert reads_text(processor, VOCAB)
+
+
+def test_a_trial_leaves_a_processor_as_it_was():
+    counts = Counts()
+    sort_processors([counts], ["temperature"], VOCAB)
+    assert counts.calls == 0
+
+
+def test_rules_reach_to_the_last_that_reads_the_text():
+    found = sort_processors([halved, last_token, top_three], ["temperature"], VOCAB)
+    assert (len(found.traced), len(found.by_hand), len(found.stages)) == (2, 0, 2)
+    found = sort_processors([halved, row_by_row, top_three], ["temperature", "top_p"], VOCAB)
+    assert (len(found.traced), len(found.by_hand), len(found.stages)) == (0, 2, 3)
+
+
+def test_a_rule_behind_truncation_is_refused():
+    with pytest.raises(OptionError, match="last_token reads the text, and comes after"):
+        sort_processors([], ["temperature", "top_k"], VOCAB, after=[last_token])
+
+
+def test_keys_are_equal_for_equal_settings_and_only_then():
+    def key(*processors):
+        return sort_processors(processors, ["temperature"], VOCAB).key
+
+    assert key(Scaled(2.0)) == key(Scaled(2.0))
+    assert key(Scaled(2.0)) != key(Scaled(3.0))
+    assert key(halved) != key(top_three)
+    assert key(halved) != key(last_token)
+    assert key(row_by_row) == key(Counts()), "rules by hand are in no program"
+    assert fingerprint(Scaled(torch.ones(2))) != fingerprint(Scaled(torch.zeros(2)))
