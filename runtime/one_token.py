@@ -69,7 +69,18 @@ class AutoregressiveSession:
         p.log_p[:, 0] = log_p.gather(1, p.tokens[:, :1])[:, 0]
         keys = mark_dynamic(request.key_positions(capacity), 1)
         watcher = Watcher(request.watch) if request.watch is not None else None
-        run = Run(request, request, p, streams, [context], keys, clock, Stats("autoregressive", n), [], watcher)
+        run = Run(
+            request,
+            request,
+            p,
+            streams,
+            [context],
+            keys,
+            clock,
+            Stats("autoregressive", n, rules=self._rules.told()),
+            [],
+            watcher,
+        )
         p.stopped = stops(run, run.nothing, 1)[:, 0]
         return run
 

@@ -29,6 +29,11 @@ class Rules:
     def __bool__(self) -> bool:
         return self.region is not None or self._by_hand_too
 
+    def told(self) -> list[str]:
+        """Each rule and where it runs."""
+        where = "compiled" if self.region is not None else "on the host, once a position"
+        return [f"{name_of(rule)}: {where}, on target and draft" for rule in self.rules]
+
     def begin(self, request: Request) -> None:
         """Take the rules of a request."""
         self.seconds = 0.0

@@ -174,7 +174,7 @@ class SMCSession:
     def _begin(self, request: Request) -> Run:
         clock = Clock(self.regions)
         self._rules.begin(request)
-        stats = Stats("smc", int(request.new_tokens.max()))
+        stats = Stats("smc", int(request.new_tokens.max()), rules=self._rules.told())
         cycles = math.ceil((stats.new_tokens - 1) / (self._k + 1))
         capacity = max(cycles * (self._k + 1) + 1, 2)
         rows, context, target = self._target.begin(request, self._n, capacity)

@@ -12,9 +12,11 @@ from torch import nn
 from smc_compile.compile import Model, Program, position_limit
 from smc_compile.decode import CompiledLoop
 from smc_compile.decode import decode as compile_loop
-from smc_compile.errors import SMCError
+from smc_compile.errors import OptionError, SMCError
+from smc_compile.generate import generate, last_program
 from smc_compile.options import Options
 from smc_compile.passes.pipeline import Traced
+from smc_compile.result import Generation
 
 PROBED = 4  # position tables are tried up to this many times the length of the call
 
@@ -46,13 +48,16 @@ def explain(function: Callable[..., Any], *args: Any, trip_count: str | None = N
     """Compile and run ``function(*args)`` once and tell what was found.
 
     Args:
-        function: a decode loop, as for ``smc_compile.decode`` (or one that it already compiled).
+        function: a decode loop, as for ``smc_compile.decode`` (or one that it already compiled), or
+            ``smc_compile.generate`` itself.
         *args: arguments of one call.
-        **options: as for ``smc_compile.decode``.
+        **options: as for ``smc_compile.decode``, or for ``generate``.
 
     Raises:
         OptionError: for bad options. A loop that cannot be compiled is no error here: see ``Explanation.reason``.
     """
+    if function is generate:
+        return _explain_generate(args, options)
     Options.parse(options)
     if isinstance(function, nn.Module):
         function = type(function).forward.__get__(function)
@@ -74,28 +79,51 @@ def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
     return getattr(function, "__func__", function)
 
 
+def _explain_generate(args: tuple[Any, ...], options: dict[str, Any]) -> Explanation:
+    start = time.perf_counter()
+    try:
+        result = generate(*args, **options)
+    except OptionError:
+        raise
+    except SMCError as error:
+        return Explanation(False, error)
+    program = last_program()
+    law = program.target.law
+    stages = [getattr(stage, "name", stage.__name__) for stage in law.stages]
+    sampler = "argmax" if law.kind == "greedy" else f"softmax of logits after {', '.join(stages)}"
+    found = {"sampler": [sampler], "rules on the text": result.stats.rules}
+    return Explanation(True, None, _sections(found, program, result, time.perf_counter() - start))
+
+
 def _describe(loop: CompiledLoop, seconds: float) -> Explanation:
     assert loop.loop is not None
     assert loop.program is not None
     assert loop.last is not None
-    program = loop.program.program
     sampler = loop.program.traced.sampler
     assert sampler is not None
     law = {"logits": "softmax of logits", "probs": "unnormalised probabilities", "greedy": "argmax"}[sampler.kind]
-    method = program.method
-    note = " (greedy loops run as the exact cached one-token loop)" if sampler.kind == "greedy" else ""
-    batch, n, length = loop.last.particles.shape
-    sections = {
+    found = {
         "loop": list(loop.loop.report),
         "sampler": [f"{sampler.form}: {law}, temperature {sampler.temperature:g}"],
-        "method": [f"{method}{note}"],
+    }
+    return Explanation(True, None, _sections(found, loop.program.program, loop.last, seconds))
+
+
+def _sections(
+    found: dict[str, list[str]], program: Program, result: Generation, seconds: float
+) -> dict[str, list[str]]:
+    """What was found, and then what was built from it and how long it took."""
+    note = " (greedy loops run as the exact cached one-token loop)" if program.target.law.kind == "greedy" else ""
+    batch, n, length = result.particles.shape
+    return {
+        **found,
+        "method": [f"{program.method}{note}"],
         "target": _model(program.target, batch, n, length),
         "draft": _model(program.draft, batch, n, length) if program.draft is not None else [],
         "regions": _regions(program),
         "time": [f"{seconds:.1f} s in all, {sum(r.compile_seconds for r in program.regions):.1f} s compiling regions"],
-        "warnings": list(loop.last.stats.warnings),
+        "warnings": list(result.stats.warnings),
     }
-    return Explanation(True, None, sections)
 
 
 def _model(model: Model, batch: int, n: int, length: int) -> list[str]:

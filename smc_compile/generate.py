@@ -221,6 +221,11 @@ def program_for(model: Any, processors: Processors, greedy: bool, options: Optio
     return _programs[signature]
 
 
+def last_program() -> Program:
+    """The program that answered last."""
+    return next(reversed(_programs.values()))
+
+
 def _dtype(model: Any) -> torch.dtype | None:
     parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
     return next((p.dtype for p in parameters), None)

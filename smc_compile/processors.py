@@ -85,6 +85,7 @@ def score_stage(processor: Any) -> Stage:
         result: Tensor = processor(torch.zeros(scores.shape[0], 1, dtype=torch.int64, device=scores.device), scores)
         return result
 
+    apply.__name__ = name_of(processor)
     return apply
 
 

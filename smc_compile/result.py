@@ -27,6 +27,7 @@ class Stats:
     resample_seconds: float = 0.0
     rules_seconds: float = 0.0  # rules that read the text, and stopping criteria
     warnings: list[str] = field(default_factory=list)
+    rules: list[str] = field(default_factory=list)  # logits processors that read the text, and where they run
 
     @property
     def host_seconds(self) -> float:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from models import REFUSED, TinyTransformerLM, perturbed
+from models import REFUSED, TableLM, TinyTransformerLM, perturbed
 from torch import Tensor, nn
 
-from smc_compile import decode, explain
+from smc_compile import decode, explain, generate
 from smc_compile.errors import CacheError, LoopError, OptionError
 
 MODEL = TinyTransformerLM()
@@ -106,3 +106,26 @@ def test_a_refused_loop_has_a_reason_and_no_report(function, model, kind, word):
 def test_a_bad_option_is_an_error():
     with pytest.raises(OptionError):
         explain(loop, MODEL, IDS, 5, particles=3)
+
+
+def test_generate_is_explained_with_its_rules():
+    """What compiles and what runs on the host is told apart."""
+    target = TableLM(5).double()
+    calls: list[int] = []
+
+    def by_hand(ids, scores):
+        calls.append(1)
+        return torch.stack([row + len(set(text)) for text, row in zip(ids.tolist(), scores, strict=True)])
+
+    def traced(ids, scores):
+        return scores + (torch.arange(5) == ids[:, -1:])
+
+    options = {"max_new_tokens": 5, "compiler": "eager", "n_particles": 3, "lookahead": 2}
+    ids = torch.tensor([[1, 2]])
+    told = explain(generate, target, perturbed(target), ids, logits_processor=[traced], top_k=3, **options)
+    assert told.sections["rules on the text"] == ["traced: compiled, on target and draft"]
+    assert told.sections["sampler"] == ["softmax of logits after temperature, top_k"]
+    assert "rules" in {line.split(":")[0] for line in told.sections["regions"]}
+    told = explain(generate, target, perturbed(target), ids, logits_processor=[by_hand], **options)
+    assert told.sections["rules on the text"] == ["by_hand: on the host, once a position, on target and draft"]
+    assert calls

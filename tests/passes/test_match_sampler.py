@@ -17,7 +17,7 @@ from smc_compile.passes.ir import CausalLM
 from smc_compile.passes.match_sampler import Sampler, match_sampler
 from smc_compile.passes.synthesize_cache import synthesize_cache
 from smc_compile.passes.verify import validate
-from smc_compile.runtime.regions import log_law
+from smc_compile.runtime.law import Law
 
 V, BATCH = 11, 2
 BIAS = torch.linspace(-2.0, 2.0, V, dtype=torch.float64)
@@ -209,7 +209,7 @@ def test_the_cut_graph_carries_the_law_of_the_users_probabilities(sample) -> Non
     ids, table = tokens(BATCH, 5), weights[0]
     rows = rows_of(cut, ids, weights)
     torch.testing.assert_close(
-        log_law(rows, sampler.kind, 1.0).exp(), sample(table[ids[:, -1]])[1], rtol=0, atol=1e-6, check_dtype=False
+        Law(sampler.kind).log_probs(rows, {}).exp(), sample(table[ids[:, -1]])[1], rtol=0, atol=1e-6, check_dtype=False
     )
     assert rows.shape == (BATCH, V)
 
