@@ -103,7 +103,9 @@ def generate(
     batch = len(ids)
     values = settings_of(batch, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     greedy = is_greedy(values)
-    processors = sort_processors(logits_processor, [] if greedy else list(values), vocabulary(model, logits_processor))
+    processors = sort_processors(
+        logits_processor, [] if greedy else list(values), vocabulary(model, logits_processor, parsed, ids)
+    )
     request = build_request(
         ids,
         max_new_tokens,
@@ -166,9 +168,7 @@ def settings_of(batch: int, **given: Any) -> dict[str, Tensor]:
         wrong = values[~((values >= low) & (values <= high) & values.isfinite())].tolist()
         if wrong:
             raise OptionError(
-                f"{name} must be a number between {low:g} and {high:g}"
-                if high < 2**31
-                else f"{name} must be a number >= 0",
+                f"{name} must be a number {f'between 0 and {high:g}' if high == 1 else '>= 0'}",
                 f"got {wrong[0]!r}",
                 "0 means greedy, 1 the model's own law" if name == "temperature" else "",
             )
@@ -196,13 +196,13 @@ def checked_lag(max_lag: Any) -> int | None:
     return max_lag
 
 
-def vocabulary(model: Any, processors: Sequence[Any]) -> int:
-    """How many scores processors are tried with; a model that does not say gets a thousand."""
+def vocabulary(model: Any, processors: Sequence[Any], options: Options, ids: Tensor) -> int:
+    """How many scores processors are tried with: the model's, or a thousand where a stateful model does not say."""
     if not processors:
         return 0
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    weight = getattr(head, "weight", None)
-    return int(weight.shape[0]) if weight is not None else int(getattr(model, "vocab_size", 1000))
+    if is_stateful(model):
+        return int(getattr(model, "vocab_size", 1000))
+    return compile_target(model, Law("logits"), options, ids).vocab_size or 1000
 
 
 def program_for(model: Any, processors: Processors, greedy: bool, options: Options, ids: Tensor) -> Program:

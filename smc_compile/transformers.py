@@ -125,7 +125,7 @@ def generate(
     settings = settings_of(len(input_ids), **given) if sampled else {}
     ends, criteria = split_ends(stopping_criteria)
     assert config.max_length is not None  # the library has set it
-    processors = sort_processors(before, list(settings), vocabulary(model, logits_processor), after)
+    processors = sort_processors(before, list(settings), vocabulary(model, logits_processor, options, input_ids), after)
     request = build_request(
         input_ids,
         config.max_length - input_ids.shape[1],

@@ -139,6 +139,7 @@ HISTORY = [
 ]
 
 
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("padded", [False, True], ids=["one length", "padded"])
 @pytest.mark.parametrize("settings", HISTORY, ids=lambda s: "+".join(s))
 def test_greedy_with_processors_equals_the_library(target, ours, settings, padded):
@@ -146,6 +147,11 @@ def test_greedy_with_processors_equals_the_library(target, ours, settings, padde
     given = {"max_new_tokens": 12, "do_sample": False, "attention_mask": mask, "pad_token_id": 10, **settings}
     expected = target.generate(IDS, **given)
     assert torch.equal(ours(**given), expected)
+
+
+def test_compiled_rules_equal_the_library(target, ours):
+    given = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 10, **HISTORY[-1]}
+    assert torch.equal(ours(**given), target.generate(IDS, **given))
 
 
 class Alternating(transformers.LogitsProcessor):

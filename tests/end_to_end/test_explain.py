@@ -118,7 +118,7 @@ def test_generate_is_explained_with_its_rules():
         return torch.stack([row + len(set(text)) for text, row in zip(ids.tolist(), scores, strict=True)])
 
     def traced(ids, scores):
-        return scores + (torch.arange(5) == ids[:, -1:])
+        return scores + (torch.arange(scores.shape[1]) == ids[:, -1:])
 
     options = {"max_new_tokens": 5, "compiler": "eager", "n_particles": 3, "lookahead": 2}
     ids = torch.tensor([[1, 2]])

@@ -43,7 +43,8 @@ def arguments(kind):
     generator = torch.Generator().manual_seed(1)
     suffixes = [torch.randn(4, p.shape[1], 6, p.shape[3], generator=generator, dtype=p.dtype) for p in prompts]
     slots = torch.tensor([1, 2, 3])
-    return [torch.arange(12).view(4, 3), slots + 4, slots, *prompts, *suffixes, *graphs.tables(10, *owned()), *owned()]
+    tokens, positions, keys = torch.arange(12).view(4, 3), (slots + 4).expand(2, -1), torch.arange(10).expand(2, -1)
+    return [tokens, positions, slots, keys, *prompts, *suffixes, *graphs.tables(10, *owned()), *owned()]
 
 
 def clones(values):
