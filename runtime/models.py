@@ -170,7 +170,8 @@ class StatefulModel:
     def _body(self, all_positions: bool) -> Forward:
         def forward(tokens: Tensor, places: Places, state: State, context: Any) -> tuple[Tensor, State]:
             first = places.positions[:, 0]  # [B]
-            pos = first.repeat_interleave(tokens.shape[0] // first.shape[0]) if self._ragged else first[0]
+            # Requests of one length stand at one position; one that has finished stays behind on its last.
+            pos = first.repeat_interleave(tokens.shape[0] // first.shape[0]) if self._ragged else first.amax()
             logits, new = self.model.step(tokens, pos, pytree.tree_unflatten(state, self._spec))
             rows = logits.flatten(0, 1) if all_positions else logits[:, -1]
             return rows, pytree.tree_leaves(new)

@@ -52,6 +52,9 @@ class AutoregressiveSession:
         except GenerationError as error:
             error.partial = self._result(run, False)
             raise
+        except Exception as error:  # from the model or the compiler: the error is theirs, and nothing is lost
+            error.partial = self._result(run, False)  # type: ignore[attr-defined]
+            raise
         return self._result(run, True)
 
     def _begin(self, request: Request) -> Run:
@@ -96,6 +99,7 @@ class AutoregressiveSession:
             token, log_p, over, bad = self._choose(rows, *given)
         else:
             token, log_p, over, bad, state = self._step(*given, places, p.target, run.contexts[0])
+        bad = bad & (run.remaining > 0)
         if bad.any():
             raise not_finite(bad, run.request, p.made)
         p.target = state or p.target

@@ -59,7 +59,10 @@ class Rules:
 
     def _position(self, text: Tensor, scores: Tensor, rows: Rows, live: Tensor) -> Tensor:
         if self.region is not None:
-            after = self.region(mark_dynamic(text, 1), scores.clone(), rows)
+            try:
+                after = self.region(mark_dynamic(text, 1), scores.clone(), rows)
+            except Exception as error:
+                raise rule_error(self.rules, f"compiled, it raised {type(error).__name__}: {error}") from error
             check_scores(after[live], scores[live], self.rules)
             return torch.where(live[:, None], after, scores)
         if live.any():

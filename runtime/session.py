@@ -169,6 +169,9 @@ class SMCSession:
         except GenerationError as error:
             error.partial = self._result(run, False)
             raise
+        except Exception as error:  # from a model or the compiler: the error is theirs, and nothing is lost
+            error.partial = self._result(run, False)  # type: ignore[attr-defined]
+            raise
         return self._result(run, True)
 
     def _begin(self, request: Request) -> Run:

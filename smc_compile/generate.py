@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,7 +74,8 @@ def generate(
         logits_processor: processors ``(input_ids [R, L], scores [R, V]) -> scores``, before temperature and truncation;
             those that read the text apply to target and draft.
         stopping_criteria: ``(input_ids [R, L], scores=None) -> bool [R]``.
-        num_return_sequences: independent populations for each prompt; row b*M + m of the result is prompt b's.
+        num_return_sequences: independent populations for each prompt; row b*M + m of the result is prompt b's. A list
+            with a value for each prompt serves all its rows, but seeds are given one for each row.
         seed: a 64-bit int, request b using seed + b, or a list with one for each.
         streamer, stream: see ``smc_compile.streaming.watch_for``.
         max_lag: with a streamer, settle what is older than so many tokens by drawing one of the particles' pasts: exact
@@ -92,7 +94,9 @@ def generate(
     """
     check_model(model)
     if generation_config is not None:
-        given = {name: value for name, value in locals().items() if name in WITH_CONFIG and value is not None}
+        everything = locals()
+        given = {name: value for name, value in everything.items() if name in WITH_CONFIG and value is not None}
+        refuse_beside_config(everything)
         return _with_config(model, draft, input_ids, generation_config, given, options)
     single = seed if not isinstance(seed, (list, tuple, Tensor)) else None
     parsed = Options.parse({"draft": draft, "seed": single, **options})
@@ -101,21 +105,29 @@ def generate(
     check_prompt(input_ids)
     ids, mask = repeated(num_return_sequences, input_ids, attention_mask)
     batch = len(ids)
-    values = settings_of(batch, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+
+    def each(value: Any) -> Any:
+        return spread(value, len(input_ids), num_return_sequences)
+
+    asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    values = settings_of(batch, **{name: each(value) for name, value in asked.items()})
     greedy = is_greedy(values)
+    vocab = vocabulary(model, logits_processor, parsed, ids)
     processors = sort_processors(
         logits_processor, [] if greedy else list(values), vocabulary(model, logits_processor, parsed, ids)
     )
     request = build_request(
         ids,
-        max_new_tokens,
+        each(max_new_tokens),
         request_seeds(seed, ids),
         mask=mask,
-        ends=eos_token_id if eos_token_id is not None else parsed.eos_token_id,
-        pad=pad_token_id,
+        ends=each(eos_token_id) if eos_token_id is not None else parsed.eos_token_id,
+        pad=each(pad_token_id),
         settings={} if greedy else values,
         rules=processors.by_hand,
-        stop=any_stop(strings_stop(stop_strings, tokenizer, batch, ids.shape[1]), criteria_stop(stopping_criteria)),
+        stop=any_stop(
+            strings_stop(each(stop_strings), tokenizer, batch, ids.shape[1]), criteria_stop(stopping_criteria)
+        ),
         max_lag=checked_lag(max_lag),
         watch=watch_for(streamer, stream, ids),
     )
@@ -155,6 +167,27 @@ def repeated(times: Any, ids: Tensor, mask: Any) -> tuple[Tensor, Any]:
     return ids.repeat_interleave(times, 0), mask.repeat_interleave(times, 0) if isinstance(mask, Tensor) else mask
 
 
+def spread(value: Any, batch: int, times: int) -> Any:
+    """One value for each prompt as one for each of its ``times`` requests; what is for all stays so."""
+    values = value.tolist() if isinstance(value, Tensor) and value.dim() else value
+    if times == 1 or not isinstance(values, (list, tuple)) or len(values) != batch:
+        return value
+    return [one for one in values for _ in range(times)]
+
+
+def refuse_beside_config(given: Mapping[str, Any]) -> None:
+    """What a generation_config holds itself cannot be given beside it."""
+    for name, default in inspect.signature(generate).parameters.items():
+        if name in WITH_CONFIG or name in ("model", "draft", "input_ids", "generation_config", "options"):
+            continue
+        if given[name] is not default.default and given[name] != default.default:
+            raise OptionError(
+                f"{name} cannot be given beside generation_config",
+                f"got {given[name]!r}, and the config has a value of its own",
+                f"set generation_config.{name}",
+            )
+
+
 def settings_of(batch: int, **given: Any) -> dict[str, Tensor]:
     """The settings that change something for some request, [B] each; the temperature always.
 
@@ -163,7 +196,8 @@ def settings_of(batch: int, **given: Any) -> dict[str, Tensor]:
     """
     found = {}
     for name, value in given.items():
-        values = per_request(name, value if value is not None else SETTINGS[name][1], batch, torch.float64)
+        kind = torch.int64 if name == "top_k" else torch.float64
+        values = per_request(name, value if value is not None else SETTINGS[name][1], batch, kind).double()
         low, high = BOUNDS[name]
         wrong = values[~((values >= low) & (values <= high) & values.isfinite())].tolist()
         if wrong:
@@ -212,7 +246,7 @@ def program_for(model: Any, processors: Processors, greedy: bool, options: Optio
         OptionError, InputError, CacheError, ValidationError: when the pair cannot be compiled.
     """
     chosen = tuple(value for name, value in vars(options).items() if name not in ("draft", "seed", "eos_token_id"))
-    signature = (id(model), id(options.draft), processors.key, greedy, chosen, _dtype(model))
+    signature = (id(model), id(options.draft), processors.key, greedy, chosen, _place(model), _place(options.draft))
     if signature not in _programs:
         _programs[signature] = _compile(model, processors, greedy, options, ids)
     _programs.move_to_end(signature)
@@ -226,9 +260,9 @@ def last_program() -> Program:
     return next(reversed(_programs.values()))
 
 
-def _dtype(model: Any) -> torch.dtype | None:
+def _place(model: Any) -> tuple[torch.device, torch.dtype] | None:
     parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
-    return next((p.dtype for p in parameters), None)
+    return next(((p.device, p.dtype) for p in parameters), None)
 
 
 def _compile(model: Any, processors: Processors, greedy: bool, options: Options, ids: Tensor) -> Program:

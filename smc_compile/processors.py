@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import copy
+import functools
+import hashlib
+import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from smc_compile.errors import OptionError
-from smc_compile.runtime.compiled import compile_function, mark_dynamic
+from smc_compile.runtime.compiled import Region, mark_dynamic
 from smc_compile.runtime.law import SETTINGS, Stage
 from smc_compile.runtime.request import Rows, Rule
 from smc_compile.runtime.rules import name_of
 
 log = logging.getLogger(__name__)
+CPU = torch.device("cpu")
+LARGE = 10_000  # entries of a container that is not taken apart
+MOST_COMPILATIONS = 2  # of rules, for texts of all lengths
 
 
 @dataclass(frozen=True)
@@ -90,26 +97,30 @@ def score_stage(processor: Any) -> Stage:
 
 
 def sort_processors(
-    processors: Sequence[Any], settings: Sequence[str], vocab: int, after: Sequence[Any] = ()
+    processors: Sequence[Any],
+    settings: Sequence[str],
+    vocab: int,
+    after: Sequence[Any] = (),
+    device: torch.device = CPU,
 ) -> Processors:
     """Sort ``processors``, which come before the ``settings``, and ``after``, which come behind.
 
     Raises:
         OptionError: when one of ``after`` reads the text: rules come before temperature and truncation.
     """
-    if late := [name_of(processor) for processor in after if reads_text(processor, vocab)]:
+    if late := [name_of(processor) for processor in after if reads_text(processor, vocab, device)]:
         raise OptionError(
             f"{late[0]} reads the text, and comes after temperature or truncation",
             "rules on the text apply to target and draft, and a draft that truncates could not reach every token",
             "put it before them, or leave temperature, top_k, top_p and min_p out",
         )
-    reading = [reads_text(processor, vocab) for processor in processors]
+    reading = [reads_text(processor, vocab, device) for processor in processors]
     last = max((i for i, reads in enumerate(reading) if reads), default=-1)
     rules = tuple(as_rule(processor) for processor in processors[: last + 1])
     stages = [score_stage(processor) for processor in processors[last + 1 :]]
     stages += [SETTINGS[name][0] for name in SETTINGS if name in settings]
     stages += [score_stage(processor) for processor in after]
-    traced = bool(rules) and compiles(rules, vocab)
+    traced = bool(rules) and compiles(rules, vocab, device)
     compiled = [*processors[0 if traced else last + 1 :], None, *after]
     key = (bool(rules), traced, tuple(sorted(settings)), *(fingerprint(p) if p else None for p in compiled))
     return Processors(rules if traced else (), () if traced else rules, tuple(stages), key)
@@ -124,17 +135,18 @@ def as_rule(processor: Any) -> Rule:
     return TextRule(processor)
 
 
-def reads_text(processor: Any, vocab: int) -> bool:
+def reads_text(processor: Any, vocab: int, device: torch.device = CPU) -> bool:
     """Whether a processor's answer can depend on the tokens or on their number.
 
-    Its trace with a symbolic length says so. What cannot be traced is taken to depend on them.
+    Its trace with a symbolic length says so, and trials with other texts and lengths. What cannot be traced, and what
+    changes itself, is taken to depend on them.
     """
     if not isinstance(as_rule(processor), TextRule) or isinstance(as_rule(processor), UnseenPadding):
         return True
     processor = untouched(processor)
-    if keeps_state(processor, vocab):
+    if keeps_state(processor, vocab, device) or answers_differ(processor, vocab, device):
         return True
-    ids, scores = _sample(vocab, 7 if vocab != 7 else 11)  # sizes that are equal would share a symbol
+    ids, scores = _sample(vocab, 7 if vocab != 7 else 11, device)  # sizes that are equal would share a symbol
     try:
         graph = make_fx(processor, tracing_mode="symbolic", _allow_non_fake_inputs=True)(ids, scores)
     except Exception as error:  # whatever a processor does that a tracer cannot follow
@@ -142,46 +154,61 @@ def reads_text(processor: Any, vocab: int) -> bool:
         return True
     placeholder = next(node for node in graph.graph.nodes if node.op == "placeholder")
     graph.graph.eliminate_dead_code()
-    sizes = {dim.node.expr for dim in placeholder.meta["val"].shape[1:]}
+    # The symbols that the trace began with: a length on which it branched may have been replaced by a number since.
+    sizes = {dim.node._expr for dim in placeholder.meta["val"].shape[1:] if isinstance(dim, torch.SymInt)}
     environment = graph.shape_env
     branches = environment is None or any(sizes & guard.expr.free_symbols for guard in environment.guards)
-    return bool(placeholder.users) or branches
+    return bool(placeholder.users) or branches or not sizes
 
 
-def compiles(rules: Sequence[Rule], vocab: int) -> bool:
-    """Whether rules trace as tensor code, leave their own state alone, and say the same as without tracing."""
+def answers_differ(processor: Any, vocab: int, device: torch.device) -> bool:
+    """Whether equal scores get other answers after another text: tried at several lengths, one token included."""
+    _, scores = _sample(vocab, 1, device)
+    answers = []
+    for seed, length in enumerate((1, 2, 3, 7, 8, 12)):
+        ids, _ = _sample(vocab, length, device, seed)
+        try:
+            answers.append(processor(ids, scores.clone()))
+        except Exception as error:
+            log.debug("%s fails on random tokens: %s", name_of(processor), error)
+            return True
+    return not all(isinstance(a, Tensor) and torch.equal(a, answers[0]) for a in answers)
+
+
+def compiles(rules: Sequence[Rule], vocab: int, device: torch.device = CPU) -> bool:
+    """Whether rules trace as tensor code for every length, leave their own state alone, and say the same untraced."""
+    try:
+        rules = [copy.deepcopy(rule) for rule in rules]
+    except Exception as error:  # what cannot be copied would be changed by a trial
+        log.debug("rules cannot be copied for a trial: %s", error)
+        return False
 
     def apply(text: Tensor, scores: Tensor, rows: Rows) -> Tensor:
         for rule in rules:
             scores = rule(text, scores, rows)
         return scores
 
-    try:
-        rules = [copy.deepcopy(rule) for rule in rules]
-    except Exception as error:  # what cannot be copied would be changed by a trial
-        log.debug("rules cannot be copied for a trial: %s", error)
-        return False
     before = [state_of(rule) for rule in rules]
-    traced = compile_function(apply, "try_rules", "eager")
+    traced = Region("try_rules", apply, "eager")
+    rows = Rows(*torch.zeros(2, 2, dtype=torch.int64, device=device))
     try:
-        for seed, length in enumerate((7, 7, 9, 12, 12)):
-            ids, scores = _sample(vocab, length, seed)
-            rows = Rows(torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
-            if not torch.equal(
-                traced(mark_dynamic(ids.clone(), 1), scores.clone(), rows), apply(ids, scores.clone(), rows)
-            ):
+        for seed, length in enumerate((7, 7, 9, 12, 12, 15, 18)):
+            ids, scores = _sample(vocab, length, device, seed)
+            actual = traced(mark_dynamic(ids.clone(), 1), scores.clone(), rows)
+            if not torch.equal(actual, apply(ids, scores.clone(), rows)):
                 return False
     except Exception as error:  # a graph break, or an error that a real text would not give: run them as they are
         log.debug("rules do not trace: %s", error)
         return False
-    return before == [state_of(rule) for rule in rules]
+    lengths = traced.compilations <= MOST_COMPILATIONS  # else each length compiles anew, up to Dynamo's limit
+    return lengths and before == [state_of(rule) for rule in rules]
 
 
-def keeps_state(processor: Any, vocab: int) -> bool:
+def keeps_state(processor: Any, vocab: int, device: torch.device) -> bool:
     """Whether a call leaves a processor other than it was."""
     before = fingerprint(processor)
     try:
-        processor(*_sample(vocab, 7))
+        processor(*_sample(vocab, 7, device))
     except Exception as error:
         log.debug("%s fails on random tokens: %s", name_of(processor), error)
         return True
@@ -197,22 +224,52 @@ def untouched(processor: Any) -> Any:
         return copy.copy(processor)
 
 
-def _sample(vocab: int, length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def _sample(vocab: int, length: int, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(vocab, (2, length), generator=generator), torch.randn(2, vocab, generator=generator)
+    ids, scores = torch.randint(vocab, (2, length), generator=generator), torch.randn(2, vocab, generator=generator)
+    return ids.to(device), scores.to(device)
 
 
-def state_of(rule: Any) -> tuple[Any, ...]:
+def state_of(rule: Any) -> Any:
     return fingerprint(getattr(rule, "processor", rule))
 
 
-def fingerprint(processor: Any) -> tuple[Any, ...]:
-    """Class and settings of a processor: a library builds new but equal ones at every call."""
-    if hasattr(processor, "__code__"):
-        return (processor,)
-    settings = sorted((name, plain(value)) for name, value in vars(processor).items())
-    return (type(processor), *settings)
+class Same:
+    """A key that is equal to itself alone, for what has no parts to compare; it keeps the object alive."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
 
 
-def plain(value: Any) -> str:
-    return str(value.tolist()) if isinstance(value, Tensor) else repr(value)
+def fingerprint(value: Any, inside: tuple[int, ...] = ()) -> Any:
+    """A key for a processor or a part of it: equal for equal classes and settings.
+
+    A library builds new but equal processors at every call. What cannot be taken apart is equal to itself alone.
+    """
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
+        return type(value), repr(value)
+    if id(value) in inside or inspect.isroutine(value) or isinstance(value, type):
+        return Same(value)
+    inside = (*inside, id(value))
+    if isinstance(value, Tensor):
+        flat = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        return Tensor, tuple(value.shape), str(value.dtype), hashlib.sha256(flat.tobytes()).hexdigest()
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return np.ndarray, value.shape, str(value.dtype), hashlib.sha256(value.tobytes()).hexdigest()
+    if isinstance(value, (dict, list, tuple)) and len(value) > LARGE:
+        return Same(value)
+    if isinstance(value, dict):
+        return type(value), tuple((fingerprint(k, inside), fingerprint(v, inside)) for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return type(value), tuple(fingerprint(v, inside) for v in value)
+    if isinstance(value, functools.partial):
+        return functools.partial, fingerprint((value.func, value.args, value.keywords), inside)
+    if isinstance(value, (set, frozenset)) or not hasattr(value, "__dict__") or hasattr(type(value), "__slots__"):
+        return Same(value)
+    return type(value), fingerprint(vars(value), inside)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from smc_compile.errors import OptionError
-from smc_compile.generate import program_for, settings_of, vocabulary
+from smc_compile.generate import checked_lag, program_for, settings_of, vocabulary
 from smc_compile.logits import logits_of
 from smc_compile.options import Options
 from smc_compile.processors import sort_processors
@@ -36,12 +36,15 @@ OURS = (
 PREPARED = (
     "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "suppress_tokens",
     "remove_invalid_values", "renormalize_logits", "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids",
-    "sequence_bias", "min_length", "min_new_tokens", "forced_bos_token_id", "forced_eos_token_id", "guidance_scale",
-    "exponential_decay_length_penalty", "begin_suppress_tokens", "encoder_repetition_penalty",
-    "encoder_no_repeat_ngram_size", "watermarking_config", "max_time", "stop_strings",
+    "sequence_bias", "min_length", "min_new_tokens", "forced_bos_token_id", "forced_eos_token_id",
+    "exponential_decay_length_penalty", "begin_suppress_tokens", "watermarking_config", "max_time", "stop_strings",
 )  # fmt: skip
 PARTICLES = "a particle is one sampled sequence with a weight; this needs another search"
+BY_ROW = "it keeps something for each row of the batch, and particles change rows"
 WHY = {
+    "guidance_scale": BY_ROW,
+    "encoder_repetition_penalty": BY_ROW,
+    "encoder_no_repeat_ngram_size": BY_ROW,
     "num_beams": PARTICLES,
     "num_beam_groups": PARTICLES,
     "penalty_alpha": PARTICLES,
@@ -125,7 +128,9 @@ def generate(
     settings = settings_of(len(input_ids), **given) if sampled else {}
     ends, criteria = split_ends(stopping_criteria)
     assert config.max_length is not None  # the library has set it
-    processors = sort_processors(before, list(settings), vocabulary(model, logits_processor, options, input_ids), after)
+    processors = sort_processors(
+        before, list(settings), vocabulary(model, logits_processor, options, input_ids), after, input_ids.device
+    )
     request = build_request(
         input_ids,
         config.max_length - input_ids.shape[1],
@@ -136,7 +141,7 @@ def generate(
         settings=settings,
         rules=processors.by_hand,
         stop=any_stop(criteria_stop(criteria)),
-        max_lag=max_lag,
+        max_lag=checked_lag(max_lag),
         watch=watch_for(token_streamer, stream, input_ids),
     )
     program = program_for(model, processors, not sampled, options, input_ids)

@@ -134,7 +134,7 @@ HISTORY = [
     {"forced_eos_token_id": 2},
     {"suppress_tokens": [1, 2, 3], "begin_suppress_tokens": [4, 5]},
     {"exponential_decay_length_penalty": (2, 1.5), "eos_token_id": 2},
-    {"encoder_repetition_penalty": 1.4},
+    {"begin_suppress_tokens": list(range(6))},
     {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "bad_words_ids": [[6]], "eos_token_id": [2, 9]},
 ]
 
@@ -152,6 +152,16 @@ def test_greedy_with_processors_equals_the_library(target, ours, settings, padde
 def test_compiled_rules_equal_the_library(target, ours):
     given = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 10, **HISTORY[-1]}
     assert torch.equal(ours(**given), target.generate(IDS, **given))
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("length", [1, 4, 6, 7, 8])
+def test_rules_on_the_length_hold_at_every_length(target, ours, length):
+    """A trace at some length must not take a branch at that length for none."""
+    ids = (torch.arange(2 * length).view(2, length) * 3) % 9
+    given = {"max_length": length + 1, "do_sample": False, "pad_token_id": 10}
+    for settings in ({"forced_eos_token_id": 2}, {"begin_suppress_tokens": list(range(9))}):
+        assert torch.equal(ours(ids, **given, **settings), target.generate(ids, **given, **settings))
 
 
 class Alternating(transformers.LogitsProcessor):
@@ -202,6 +212,9 @@ def test_scores_and_logits_are_those_of_the_library(target, ours):
 
 REFUSED = [
     ({"num_beams": 3}, "num_beams=3 is not supported"),
+    ({"encoder_repetition_penalty": 1.4}, "encoder_repetition_penalty=1.4 is not supported"),
+    ({"guidance_scale": 1.5}, "guidance_scale=1.5 is not supported"),
+    ({"max_lag": -3}, "max_lag must be"),
     ({"draft_model": None}, "no draft model was given"),
     ({"n_particles": 0}, "n_particles must be at least 1"),
     ({"stream": "lead"}, "stream 'lead' is unknown"),

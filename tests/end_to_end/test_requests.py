@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 from models import CACHEABLE, TableLM, TinyTransformerLM, perturbed
-from torch import Tensor
+from torch import Tensor, nn
 
 from smc_compile import Generation, generate
-from smc_compile.errors import InputError, OptionError
+from smc_compile.errors import GenerationError, InputError, OptionError
 from smc_compile.generate import _programs
 
 VOCAB = 7
@@ -137,6 +137,72 @@ def test_a_finished_request_leaves_when_a_smaller_batch_is_compiled(pair):
     assert torch.equal(together.particles[0], alone.particles[0])
 
 
+@interpreted
+@pytest.mark.parametrize("method", ["smc", "autoregressive"])
+def test_a_recurrent_model_counts_positions_past_a_neighbours_cap(method):
+    """A request that has finished stays on its last position; the others go on."""
+    target = Recurrent()
+    together = run((target, target), PROMPTS[:2], [3, 12], method=method)
+    alone = run((target, target), PROMPTS[1:2], 12, seed=8, method=method)
+    assert_row_is(together, 1, alone, 5, 12)
+
+
+class Recurrent(nn.Module):
+    """Follows the step protocol; its logits depend on the position and on the sum of the tokens."""
+
+    def initial_state(self, batch: int) -> Tensor:
+        return torch.zeros(batch, 1, dtype=torch.float64)
+
+    def step(self, tokens: Tensor, pos: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        sums = state + tokens.double().cumsum(1)  # [R, T]
+        places = pos + torch.arange(tokens.shape[1])
+        logits = torch.sin(sums[..., None] + 1.3 * places[:, None] + torch.arange(VOCAB)) * 2
+        return logits, sums[:, -1:]
+
+
+@interpreted
+def test_nan_beyond_the_cap_of_a_finished_request_is_nobodys_trouble():
+    target = TableLM(VOCAB).double()
+    with torch.no_grad():
+        target.table[6] = math.nan
+    ids = torch.tensor([[1], [2]])
+    ended = 0
+    for seed in range(12):
+        options = {"method": "autoregressive", "seed": seed, "eos_token_id": 6}
+        try:
+            alone = run((target, None), ids[1:], 4, **{**options, "seed": seed + 1})
+        except GenerationError:
+            continue
+        together = run((target, None), ids, [1, 4], **{**options, "eos_token_id": [[], [6]]})
+        assert torch.equal(together.sequences[1], alone.sequences[0])
+        ended += int(together.sequences[0, 1] == 6)
+    assert ended > 0, "some first token must lead to NaN, or this test sees nothing"
+
+
+@interpreted
+def test_a_list_for_each_prompt_serves_all_its_sequences(pair):
+    options = {"num_return_sequences": 2, "seed": [1, 2, 3, 4]}
+    g = run(pair, PROMPTS[:2], [3, 7], temperature=[0.5, 1.5], eos_token_id=[[2], []], **options)
+    assert g.particle_lengths.amax(1).tolist()[2:] == [7, 7]
+    alone = run(pair, PROMPTS[1:2], 7, temperature=1.5, seed=4)
+    assert torch.equal(g.particles[3, :, : 5 + 7], alone.particles[0])
+
+
+def test_a_model_that_raises_loses_nothing():
+    class Fails(nn.Module):
+        def initial_state(self, batch: int) -> Tensor:
+            return torch.zeros(batch, 1)
+
+        def step(self, tokens: Tensor, pos: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+            if int(pos) > 8:
+                raise RuntimeError("out of paper")
+            return torch.zeros(*tokens.shape, VOCAB), state
+
+    with torch.compiler.set_stance("force_eager"), pytest.raises(RuntimeError, match="out of paper") as caught:
+        run((Fails(), Fails()), PROMPTS[:1])
+    assert caught.value.partial.sequences.shape[1] > 5
+
+
 # ---- log-probabilities -----------------------------------------------------------------------------------------------
 
 
@@ -190,6 +256,8 @@ BAD = [
     ({"num_return_sequences": 0}, "num_return_sequences must be"),
     ({"max_lag": -1}, "max_lag must be"),
     ({"stop_strings": ["a"]}, "stop_strings need a tokenizer"),
+    ({"generation_config": object(), "top_p": 0.5}, "top_p cannot be given beside generation_config"),
+    ({"top_k": 4.9}, "top_k must be an integer"),
     ({"generation_config": object()}, "generation_config needs a transformers model"),
 ]
 
