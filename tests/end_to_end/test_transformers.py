@@ -21,7 +21,6 @@ from smc_compile.tiny import Float64Throughout, LastLogits64, build
 
 FAMILIES = COMMON.split()
 EAGER = FAMILIES[::3]
-GREEDY = ["llama", "gemma3_text", "gpt_oss", "bloom", "gpt2"]
 VOCAB = 97
 
 
@@ -127,14 +126,17 @@ def standing(rows: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
 # ---- generation ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", GREEDY)
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_are_those_of_the_library(family: str) -> None:
+    """A batch of two prompts, the first two tokens shorter: padding stands in front."""
     model, ids = build(family, dtype=torch.float32), tokens(2, 5)
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     mine = smc_compile.generate(
-        model, None, ids, max_new_tokens=12, temperature=0, method="autoregressive", compiler="eager"
+        model, None, ids, attention_mask=mask, max_new_tokens=12, temperature=0, validate=False, compiler="eager"
     )
     theirs = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+        ids, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
     )
     assert torch.equal(mine.sequences, theirs)
 
