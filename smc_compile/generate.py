@@ -149,6 +149,12 @@ def _with_config(
     given["token_streamer"] = given.pop("streamer", None)
     config = copy.deepcopy(config)
     config.return_dict_in_generate = True
+    strings, tokenizer = given.pop("stop_strings", None) or config.stop_strings, given.pop("tokenizer", None)
+    if strings:  # the library does not hand a tokenizer on to custom functions
+        from transformers import StopStringCriteria
+
+        config.stop_strings = None
+        given["stopping_criteria"] = [*given["stopping_criteria"], StopStringCriteria(tokenizer, strings)]
     result: Generation = model.generate(
         ids, generation_config=config, custom_generate=custom_generate, draft_model=draft, **given, **options
     )

@@ -12,6 +12,7 @@ from enumeration import chi_square_p_value
 import smc_compile
 from smc_compile.errors import InputError, OptionError
 from smc_compile.generate import _programs
+from smc_compile.pair import load_pair
 
 transformers = pytest.importorskip("transformers")
 VOCAB = 11
@@ -246,3 +247,36 @@ def test_no_field_of_the_config_is_ignored():
         setattr(config, name, "asked for")
         with pytest.raises(OptionError, match=f"{name}='asked for' is not supported"):
             smc_compile.transformers.check_config(config)
+
+
+def test_stop_strings_stop_where_the_library_stops():
+    """Three ways: the library's criterion, a config with stop strings beside it, and strings alone."""
+    *_, pieces, _ = load_pair()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=pieces)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=pieces.get_vocab_size(), hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=2, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.tensor([pieces.encode("def add(a, b):").ids])
+    given = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    free = model.generate(ids, **given)
+    word = pieces.decode(free[0, ids.shape[1] + 4 : ids.shape[1] + 6].tolist()).strip()
+    expected = model.generate(ids, stop_strings=[word], tokenizer=tokenizer, **given)
+    assert ids.shape[1] < expected.shape[1] < free.shape[1]
+    criterion = transformers.StopStringCriteria(tokenizer, [word])
+    ours = {"custom_generate": smc_compile.transformers.generate, "compiler": "eager"}
+    assert torch.equal(model.generate(ids, stopping_criteria=[criterion], **ours, **given), expected)
+    plain = transformers.GenerationConfig(max_new_tokens=12, do_sample=False, pad_token_id=0)
+    beside = {"generation_config": plain, "stop_strings": [word], "tokenizer": tokenizer, "compiler": "eager"}
+    own = smc_compile.generate(model, None, ids, attention_mask=torch.ones_like(ids), **beside)
+    assert torch.equal(own.sequences, expected)
+    alone = {
+        "max_new_tokens": 12,
+        "temperature": 0,
+        "stop_strings": [word],
+        "tokenizer": tokenizer,
+        "compiler": "eager",
+    }
+    assert smc_compile.generate(model, None, ids, **alone).new_lengths == expected.shape[1] - ids.shape[1]
