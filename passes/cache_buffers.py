@@ -290,7 +290,9 @@ class _Rewriter:
                 tried.update(dict.fromkeys(chosen, self.length))
                 try:
                     value = self.call(node, *replace_leaves(node, dict.fromkeys(leaves, self.length), tried))
-                except Exception:
+                except (
+                    Exception
+                ):  # a reading that does not fit the op: the next one may; if none does, the loop is refused
                     continue
                 if self.fits(_shape(self.old[node]), _shape(value)):
                     narrowed = {s: self.emit("narrow", inputs[s], -1, 0, self.size()) for s in masks}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from smc_compile.errors import GenerationError
 from smc_compile.result import Generation, Stats
 
 from .clock import Clock
@@ -15,7 +14,7 @@ from .population import Population
 from .regions import choose, draw, is_end, run_model, step
 from .request import Request
 from .rules import Rules
-from .session import Run, first_law, not_finite, require_law, ruled, stops
+from .run import Run, drive, first_law, not_finite, require_law, ruled, stops
 from .settling import Watcher
 from .streams import Streams
 
@@ -40,22 +39,7 @@ class AutoregressiveSession:
     @torch.no_grad()
     def run(self, request: Request) -> Generation:
         """Generate; raises GenerationError with the partial result when the target's logits are not finite."""
-        run = self._begin(request)
-        try:
-            run.release(run.p.finished(run.request, run.ends), (self._target,), self._sizes)
-            while len(run.gone) < request.batch:
-                self._token(run)
-                self._sizes.add(run.request.batch)
-                if run.watcher is not None:
-                    run.watcher.cycle(run.p, run.request, run.ends, run.gone)
-                run.release(run.p.finished(run.request, run.ends), (self._target,), self._sizes)
-        except GenerationError as error:
-            error.partial = self._result(run, False)
-            raise
-        except Exception as error:  # from the model or the compiler: the error is theirs, and nothing is lost
-            error.partial = self._result(run, False)  # type: ignore[attr-defined]
-            raise
-        return self._result(run, True)
+        return drive(self._begin(request), (self._target,), self._sizes, self._token, self._result)
 
     def _begin(self, request: Request) -> Run:
         clock = Clock(self.regions)

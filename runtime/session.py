@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,100 +13,18 @@ from smc_compile.result import Generation, Stats
 
 from .clock import Clock
 from .compiled import Region, mark_dynamic
-from .law import Law, broken
+from .law import Law
 from .models import RuntimeModel
-from .population import Outcome, Population, assemble, outcome
-from .regions import Ends, Judged, Places, Settings, State, choose, draw, is_end, judge, run_model, score, step, weigh
+from .population import Population
+from .regions import Judged, State, choose, draw, is_end, judge, run_model, score, step, weigh
 from .request import Request
 from .resampling import keep_survivors
 from .rules import Rules
+from .run import Run, drive, first_law, not_finite, require_law, ruled, stops
 from .settling import Watcher, settle_old
 from .streams import Streams
 
 MAX_TRIES = 32  # how often a cycle in which every particle got weight zero is drawn again
-
-
-@dataclass
-class Run:
-    """One call while it runs: the requests that go on, and what became of those that have finished."""
-
-    asked: Request
-    request: Request
-    p: Population
-    streams: Streams
-    contexts: list[Any]  # of the target and the draft
-    keys: Tensor  # [B, P+S]
-    clock: Clock
-    stats: Stats
-    outcomes: list[Outcome]
-    watcher: Watcher | None = None
-
-    def __post_init__(self) -> None:
-        self.gone: set[int] = set()
-        self.by_row()
-
-    def by_row(self) -> None:
-        """What the regions read of each row."""
-        r, n = self.request, self.p.n
-        self.ends = Ends(r.ends.repeat_interleave(n, 0), r.pad.repeat_interleave(n))
-        self.settings: Settings = {name: value.repeat_interleave(n) for name, value in r.settings.items()}
-        self.rows = r.rows(n)
-        self.nothing = self.p.tokens[:, :0]  # no tokens [R, 0]
-
-    @property
-    def remaining(self) -> Tensor:
-        """[R], tokens still wanted after the pending one."""
-        return (self.request.new_tokens - self.p.made).repeat_interleave(self.p.n)
-
-    def places(self, first: int, count: int) -> Places:
-        """``count`` slots from ``first``."""
-        slots = torch.arange(first, first + count, device=self.keys.device)
-        return Places(self.request.positions(slots), slots, self.keys)
-
-    def release(self, finished: Tensor, models: Sequence[RuntimeModel], sizes: set[int]) -> None:
-        """Give the answers of requests that have finished, and let their rows go, so that the others do not carry them.
-
-        A batch shrinks to a size in ``sizes``, for which regions are compiled already: to compile for another one would
-        hold up those that go on for longer than the rows that are left over.
-        """
-        if not finished.any():
-            return
-        done = finished.nonzero()[:, 0].tolist()
-        self.settle(done)
-        live = len(finished) - len(done)
-        size = min((s for s in sizes if live <= s), default=len(finished))
-        if live and size < len(finished):
-            self._take(sorted([b for b in range(len(finished)) if b not in done] + done[: size - live]), models)
-
-    def settle(self, done: list[int]) -> None:
-        """Keep the answers of these rows' requests; one that stayed behind for company has given its own."""
-        fresh = [b for b in done if self.request.number[b] not in self.gone]
-        if not fresh:
-            return
-        self.outcomes.append(outcome(self.p, self.request, self.ends, fresh, self.streams.select()))
-        self.gone.update(self.outcomes[-1].number)
-        if self.watcher is not None:
-            self.watcher.finish(self.outcomes[-1])
-
-    def _take(self, keep: list[int], models: Sequence[RuntimeModel]) -> None:
-        index = torch.tensor(keep, device=self.keys.device)
-        rows = (index[:, None] * self.p.n + torch.arange(self.p.n, device=index.device)).flatten()
-        self.request, self.streams = self.request.take(keep), self.streams.take(index)
-        self.p = self.p.take(index, rows)
-        self.keys = mark_dynamic(self.keys[index], 1)
-        for i, model in enumerate(models):
-            name = ("target", "draft")[i]
-            self.contexts[i], state = model.take(self.contexts[i], getattr(self.p, name), index, rows)
-            setattr(self.p, name, state)
-        self.by_row()
-
-    def result(self, whole: bool) -> Generation:
-        """All requests; those that still go on as they stand, and no wider than that unless ``whole``."""
-        on = [b for b, number in enumerate(self.request.number) if number not in self.gone]
-        now = [outcome(self.p, self.request, self.ends, on, self.streams.select())] if on else []
-        width = int(self.asked.new_tokens.max())
-        width = width if whole else min(width, self.p.made)
-        return assemble([*self.outcomes, *now], self.asked, width, self.clock.fill(self.stats))
 
 
 class SMCSession:
@@ -154,25 +69,11 @@ class SMCSession:
     @torch.no_grad()
     def run(self, request: Request) -> Generation:
         """Generate; raises GenerationError, with the partial result, on logits not finite or a dead population."""
-        run = self._begin(request)
-        try:
-            models = (self._target, self._draft)
-            run.release(run.p.finished(run.request, run.ends), models, self._sizes)
-            cycle = 0
-            while len(run.gone) < request.batch:
-                self._cycle(run, cycle)
-                self._sizes.add(run.request.batch)
-                if run.watcher is not None:
-                    run.watcher.cycle(run.p, run.request, run.ends, run.gone)
-                run.release(run.p.finished(run.request, run.ends), models, self._sizes)
-                cycle += 1
-        except GenerationError as error:
-            error.partial = self._result(run, False)
-            raise
-        except Exception as error:  # from a model or the compiler: the error is theirs, and nothing is lost
-            error.partial = self._result(run, False)  # type: ignore[attr-defined]
-            raise
-        return self._result(run, True)
+        models = (self._target, self._draft)
+        return drive(self._begin(request), models, self._sizes, self._next_cycle, self._result)
+
+    def _next_cycle(self, run: Run) -> None:
+        self._cycle(run, len(run.p.ess))
 
     def _begin(self, request: Request) -> Run:
         clock = Clock(self.regions)
@@ -293,45 +194,6 @@ class SMCSession:
         return result
 
 
-def first_law(rows: Tensor, request: Request, law: Law, rules: Rules) -> Tensor:
-    """log-probabilities [B, V] of the first new token of each request."""
-    if rules:
-        live = torch.ones(request.batch, 1, dtype=torch.bool, device=rows.device)
-        rows = rules.apply(request.ids, law.scores(rows)[:, None], request.rows(1), live)[:, 0]
-    return law.log_probs(rows, {name: value[:, None] for name, value in request.settings.items()})
-
-
-def ruled(run: Run, rules: Rules, law: Law, rows: Tensor, extra: Tensor, live: Tensor) -> Tensor:
-    """Rows [R, T, V] of the last T prefixes of the text with ``extra`` [R, T-1] behind it, after the rules."""
-    return rules.apply(run.p.text(run.request, extra), law.scores(rows), run.rows, live)
-
-
-def stops(run: Run, extra: Tensor, count: int) -> Tensor:
-    """Whether each text, with ``extra`` [R, E] behind it, ends with each of its last ``count`` tokens: [R, count].
-
-    Raises:
-        GenerationError: without a partial result, when a stopping criterion raises or gives no answer for each row.
-    """
-    p, stop = run.p, run.request.stop
-    found = torch.zeros(p.tokens.shape[0], count, dtype=torch.bool, device=p.tokens.device)
-    if stop is None:
-        return found
-    start = time.perf_counter()
-    text = p.text(run.request, extra)
-    for t in range(count):
-        try:
-            found[:, t] = stop(text[:, : text.shape[1] - count + 1 + t], run.rows)
-        except Exception as error:
-            raise GenerationError(
-                "a stopping criterion broke off the generation",
-                f"it raised {type(error).__name__}: {error}",
-                "a criterion takes (input_ids [rows, length], scores=None) and returns a bool for each row; "
-                "error.partial holds what was generated before",
-            ) from error
-    run.stats.rules_seconds += time.perf_counter() - start
-    return found
-
-
 def report_support(log_p: Tensor, log_q: Tensor, stats: Stats) -> None:
     """Warn when the draft gives no mass to tokens that the target can draw: they cannot be reached."""
     missing = torch.where(log_q.exp() == 0, log_p.double().exp(), 0.0).sum(-1).max().item()
@@ -340,22 +202,6 @@ def report_support(log_p: Tensor, log_q: Tensor, stats: Stats) -> None:
             f"the draft gives probability 0 to tokens that hold {missing:.2%} of the target's mass at the prompt: "
             "they are never drafted, so the law is biased; raise draft_temperature or use a draft with full support"
         )
-
-
-def require_law(log_probs: Tensor, request: Request | None, who: str = "target") -> None:
-    bad = broken(log_probs)
-    if bad.any():
-        raise not_finite(bad, request, 0, who)
-
-
-def not_finite(bad: Tensor, request: Request | None, made: int, who: str = "target") -> GenerationError:
-    rows = bad.nonzero()[:, 0].tolist()
-    first = rows[0] if request is None else request.number[rows[0]]
-    return GenerationError(
-        f"the {who}'s logits are NaN or infinite",
-        f"at generated token {made}, request {first}" + (f" and {len(rows) - 1} more" if len(rows) > 1 else ""),
-        "check the weights and the dtype (overflow in float16?); error.partial holds what was generated before",
-    )
 
 
 def dead_population(dead: Tensor, request: Request, made: int, n: int, k: int) -> GenerationError:

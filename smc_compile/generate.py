@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,17 @@ from smc_compile.compile import LastLogits, Model, Program, build_program, cache
 from smc_compile.errors import InputError, OptionError
 from smc_compile.options import Options, is_stateful
 from smc_compile.processors import Processors, sort_processors
-from smc_compile.requests import build_request, check_prompt, per_request, request_seeds
+from smc_compile.requests import (
+    build_request,
+    check_prompt,
+    checked_lag,
+    is_greedy,
+    repeated,
+    request_seeds,
+    settings_of,
+    single_seed,
+    spread,
+)
 from smc_compile.result import Generation
 from smc_compile.runtime.law import SETTINGS, Law
 from smc_compile.stopping import any_stop, criteria_stop, strings_stop
@@ -23,11 +32,8 @@ from smc_compile.streaming import watch_for
 
 KEPT = 16  # programs kept; the oldest goes first, and with it its hold on the model
 _programs: OrderedDict[Any, Program] = OrderedDict()
-WITH_CONFIG = (  # what goes beside a generation_config; the rest is written in it
-    "max_new_tokens", "attention_mask", "tokenizer", "logits_processor", "stopping_criteria", "seed", "streamer",
-    "stream", "max_lag", "stop_strings",
-)  # fmt: skip
-BOUNDS = {"temperature": (0.0, torch.inf), "top_k": (0, 2**31), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0)}
+# What a generation_config holds; the rest goes beside it.
+IN_CONFIG = ("temperature", "top_k", "top_p", "min_p", "eos_token_id", "pad_token_id", "num_return_sequences")
 
 
 def generate(
@@ -94,12 +100,9 @@ def generate(
     """
     check_model(model)
     if generation_config is not None:
-        everything = locals()
-        given = {name: value for name, value in everything.items() if name in WITH_CONFIG and value is not None}
-        refuse_beside_config(everything)
-        return _with_config(model, draft, input_ids, generation_config, given, options)
-    single = seed if not isinstance(seed, (list, tuple, Tensor)) else None
-    parsed = Options.parse({"draft": draft, "seed": single, **options})
+        given = {name: value for name, value in locals().items() if name not in ("model", "options")}
+        return _with_config(model, given, options)
+    parsed = Options.parse({"draft": draft, "seed": single_seed(seed), **options})
     if not isinstance(input_ids, Tensor):
         raise InputError("prompts must be ids [B, P] int64", f"got {type(input_ids).__name__}", "pass token ids")
     check_prompt(input_ids)
@@ -113,9 +116,7 @@ def generate(
     values = settings_of(batch, **{name: each(value) for name, value in asked.items()})
     greedy = is_greedy(values)
     vocab = vocabulary(model, logits_processor, parsed, ids)
-    processors = sort_processors(
-        logits_processor, [] if greedy else list(values), vocabulary(model, logits_processor, parsed, ids)
-    )
+    processors = sort_processors(logits_processor, [] if greedy else list(values), vocab, device=ids.device)
     request = build_request(
         ids,
         each(max_new_tokens),
@@ -134,59 +135,24 @@ def generate(
     return program_for(model, processors, greedy, parsed, ids).answer(request)
 
 
-def _with_config(
-    model: Any, draft: Any, ids: Any, config: Any, given: dict[str, Any], options: dict[str, Any]
-) -> Generation:
-    """Through the ``generate`` of a transformers model, which fills in the config and builds its processors."""
+def _with_config(model: Any, given: dict[str, Any], options: dict[str, Any]) -> Generation:
+    refuse_beside_config(given)
     if not callable(getattr(model, "generate", None)):
         raise OptionError(
             "generation_config needs a transformers model",
             f"{type(model).__name__} has no generate method to fill it in",
             "pass max_new_tokens, temperature, top_p, ... themselves",
         )
-    from smc_compile.transformers import generate as custom_generate
+    from smc_compile.transformers import generate_with_config
 
-    given["token_streamer"] = given.pop("streamer", None)
-    config = copy.deepcopy(config)
-    config.return_dict_in_generate = True
-    strings, tokenizer = given.pop("stop_strings", None) or config.stop_strings, given.pop("tokenizer", None)
-    if strings:  # the library does not hand a tokenizer on to custom functions
-        from transformers import StopStringCriteria
-
-        config.stop_strings = None
-        given["stopping_criteria"] = [*given["stopping_criteria"], StopStringCriteria(tokenizer, strings)]
-    result: Generation = model.generate(
-        ids, generation_config=config, custom_generate=custom_generate, draft_model=draft, **given, **options
-    )
-    return result
-
-
-def check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module) and not is_stateful(model):
-        raise InputError("model must be an nn.Module or follow the step protocol", f"got {type(model).__name__}")
-
-
-def repeated(times: Any, ids: Tensor, mask: Any) -> tuple[Tensor, Any]:
-    """Each prompt ``times`` times over."""
-    if isinstance(times, bool) or not isinstance(times, int) or times < 1:
-        raise OptionError("num_return_sequences must be a positive integer", f"got {times!r}")
-    return ids.repeat_interleave(times, 0), mask.repeat_interleave(times, 0) if isinstance(mask, Tensor) else mask
-
-
-def spread(value: Any, batch: int, times: int) -> Any:
-    """One value for each prompt as one for each of its ``times`` requests; what is for all stays so."""
-    values = value.tolist() if isinstance(value, Tensor) and value.dim() else value
-    if times == 1 or not isinstance(values, (list, tuple)) or len(values) != batch:
-        return value
-    return [one for one in values for _ in range(times)]
+    return generate_with_config(model, given, options)
 
 
 def refuse_beside_config(given: Mapping[str, Any]) -> None:
     """What a generation_config holds itself cannot be given beside it."""
-    for name, default in inspect.signature(generate).parameters.items():
-        if name in WITH_CONFIG or name in ("model", "draft", "input_ids", "generation_config", "options"):
-            continue
-        if given[name] is not default.default and given[name] != default.default:
+    for name in IN_CONFIG:
+        default = inspect.signature(generate).parameters[name].default
+        if given[name] is not default and given[name] != default:
             raise OptionError(
                 f"{name} cannot be given beside generation_config",
                 f"got {given[name]!r}, and the config has a value of its own",
@@ -194,46 +160,9 @@ def refuse_beside_config(given: Mapping[str, Any]) -> None:
             )
 
 
-def settings_of(batch: int, **given: Any) -> dict[str, Tensor]:
-    """The settings that change something for some request, [B] each; the temperature always.
-
-    Raises:
-        OptionError: when a value is out of its range.
-    """
-    found = {}
-    for name, value in given.items():
-        kind = torch.int64 if name == "top_k" else torch.float64
-        values = per_request(name, value if value is not None else SETTINGS[name][1], batch, kind).double()
-        low, high = BOUNDS[name]
-        wrong = values[~((values >= low) & (values <= high) & values.isfinite())].tolist()
-        if wrong:
-            raise OptionError(
-                f"{name} must be a number {f'between 0 and {high:g}' if high == 1 else '>= 0'}",
-                f"got {wrong[0]!r}",
-                "0 means greedy, 1 the model's own law" if name == "temperature" else "",
-            )
-        if name == "temperature" or bool((values != SETTINGS[name][1]).any()):
-            found[name] = values
-    return found
-
-
-def is_greedy(settings: dict[str, Tensor]) -> bool:
-    zero = settings["temperature"] == 0
-    if bool(zero.any()) and not bool(zero.all()):
-        raise OptionError(
-            "temperature 0 and other temperatures cannot share a batch",
-            "0 runs the exact one-token loop, others run particles",
-            "generate for the greedy requests in a call of their own",
-        )
-    return bool(zero.all())
-
-
-def checked_lag(max_lag: Any) -> int | None:
-    if max_lag is None:
-        return None
-    if isinstance(max_lag, bool) or not isinstance(max_lag, int) or max_lag < 0:
-        raise OptionError("max_lag must be a number of tokens of at least 0", f"got {max_lag!r}")
-    return max_lag
+def check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module) and not is_stateful(model):
+        raise InputError("model must be an nn.Module or follow the step protocol", f"got {type(model).__name__}")
 
 
 def vocabulary(model: Any, processors: Sequence[Any], options: Options, ids: Tensor) -> int:

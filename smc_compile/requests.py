@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from smc_compile.errors import InputError, OptionError
+from smc_compile.runtime.law import SETTINGS
 from smc_compile.runtime.request import Request, Rule, Stop
+
+BOUNDS = {"temperature": (0.0, torch.inf), "top_k": (0, 2**31), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0)}
 
 
 def build_request(
@@ -77,6 +80,63 @@ def per_request(name: str, value: Any, batch: int, dtype: torch.dtype) -> Tensor
         if isinstance(one, bool) or not isinstance(one, kinds):
             raise OptionError(f"{name} must be {'an integer' if kinds == (int,) else 'a number'}", f"got {one!r}")
     return torch.tensor(values, dtype=dtype)
+
+
+def settings_of(batch: int, **given: Any) -> dict[str, Tensor]:
+    """The settings that change something for some request, [B] each; the temperature always.
+
+    Raises:
+        OptionError: when a value is out of its range.
+    """
+    found = {}
+    for name, value in given.items():
+        kind = torch.int64 if name == "top_k" else torch.float64
+        values = per_request(name, value if value is not None else SETTINGS[name][1], batch, kind).double()
+        low, high = BOUNDS[name]
+        wrong = values[~((values >= low) & (values <= high) & values.isfinite())].tolist()
+        if wrong:
+            raise OptionError(
+                f"{name} must be a number {f'between 0 and {high:g}' if high == 1 else '>= 0'}",
+                f"got {wrong[0]!r}",
+                "0 means greedy, 1 the model's own law" if name == "temperature" else "",
+            )
+        if name == "temperature" or bool((values != SETTINGS[name][1]).any()):
+            found[name] = values
+    return found
+
+
+def is_greedy(settings: dict[str, Tensor]) -> bool:
+    zero = settings["temperature"] == 0
+    if bool(zero.any()) and not bool(zero.all()):
+        raise OptionError(
+            "temperature 0 and other temperatures cannot share a batch",
+            "0 runs the exact one-token loop, others run particles",
+            "generate for the greedy requests in a call of their own",
+        )
+    return bool(zero.all())
+
+
+def checked_lag(max_lag: Any) -> int | None:
+    if max_lag is None:
+        return None
+    if isinstance(max_lag, bool) or not isinstance(max_lag, int) or max_lag < 0:
+        raise OptionError("max_lag must be a number of tokens of at least 0", f"got {max_lag!r}")
+    return max_lag
+
+
+def repeated(times: Any, ids: Tensor, mask: Any) -> tuple[Tensor, Any]:
+    """Each prompt ``times`` times over."""
+    if isinstance(times, bool) or not isinstance(times, int) or times < 1:
+        raise OptionError("num_return_sequences must be a positive integer", f"got {times!r}")
+    return ids.repeat_interleave(times, 0), mask.repeat_interleave(times, 0) if isinstance(mask, Tensor) else mask
+
+
+def spread(value: Any, batch: int, times: int) -> Any:
+    """One value for each prompt as one for each of its ``times`` requests; what is for all stays so."""
+    values = value.tolist() if isinstance(value, Tensor) and value.dim() else value
+    if times == 1 or not isinstance(values, (list, tuple)) or len(values) != batch:
+        return value
+    return [one for one in values for _ in range(times)]
 
 
 def counts(new_tokens: Any, batch: int) -> Tensor:
@@ -163,3 +223,8 @@ def request_seeds(seed: Any, ids: Tensor) -> Tensor:
     base = int(torch.randint(2**62, ())) if seed is None else seed
     wrapped = [(base + b + 2**63) % 2**64 - 2**63 for b in range(ids.shape[0])]
     return torch.tensor(wrapped, dtype=torch.int64, device=ids.device)
+
+
+def single_seed(seed: Any) -> Any:
+    """The seed that serves all requests, as an option; None where each has its own."""
+    return None if isinstance(seed, (list, tuple, Tensor)) else seed

@@ -8,20 +8,21 @@ cannot be honoured is refused by name, before any work.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StopStringCriteria
 
 from smc_compile.errors import OptionError
-from smc_compile.generate import checked_lag, program_for, settings_of, vocabulary
+from smc_compile.generate import IN_CONFIG, program_for, vocabulary
 from smc_compile.logits import logits_of
 from smc_compile.options import Options
 from smc_compile.processors import sort_processors
-from smc_compile.requests import build_request, check_prompt, request_seeds
+from smc_compile.requests import build_request, check_prompt, checked_lag, request_seeds, settings_of, single_seed
 from smc_compile.result import Generation
 from smc_compile.stopping import any_stop, criteria_stop
 from smc_compile.streaming import watch_for
@@ -108,7 +109,6 @@ def generate(
     config = generation_config or GenerationConfig()
     check_prompt(input_ids)
     check_config(config)
-    single = seed if not isinstance(seed, (list, tuple, Tensor)) else None
     options = Options.parse(
         {
             "draft": draft_model,
@@ -118,7 +118,7 @@ def generate(
             "resampling_method": resampling_method,
             "method": method,
             "draft_temperature": draft_temperature,
-            "seed": single,
+            "seed": single_seed(seed),
             "validate": validate,
             "compiler": compiler,
         }
@@ -149,6 +149,25 @@ def generate(
     if not (config.return_dict_in_generate or return_particles):
         return result.sequences
     return with_scores(result, model, logits_processor, request.lengths, config)
+
+
+def generate_with_config(model: Any, given: dict[str, Any], options: dict[str, Any]) -> Generation:
+    """``smc_compile.generate(generation_config=...)``: the model's own ``generate`` prepares the request.
+
+    ``given`` are the arguments of ``smc_compile.generate`` by name. The library hands neither streamer nor tokenizer
+    on to custom functions, so stop strings become a criterion here.
+    """
+    beside = {name: value for name, value in given.items() if name not in IN_CONFIG and value is not None}
+    config = copy.deepcopy(beside.pop("generation_config"))
+    config.return_dict_in_generate = True
+    strings, tokenizer = beside.pop("stop_strings", None) or config.stop_strings, beside.pop("tokenizer", None)
+    if strings:
+        config.stop_strings = None
+        beside["stopping_criteria"] = [*beside["stopping_criteria"], StopStringCriteria(tokenizer, strings)]
+    beside["draft_model"], beside["token_streamer"] = beside.pop("draft", None), beside.pop("streamer", None)
+    ids = beside.pop("input_ids", None)
+    result: Generation = model.generate(ids, generation_config=config, custom_generate=generate, **beside, **options)
+    return result
 
 
 def split_warpers(processors: Sequence[Any]) -> tuple[list[Any], dict[str, Any], list[Any]]:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from smc_compile import Generation, generate
-from smc_compile.runtime.session import Run, SMCSession
+from smc_compile.runtime.run import Run
+from smc_compile.runtime.session import SMCSession
 
 
 def replicate(target: Any, draft: Any, prompt: Tensor, n: int, runs: int, **options: Any) -> Generation:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from cached_models import HandedLM, SlotLM
 from enumeration import chi_square_p_value, sequence_law
-from models import HandedLM, SlotLM, TableLM, build, perturbed
+from models import TableLM, build, perturbed
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
