@@ -10,6 +10,7 @@ from torch import fx
 
 from smc_compile.passes.sequence_axes import (
     BATCH,
+    CHOSEN,
     KEY,
     OTHER,
     QUERY,
@@ -24,6 +25,7 @@ from smc_compile.passes.sequence_axes import (
 
 Rule = Callable[[Typing, fx.Node], Any]
 RULES: dict[str, Rule] = {}
+MIXED = {QUERY: "positions", BATCH: "requests", KEY: "the positions that attention reads", CHOSEN: "the chosen keys"}
 END = 2**62  # slices write "to the end" as a huge integer
 
 
@@ -119,8 +121,7 @@ def require_plain(node: fx.Node, axis: Axis, keys_allowed: bool = False) -> None
     allowed = {OTHER, REPEAT} | ({KEY} if keys_allowed else set())
     for atom in axis:
         if atom.kind not in allowed:
-            what = {QUERY: "positions", BATCH: "requests", KEY: "the positions that attention reads"}[atom.kind]
-            raise refuse(node, f"{op_name(node)} mixes {what}")
+            raise refuse(node, f"{op_name(node)} mixes {MIXED[atom.kind]}")
 
 
 def dims_of(value: Any, rank: int) -> list[int]:

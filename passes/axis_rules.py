@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from smc_compile.errors import CacheError
-from smc_compile.passes import product_rules, selection_rules, shape_rules  # noqa: F401  they register rules
+from smc_compile.passes import key_selection, product_rules, selection_rules, shape_rules  # noqa: F401  they register rules
 from smc_compile.passes.axis_helpers import (
     RULES,
     Rule,
@@ -90,6 +90,8 @@ def along_axis(typing: Typing, node: fx.Node) -> Any:
 
 @rule("topk", "kthvalue")
 def topk(typing: Typing, node: fx.Node) -> Any:
+    if op_name(node) == "topk" and key_selection.is_over_keys(typing, node):
+        return key_selection.choice(typing, node)
     bound = arguments(node)
     source = list(typing.of(bound["self"]))
     d = axis_index(bound["dim"], len(source))

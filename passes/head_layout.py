@@ -24,6 +24,8 @@ class HeadLayout:
 
 def _common_split(query: Axis, key: Axis) -> list[Atom]:
     """A query axis split as the key's axis is, into heads and repeats; repeated or missing key heads are REPEAT."""
+    if any(atom.kind == QUERY for atom in query):  # positions stand in front of the heads, alone on their axis
+        return list(query)
     batch = [atom for atom in query if atom.kind == BATCH]
     mine = product(tuple(atom for atom in query if atom.kind != BATCH))
     theirs = [atom for atom in key if atom.kind != BATCH]

@@ -57,11 +57,11 @@ def contract(typing: Typing, node: fx.Node, left: Any, right: Any) -> Axes:
     a, b = ((),) * (rank - len(a)) + a, ((),) * (rank - len(b)) + b
     batch = tuple(_batch_axis(node, x, y) for x, y in zip(a[:-2], b[:-2], strict=True))
     if a[-1] == (K,) and b[-2] == (Q,):
-        _require_one_sequence(node, batch)
+        _require_one_sequence(node, batch, a[-2])
         typing.attention[node] = "mix"
-    elif a[-2] and b[-1] == (Q,) and Q in a[-2]:
+    elif b[-1] == (Q,) and (Q in a[-2] or (Q,) in a[:-2]):
         require_plain(node, a[-1])
-        _require_one_sequence(node, batch)
+        _require_one_sequence(node, batch, a[-2])
         typing.attention[node] = "score"
         return (*batch, a[-2], (K,))
     else:
@@ -70,8 +70,10 @@ def contract(typing: Typing, node: fx.Node, left: Any, right: Any) -> Axes:
     return (*batch, a[-2], b[-1])
 
 
-def _require_one_sequence(node: fx.Node, batch: Axes) -> None:
-    if any(atom.kind in (QUERY, KEY) for axis in batch for atom in axis):
+def _require_one_sequence(node: fx.Node, batch: Axes, rows: Axis) -> None:
+    """The queries stand along the rows of a product, or alone on an axis in front of them: once, in any case."""
+    positions = [axis for axis in (*batch, rows) for atom in axis if atom.kind in (QUERY, KEY)]
+    if len(positions) != 1 or (rows not in positions and positions != [(Q,)]):
         raise refuse(node, "attention runs over the positions of the sequence once for each position")
 
 
@@ -112,6 +114,20 @@ def attention(typing: Typing, node: fx.Node) -> Axes:
     if query[-2] != (Q,) or key[-2] != (Q,) or value[-2] != (Q,):
         raise refuse(node, "attention does not run over the positions of the sequence")
     if typing.is_dependent(bound["attn_mask"]):
-        raise refuse(node, "the attention mask depends on the tokens", "build the mask from positions alone")
+        _require_mask(typing, node, bound["attn_mask"], (*query[:-1], (K,)))
     typing.attention[node] = "sdpa"
     return (*query[:-1], value[-1])
+
+
+def _require_mask(typing: Typing, node: fx.Node, mask: fx.Node, scores: Axes) -> None:
+    """A mask that depends on the tokens has an entry for each query and key, and must hide later keys itself."""
+    axes = typing.of(mask)
+    if len(axes) < 2 or axes[-2:] != ((Q,), (K,)):
+        raise refuse(
+            node,
+            "the attention mask depends on the tokens, and not through scores of each query for each key",
+            "build the mask from positions, or from scores [.., Q, K] that a query has for its keys",
+        )
+    for mine, theirs in zip(axes[::-1], scores[::-1], strict=False):
+        merge_axis(node, theirs, mine)
+    typing.hiding.append(mask)

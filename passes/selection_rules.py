@@ -20,6 +20,7 @@ from smc_compile.passes.axis_helpers import (
     settle,
     tensors,
 )
+from smc_compile.passes.key_selection import scatter_over_keys
 from smc_compile.passes.sequence_axes import KEY, QUERY, Atom, Axes, Axis, K, Q, Typing, expression, refuse
 
 
@@ -164,6 +165,8 @@ def index(typing: Typing, node: fx.Node) -> Axes:
 @rule("scatter", "scatter_add", "scatter_reduce")
 def scatter(typing: Typing, node: fx.Node) -> Axes:
     bound = arguments(node)
+    if bound["index"] in typing.slots:
+        return scatter_over_keys(typing, node)
     parts = [operand_axes(typing, part) for part in tensors([bound["self"], bound["index"], bound.get("src")])]
     return _written(typing, node, parts, axis_index(bound["dim"], node.meta["val"].dim()))
 

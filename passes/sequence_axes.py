@@ -18,6 +18,7 @@ from smc_compile.errors import CacheError
 from smc_compile.passes.ir import CausalLM, user_line
 
 BATCH, QUERY, KEY, REPEAT, OTHER = "batch", "query", "key", "repeat", "other"
+CHOSEN = "chosen"  # the keys that each query chose
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Atom:
     """One factor of an axis. ``size`` is 0 for batch, query and key, whose size depends on the region.
 
     A key atom's size counts sink columns that stand beside the keys: after them if positive, before them if negative.
+    A chosen atom's size says how many keys a query chooses, if there are as many; 0 for all.
     """
 
     kind: str
@@ -46,6 +48,9 @@ class Typing:
         after_last: the nodes computed from the last position only: their batch axis counts rows of tokens.
         last: the nodes that select the last position.
         attention: matmul-like nodes (and SDPA) that contract over positions, with the role each plays.
+        slots: nodes that hold numbers of keys, with the scores that these were chosen by.
+        chosen_sizes: by the size of a chosen atom, how many keys the trace chose.
+        hiding: values over [query, key] that must hide later keys themselves.
     """
 
     lm: CausalLM
@@ -55,6 +60,9 @@ class Typing:
     after_last: set[fx.Node] = field(default_factory=set)
     last: list[fx.Node] = field(default_factory=list)
     attention: dict[fx.Node, str] = field(default_factory=dict)
+    slots: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    chosen_sizes: dict[int, sympy.Expr] = field(default_factory=dict)
+    hiding: list[fx.Node] = field(default_factory=list)
 
     def of(self, node: Any) -> Axes:
         return self.axes[node]
@@ -67,6 +75,8 @@ class Typing:
             return sympy.Integer(self.lm.batch)
         if atom.kind in (QUERY, KEY):
             return self.length + abs(atom.size)
+        if atom.kind == CHOSEN:
+            return self.chosen_sizes[atom.size]
         return sympy.Integer(atom.size)
 
     def axis_size(self, axis: Axis) -> sympy.Expr:
@@ -96,6 +106,7 @@ def type_axes(lm: CausalLM) -> Typing:
         CacheError: naming the op that mixes positions or requests, or that no rule covers.
     """
     from smc_compile.passes.axis_rules import rule_for
+    from smc_compile.passes.key_selection import follow_slots
 
     typing = Typing(lm, expression(lm.ids.meta["val"].shape[1]))
     typing.dependent.add(lm.ids)
@@ -106,6 +117,7 @@ def type_axes(lm: CausalLM) -> Typing:
         typing.dependent.add(node)
         if any(source in typing.after_last for source in node.all_input_nodes):
             typing.after_last.add(node)
+        follow_slots(typing, node)
         typing.axes[node] = rule_for(node)(typing, node)
         _check(typing, node)
     return typing

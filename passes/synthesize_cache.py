@@ -16,6 +16,7 @@ from smc_compile.passes.axis_helpers import arguments, axis_index, op_name
 from smc_compile.passes.cached_attention import causal_mask, masked, mix_over_cache, scores_over_cache, write_cache
 from smc_compile.passes.head_layout import HeadLayout, padded, product
 from smc_compile.passes.ir import CachedLM, CacheSite, CausalLM, output_values
+from smc_compile.passes.key_selection import choose_keys
 from smc_compile.passes.position_tables import (
     add,
     affine,
@@ -32,6 +33,7 @@ from smc_compile.passes.position_tables import (
 )
 from smc_compile.passes.sequence_axes import (
     BATCH,
+    CHOSEN,
     KEY,
     OTHER,
     QUERY,
@@ -179,6 +181,8 @@ class _Emitter:
             self._emit_token_free(node)
         elif node in typing.last:
             self.env[node] = self._last(node)
+        elif op_name(node) == "topk" and node in typing.slots:
+            self.env[node] = self._choice(node)
         elif self.mode != PREFILL and node in typing.attention:
             self.env[node] = self._attention(node)
         else:
@@ -190,6 +194,8 @@ class _Emitter:
         """Values without positions are recomputed (they fuse); others come from tables, except in prefill."""
         if self.mode == PREFILL:
             size = sequence_size(self.typing, node)
+            if size is not None and all(user in self.typing.slots for user in node.users):
+                return  # says how many keys are chosen, which choose_keys finds out
             self.env[node] = (
                 affine(self.graph, self.length, size, self.typing)
                 if size is not None
@@ -218,6 +224,8 @@ class _Emitter:
             if atom.kind in (OTHER, REPEAT):
                 constant *= atom.size
                 continue
+            if atom.kind == CHOSEN:
+                raise CacheError("no cache can be synthesized: a reshape of the keys that a query chose")
             factor = self._rows(node) if atom.kind == BATCH else self.length
             if atom.kind == KEY and self.mode != PREFILL:
                 factor = key_length
@@ -265,6 +273,13 @@ class _Emitter:
             return self.env[value]
 
         return self.graph.create_node("call_function", node.target, *fx.map_arg((node.args, node.kwargs), place))
+
+    def _choice(self, node: fx.Node) -> fx.Node:
+        """The keys that each query chooses, of as many slots as there are."""
+        bound = arguments(node)
+        d = axis_index(bound["dim"], len(self.typing.of(bound["self"])))
+        count = self.typing.of(node)[0][d][0].size  # the axes of (values, numbers of keys) are a list of two
+        return self.call(choose_keys, self.env[bound["self"]], count, d, bound["sorted"])
 
     def _keys_of(self, emitted: Any, source: fx.Node) -> Any:
         """The key length of an emitted score-like value, for reshapes that keep the key axis."""
@@ -371,6 +386,7 @@ class _Emitter:
         if self.mode == PREFILL:
             return self.length
         for source in node.all_input_nodes:
+            source = self.typing.slots.get(source, source)  # numbers of keys: as many keys as were chosen from
             keys = self._keys_of(self.env.get(source), source) if self.typing.is_dependent(source) else None
             if keys is not None:
                 return keys
@@ -428,13 +444,15 @@ class _Emitter:
             batch = next(d for d, axis in enumerate(score_axes) if B in axis)
             scores = self.call(causal_mask, scores, batch, product(score_axes[batch]), self.positions, self.keys)
         if bound["attn_mask"] is not None:
-            mask = bound["attn_mask"]
-            scores = self.call(
-                masked, scores, self._align(mask, score_axes, node, False, self._last_size(scores, score_axes))
-            )
+            scores = self.call(masked, scores, self._mask(node, bound["attn_mask"], scores, score_axes))
         probs = self.call(aten.softmax.int, scores, -1)
         probs = self.call(aten._to_copy.default, probs, dtype=value.meta["val"].dtype)
         return self._mix(probs, score_axes, value, self.typing.of(node))
+
+    def _mask(self, node: fx.Node, mask: fx.Node, scores: fx.Node, axes: Axes) -> Any:
+        if self.typing.is_dependent(mask):
+            return self.env[mask]
+        return self._align(mask, axes, node, False, self._last_size(scores, axes))
 
     def _scores(
         self, node: fx.Node, query: fx.Node, key: fx.Node, out: Axes, emitted: Any = None, key_axes: Axes | None = None

@@ -15,6 +15,7 @@ from smc_compile.passes.sequence_axes import KEY, K, Q, Typing, type_axes
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.12, torch.float16: 0.02}
 NARROW = (torch.bfloat16, torch.float16)  # rounding there decides which token a truncating sampler cuts off last
 BLOCKS = (3, 1, 2)
+HIDDEN = -3e4  # what hides a key is at most this: no score comes near, and float16 still holds it
 PROMPT = 5
 
 
@@ -131,12 +132,13 @@ def check_causal(lm: CausalLM, ids: Tensor, weights: Sequence[Tensor]) -> None:
     typing = type_axes(lm)
     vocab = int(ids.max()) + 1
     base = _trace_values(lm, typing, ids, weights)
+    check_hidden(typing, base)
     for changed in sorted({1, ids.shape[1] // 2, ids.shape[1] - 1}):
         other = ids.clone()
         other[:, changed] = (other[:, changed] + 1) % max(vocab, 2)
         moved = _trace_values(lm, typing, other, weights)
         for node, value in base.items():
-            if _leaks(typing, node, value, moved[node], changed):
+            if node not in typing.hiding and _leaks(typing, node, value, moved[node], changed):
                 raise CacheError(
                     "the model is not causal: a position reads later ones",
                     f"the first op that leaks is {user_line(node)}",
@@ -144,19 +146,42 @@ def check_causal(lm: CausalLM, ids: Tensor, weights: Sequence[Tensor]) -> None:
                 )
 
 
+def check_hidden(typing: Typing, values: dict[fx.Node, Tensor]) -> None:
+    """Scores that keys are chosen by, and masks that depend on the tokens, must hide every later key.
+
+    Raises:
+        CacheError: naming the value that does not, however little came of it on these tokens.
+    """
+    for node in typing.hiding:
+        later = _later_keys(typing, node, values[node])
+        shown = later if later.dtype == torch.bool else ~(later <= HIDDEN)
+        if shown.any():
+            raise CacheError(
+                "the model is not causal: attention to later positions is open",
+                f"later keys are not hidden in {user_line(node)}",
+                "hide them with -inf (or False) before keys are chosen, and again in the mask that attention gets",
+            )
+
+
+def _later_keys(typing: Typing, node: fx.Node, value: Tensor) -> Tensor:
+    """The entries [..., n] of a value over [query, key] that belong to keys after their query."""
+    axes = typing.of(node)
+    value = value.movedim((axes.index((Q,)), axes.index((K,))), (-2, -1))
+    return value[..., torch.ones(value.shape[-2:], dtype=torch.bool, device=value.device).triu(1)]
+
+
 def _leaks(typing: Typing, node: fx.Node, before: Tensor, after: Tensor, changed: int) -> bool:
     """Whether positions before ``changed`` moved; attention probabilities leak when a later key has any weight."""
     axes = typing.of(node)
     d = axes.index((Q,))
     if (K,) in axes:
-        later = before.narrow(d, 0, changed).narrow(axes.index((K,)), changed, before.shape[d] - changed)
-        return bool(later.abs().max() > 1e-6)
+        return bool((_later_keys(typing, node, before).abs() > 1e-6).any())
     before, after = before.narrow(d, 0, changed).double(), after.narrow(d, 0, changed).double()
     return not torch.allclose(before, after, rtol=1e-3, atol=1e-4, equal_nan=True)
 
 
 def _trace_values(lm: CausalLM, typing: Typing, ids: Tensor, weights: Sequence[Tensor]) -> dict[fx.Node, Tensor]:
-    """Floating per-position values and attention probabilities, by node, in program order."""
+    """Floating per-position values, attention probabilities and what must hide keys, by node, in program order."""
 
     class Recorder(fx.Interpreter):
         def __init__(self) -> None:
@@ -166,7 +191,8 @@ def _trace_values(lm: CausalLM, typing: Typing, ids: Tensor, weights: Sequence[T
         def run_node(self, n: fx.Node) -> object:
             value = super().run_node(n)
             axes = typing.axes.get(n)
-            if isinstance(value, Tensor) and value.is_floating_point() and _is_checked(n, axes):
+            floating = isinstance(value, Tensor) and value.is_floating_point()
+            if (floating and _is_checked(n, axes)) or n in typing.hiding:
                 self.values[n] = value
             return value
 
