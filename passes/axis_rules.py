@@ -23,7 +23,7 @@ from smc_compile.passes.axis_helpers import (
     rule,
     tensors,
 )
-from smc_compile.passes.sequence_axes import Axes, Typing, refuse
+from smc_compile.passes.sequence_axes import Axes, K, Typing, refuse
 
 
 def rule_for(node: fx.Node) -> Rule:
@@ -72,6 +72,8 @@ def reduction(typing: Typing, node: fx.Node) -> Any:
     dims = dims_of(bound.get("dim"), len(source))
     for d in dims:
         require_plain(node, source[d], keys_allowed=True)
+    if any(source[d] == (K,) for d in dims):
+        key_selection.refuse_numbers_of_keys(node)
     axes = [() if i in dims else axis for i, axis in enumerate(source) if i not in dims or bound.get("keepdim")]
     return [tuple(axes)] * len(node.meta["val"]) if isinstance(node.meta["val"], (tuple, list)) else tuple(axes)
 

@@ -38,6 +38,14 @@ def mix_over_cache(probs: Tensor, prompt: Tensor, suffix: Tensor) -> Tensor:
     return shared + probs[..., p:] @ suffix
 
 
+def entries_over_cache(prompt: Tensor, suffix: Tensor) -> Tensor:
+    """One number per head and position: prompt [B, H, P, 1] and suffix [R, H, S, 1] -> [R, H, P+S]."""
+    b, h, p, _ = prompt.shape
+    r = suffix.shape[0]
+    shared = prompt.view(b, 1, h, p).expand(b, r // b, h, p).reshape(r, h, p)
+    return torch.cat([shared, suffix.squeeze(3)], -1)
+
+
 def causal_mask(scores: Tensor, batch: int, inner: int, positions: Tensor, keys: Tensor) -> Tensor:
     """Scores [..., T, L] with -inf where a key lies after its query.
 

@@ -119,6 +119,14 @@ def follow_slots(typing: Typing, node: fx.Node) -> None:
         )
 
 
+def refuse_numbers_of_keys(node: fx.Node) -> None:
+    """Refuse a reduction over keys that says where among them it found its value, if anything reads that."""
+    finds = op_name(node) in ("argmax", "argmin")
+    reads = [user for user in node.users if user.target is getitem and user.args[1] == 1 and user.users]
+    if finds or (op_name(node) in ("max", "min", "median") and reads):
+        raise refuse(node, f"{op_name(node)} gives the number of a key", "choose keys with topk, mark them with scatter")
+
+
 def scatter_over_keys(typing: Typing, node: fx.Node) -> Axes:
     """Axes of ``x [..., Q, K].scatter(dim, chosen, value)``: a mark on each chosen key, rows as in ``x``."""
     bound = arguments(node)

@@ -16,13 +16,28 @@ from smc_compile.passes.axis_helpers import (
     rule,
 )
 from smc_compile.passes.selection_rules import require_sliceable
-from smc_compile.passes.sequence_axes import KEY, REPEAT, Atom, Axes, Axis, Typing, expression, refuse, split_atoms
+from smc_compile.passes.sequence_axes import (
+    BATCH,
+    KEY,
+    OTHER,
+    QUERY,
+    REPEAT,
+    Atom,
+    Axes,
+    Axis,
+    K,
+    Q,
+    Typing,
+    expression,
+    refuse,
+    split_atoms,
+)
 
 
 @rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "_reshape_alias", "view_copy")
 def view(typing: Typing, node: fx.Node) -> Axes:
     source = typing.of(arguments(node).get("self", node.args[0]))
-    sizes = [expression(size) for size in node.meta["val"].shape]
+    sizes = _sizes(node)
     axes = split_atoms([atom for axis in source for atom in axis], sizes, typing)
     if axes is None:
         raise refuse(node, f"a reshape to {sizes} cuts across positions")
@@ -32,9 +47,27 @@ def view(typing: Typing, node: fx.Node) -> Axes:
 @rule("expand", "expand_as", "broadcast_to")
 def expand(typing: Typing, node: fx.Node) -> Axes:
     source = typing.of(node.args[0])
-    sizes = [expression(size) for size in node.meta["val"].shape]
+    sizes = _sizes(node)
     source = ((),) * (len(sizes) - len(source)) + source
+    spread = [i for i, axis in enumerate(source) if not axis and sizes[i] == typing.length]
+    if spread and (Q,) in source:
+        return _spread(typing, node, source, spread)
     return tuple(axis or _repeated(node, size) for axis, size in zip(source, sizes, strict=True))
+
+
+def _spread(typing: Typing, node: fx.Node, source: Axes, spread: list[int]) -> Axes:
+    """A value per position, shown to each query: its positions become keys, as those of a product's right side do."""
+    known = {BATCH, QUERY, OTHER}
+    if len(spread) != 1 or any(len(axis) > 1 or {atom.kind for atom in axis} - known for axis in source):
+        raise refuse(node, "a value is expanded over positions")
+    typing.attention[node] = "spread"
+    axes = [(K,) if axis == (Q,) else axis for axis in source]
+    axes[spread[0]] = (Q,)
+    return tuple(axis or _repeated(node, size) for axis, size in zip(axes, _sizes(node), strict=True))
+
+
+def _sizes(node: fx.Node) -> list[Any]:
+    return [expression(size) for size in node.meta["val"].shape]
 
 
 def _repeated(node: fx.Node, size: Any) -> Axis:

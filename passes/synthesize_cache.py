@@ -13,7 +13,14 @@ from torch._dynamo.utils import counters
 
 from smc_compile.errors import CacheError
 from smc_compile.passes.axis_helpers import arguments, axis_index, op_name
-from smc_compile.passes.cached_attention import causal_mask, masked, mix_over_cache, scores_over_cache, write_cache
+from smc_compile.passes.cached_attention import (
+    causal_mask,
+    entries_over_cache,
+    masked,
+    mix_over_cache,
+    scores_over_cache,
+    write_cache,
+)
 from smc_compile.passes.head_layout import HeadLayout, padded, product
 from smc_compile.passes.ir import CachedLM, CacheSite, CausalLM, output_values
 from smc_compile.passes.key_selection import choose_keys
@@ -425,7 +432,7 @@ class _Emitter:
             return self._scores(node, query, key, self.typing.of(node))  # type: ignore[arg-type]
         if role == "mix":
             return self._mix(self.env[node.args[0]], self.typing.of(node.args[0]), node.args[1], self.typing.of(node))  # type: ignore[index, arg-type]
-        return self._sdpa(node)
+        return self._spread(node) if role == "spread" else self._sdpa(node)
 
     def _sdpa(self, node: fx.Node) -> fx.Node:
         """Attention as scores, mask, softmax in float32 and mix: what the fused op computes, over the caches."""
@@ -448,6 +455,22 @@ class _Emitter:
         probs = self.call(aten.softmax.int, scores, -1)
         probs = self.call(aten._to_copy.default, probs, dtype=value.meta["val"].dtype)
         return self._mix(probs, score_axes, value, self.typing.of(node))
+
+    def _spread(self, node: fx.Node) -> fx.Node:
+        """A value per position shown to each query: what the cache holds of it, along an axis of keys."""
+        value: fx.Node = node.args[0]  # type: ignore[assignment]
+        out = self.typing.of(node)
+        axes = padded(self.typing.of(value), len(out))
+        prompt, suffix = self._cache(value, self._canonical_keys(value, (*axes, ()), False, False), ("spread", False))
+        held = self.call(entries_over_cache, prompt, suffix)  # [R, H, P+S]
+        keys = self.call(aten.sym_size.int, held, 2)
+        atoms = [K if axis == (Q,) else axis[0] for axis in axes if axis]
+        order = sorted(range(len(atoms)), key=lambda i: {BATCH: 0, KEY: 2}.get(atoms[i].kind, 1))
+        held = self.call(aten.reshape.default, held, [self._size((atoms[i],), None, keys) for i in order])
+        held = self.call(aten.permute.default, held, [order.index(i) for i in range(len(atoms))])
+        lined_up = tuple((K,) if axis == (Q,) else axis for axis in axes)
+        held = self.call(aten.reshape.default, held, self._sizes(lined_up, None, keys))
+        return self.call(aten.expand.default, held, self._sizes(out, None, keys))
 
     def _mask(self, node: fx.Node, mask: fx.Node, scores: fx.Node, axes: Axes) -> Any:
         if self.typing.is_dependent(mask):
@@ -483,7 +506,11 @@ class _Emitter:
 
     def _prefill_sites(self, node: fx.Node) -> None:
         role = self.typing.attention[node]
-        bound = arguments(node) if role == "sdpa" else {"key": node.args[1], "value": node.args[1]}
+        bound = arguments(node) if role == "sdpa" else dict.fromkeys(("key", "value"), node.args[-1])
+        if role == "spread":
+            held: fx.Node = node.args[0]  # type: ignore[assignment]
+            axes = (*padded(self.typing.of(held), len(self.typing.of(node))), ())
+            self._site(held, self._canonical_keys(held, axes, False, False), axes, False, ("spread", False))
         if role in ("score", "sdpa"):
             key: fx.Node = bound["key"]  # type: ignore[assignment]
             axes = self.typing.of(key)
