@@ -15,6 +15,7 @@ from smc_compile.errors import CacheError, SMCError
 from smc_compile.passes.axis_helpers import op_name
 from smc_compile.passes.decompositions import COUNTING, DECOMPOSED
 from smc_compile.passes.ir import CausalLM
+from smc_compile.passes.key_selection import choose_at_most_all
 from smc_compile.passes.sequence_axes import refuse, type_axes
 from smc_compile.passes.shape_only import forget_values
 
@@ -42,13 +43,16 @@ def export_lm(step: nn.Module, ids: Tensor, weights: Sequence[Tensor] = ()) -> t
         raise _untraceable(error) from error
     graph_module = program.graph_module
     forget_values(graph_module.graph)
+    choose_at_most_all(graph_module.graph)
     graph_module.graph = fx_graph_cse(graph_module.graph)  # layers slice the same position tables again and again
     graph_module.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     graph_module.recompile()
     lm = _causal_lm(program, graph_module, ids.shape[0])
     lm.verify()
     log.debug("exported step\n%s", graph_module.print_readable(print_output=False))
-    return lm, OwnedWeights(step, program)
+    owned = OwnedWeights(step, program)
+    _check_short(step, lm, _fewest(program), [*owned(), *weights], weights)
+    return lm, owned
 
 
 def _export(step: nn.Module, inputs: tuple[Tensor, ...], length: object) -> torch.export.ExportedProgram:
@@ -62,6 +66,47 @@ def _export(step: nn.Module, inputs: tuple[Tensor, ...], length: object) -> torc
             return program  # decomposing traces everything again, which costs as much as the export
         _refuse_convolutions(dependent)
         return program.run_decompositions(DECOMPOSED | (COUNTING if counts else {}))
+
+
+def _fewest(program: torch.export.ExportedProgram) -> int:
+    """The shortest sequence that the trace stands for: a branch on the length excludes those that go the other way."""
+    length = _user_inputs(program)[0].meta["val"].shape[1]
+    bounds = program.range_constraints.get(length.node.expr)
+    return int(bounds.lower) if bounds is not None and bounds.lower.is_Integer else 2
+
+
+def _check_short(
+    step: nn.Module, lm: CausalLM, fewest: int, weights: Sequence[Tensor], explicit: Sequence[Tensor]
+) -> None:
+    """Below ``fewest`` positions the step takes another branch; what it computes there must be the same.
+
+    Raises:
+        CacheError: when it is not, or when the graph cannot compute it.
+    """
+    ids = torch.arange(lm.batch * fewest).view(lm.batch, fewest) % 2
+    ids = ids.to(next((w.device for w in weights), ids.device))
+    arguments = dict(zip(lm.weights, weights, strict=True))
+    for length in range(2, fewest):
+        arguments[lm.ids] = ids[:, :length]
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(0)
+            expected = step(arguments[lm.ids], *explicit)
+            torch.manual_seed(0)
+            inputs = [arguments[node] for node in lm.graph.nodes if node.op == "placeholder"]
+            try:
+                actual = fx.Interpreter(lm.graph_module).run(*inputs)[0]
+            except RuntimeError as error:
+                raise _branches(length, f"the branch of longer ones fails: {str(error).splitlines()[0]}") from error
+        if not torch.allclose(actual.double(), expected.double(), rtol=1e-3, atol=1e-4, equal_nan=True):
+            raise _branches(length, "the branch of longer ones computes something else")
+
+
+def _branches(length: int, why: str) -> CacheError:
+    return CacheError(
+        "the model takes another branch for short sequences",
+        f"at {length} positions {why}",
+        "make the forward tensor code without a Python branch on ids.shape (masks and windows by comparing positions)",
+    )
 
 
 def _token_dependent(graph: fx.Graph, ids: fx.Node) -> dict[fx.Node, None]:

@@ -4,7 +4,8 @@ What ``topk`` returns are numbers of keys. In the cached form the keys are the P
 numbers of slots: right where they mark those same keys in a mask over them (``scatter``), wrong as numbers of anything
 else. Slots that a query does not see (of later tokens, of padding, not yet written) must not take the place of others:
 the scores hide them before the choice, which is checked on values (:mod:`verify`). Where fewer than k are seen, hidden
-ones fill up the k, as later positions do in the original; whatever masks these, masks those.
+ones fill up the k, as later positions do in the original; whatever masks these, masks those. Of equal scores ``topk``
+takes any, in the original as here: only there may the two choose differently.
 """
 
 from __future__ import annotations
@@ -27,6 +28,25 @@ def choose_keys(scores: Tensor, count: int, dim: int, in_order: bool) -> tuple[T
     keys = scores.shape[dim]
     values, slots = torch.topk(scores, min(count or keys, keys), dim, sorted=in_order)
     return values, slots
+
+
+def choose_at_most_all(graph: fx.Graph) -> None:
+    """Let each ``topk`` of a fixed number along the sequence choose all entries where there are fewer, in place.
+
+    ``if S > k: scores.topk(k)`` leaves the ``topk`` in a trace of a longer sequence.
+    """
+    for node in list(graph.nodes):
+        if node.target is not torch.ops.aten.topk.default:
+            continue
+        bound = arguments(node)
+        size = bound["self"].meta["val"].shape[bound["dim"]]
+        if isinstance(size, int) or not isinstance(bound["k"], int):
+            continue
+        with graph.inserting_before(node):
+            length = graph.call_function(torch.ops.aten.sym_size.int, (bound["self"], bound["dim"]))
+            least = graph.call_function(torch.sym_min, (length, bound["k"]))
+        length.meta["val"], least.meta["val"] = size, bound["k"]
+        node.args = (bound["self"], least, *node.args[2:])
 
 
 def is_over_keys(typing: Typing, node: fx.Node) -> bool:
@@ -124,7 +144,7 @@ def refuse_numbers_of_keys(node: fx.Node) -> None:
     finds = op_name(node) in ("argmax", "argmin")
     reads = [user for user in node.users if user.target is getitem and user.args[1] == 1 and user.users]
     if finds or (op_name(node) in ("max", "min", "median") and reads):
-        raise refuse(node, f"{op_name(node)} gives the number of a key", "choose keys with topk, mark them with scatter")
+        raise refuse(node, f"{op_name(node)} gives the number of a key", "choose it with topk and mark it with scatter")
 
 
 def scatter_over_keys(typing: Typing, node: fx.Node) -> Axes:
@@ -139,7 +159,7 @@ def scatter_over_keys(typing: Typing, node: fx.Node) -> Axes:
     for part in written:
         rows = [expression(size) for i, size in enumerate(part.meta["val"].shape) if i != d]
         if rows != [size for i, size in enumerate(sizes) if i != d]:
-            raise refuse(node, "chosen keys are marked for some positions only", "expand the indices to all of them")
+            raise refuse(node, "chosen keys are marked in some rows only", "expand the mask after the scatter")
     merged: list[Axis] = []
     for i, size in enumerate(sizes):
         axis = axes[i]

@@ -28,7 +28,7 @@ SMALL = {
     "hidden_size_global": 32,
     "indexer_n_heads indexer_compress_ratio": 2,
     "indexer_kv_heads": 1,
-    "indexer_budget index_topk": 4,
+    "indexer_budget index_topk keep_window_size": 4,
     "num_experts num_local_experts n_routed_experts moe_num_experts": 4,
     "num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k top_k_experts": 2,
     "n_shared_experts num_shared_experts n_group topk_group num_expert_group first_k_dense_replace": 1,

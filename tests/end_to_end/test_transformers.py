@@ -22,6 +22,7 @@ from smc_compile.tiny import Float64Throughout, LastLogits64, build
 FAMILIES = COMMON.split()
 EAGER = FAMILIES[::3]
 VOCAB = 97
+CHOICES = {"doge": "keep_window_size"}  # what says how many keys a query chooses, elsewhere index_topk
 
 
 @lru_cache
@@ -54,6 +55,25 @@ def test_so_is_it_with_attention_written_out(family: str) -> None:
     assert found.error is not None
     assert found.error < 1e-9
     assert set(found.cached.attention) == {"score", "mix"}
+
+
+@pytest.mark.parametrize("family", ["deepseek_v32", "axk2", "glm_moe_dsa", "hy_v4", "doge"])
+def test_queries_that_choose_few_of_their_keys(family: str) -> None:
+    """Four keys of up to fourteen, against the model's own forward; with all of them the logits are others.
+
+    No token comes twice: where keys tie, topk takes any of them, and a layer without positions scores tokens alone.
+    """
+    model, found = traced(family)
+    assert found.error is not None
+    assert found.error < 1e-9
+    ids = torch.randperm(VOCAB - 3, generator=torch.Generator().manual_seed(0))[:28].view(2, 14) + 3
+    dense = build(family, **{CHOICES.get(family, "index_topk"): 64})
+    with torch.no_grad(), Float64Throughout(), traceable(model), traceable(dense):
+        actual, at = replay(found.cached, ids, found.owned(), 6, [4, 1, 3])
+        expected, of_all = logits_of(model, ids), logits_of(dense, ids)
+    assert relative_error(actual, expected.gather(1, at[..., None].expand(-1, -1, VOCAB))) < 1e-9
+    assert relative_error(of_all[:, :4], expected[:, :4]) < 1e-9
+    assert relative_error(of_all[:, -1], expected[:, -1]) > 0.01
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -72,6 +72,14 @@ CARRIED = {
     "nothing joined along positions": (lambda x: torch.cat([torch.empty(0, dtype=x.dtype), x], 1), ((B,), (Q,), D8)),
     "nothing joined": (lambda x: torch.cat([torch.empty(0, dtype=x.dtype), x], -1), ((B,), (Q,), D8)),
     "scores of one head": (lambda x: (x @ x.mT).softmax(-1), ((B,), (Q,), (K,))),
+    "scores with positions before heads": (
+        lambda x: x.unflatten(-1, (2, 4)) @ x[..., :4].mT.unsqueeze(1),
+        ((B,), (Q,), D2, (K,)),
+    ),
+    "features spread over queries": (
+        lambda x: x.mT.unsqueeze(2).expand(-1, -1, x.shape[1], -1),
+        ((B,), D8, (Q,), (K,)),
+    ),
     "a statistic of scores": (lambda x: (x @ x.mT).amax(-1, keepdim=True), ((B,), (Q,), ())),
 }
 
@@ -105,7 +113,7 @@ MIXES_POSITIONS = [
     ("some of the keys only", lambda x: (x @ x.mT)[..., 1:]),
     ("cumsum mixes the positions that attention reads", lambda x: (x @ x.mT).cumsum(-1)),
     ("topk mixes positions", lambda x: x.topk(1, 1).values),
-    ("topk mixes the positions that attention reads", lambda x: (x @ x.mT).topk(1, -1).values),
+    ("keys are chosen by scores that no mask over positions hides", lambda x: (x @ x.mT).topk(1, -1).values),
     ("kthvalue mixes positions", lambda x: x.kthvalue(1, 1).values),
     ("as many entries are chosen as the length", lambda x: x.topk(x.shape[1] - x.shape[1] // 2, -1).values),
     ("positions that attention reads are repeated", lambda x: (x @ x.mT).repeat_interleave(2, -1)),
@@ -113,7 +121,8 @@ MIXES_POSITIONS = [
     ("scatter mixes positions", lambda x: torch.zeros_like(x).scatter(1, x.argsort(-1), x)),
     ("slice_scatter mixes positions", lambda x: x.slice_scatter(x[:, -1:], 1, 0, 1)),
     ("once for each position", lambda x: pairwise(x) @ pairwise(x).mT),
-    ("attention mask depends on the tokens", lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=x @ x.mT)),
+    ("not through scores of each query", lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=x[..., :1].mT)),
+    ("a value is expanded over positions", lambda x: x.flatten(1)[:, None, :].expand(-1, x.shape[1], -1)),
 ]
 
 
