@@ -16,6 +16,7 @@ from smc_compile.passes.axis_helpers import op_name
 from smc_compile.passes.decompositions import COUNTING, DECOMPOSED
 from smc_compile.passes.ir import CausalLM
 from smc_compile.passes.key_selection import choose_at_most_all
+from smc_compile.passes.picked_rows import handle_all_rows
 from smc_compile.passes.sequence_axes import refuse, type_axes
 from smc_compile.passes.shape_only import forget_values
 
@@ -48,6 +49,8 @@ def export_lm(step: nn.Module, ids: Tensor, weights: Sequence[Tensor] = ()) -> t
     graph_module.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     graph_module.recompile()
     lm = _causal_lm(program, graph_module, ids.shape[0])
+    handle_all_rows(lm.graph, set(_token_dependent(lm.graph, lm.ids)))
+    graph_module.recompile()
     lm.verify()
     log.debug("exported step\n%s", graph_module.print_readable(print_output=False))
     owned = OwnedWeights(step, program)

@@ -38,19 +38,19 @@ def _replacement(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     if node.target in FILLS_LIKE:
         return _full(graph, node, node.args[1], FILLS_LIKE[node.target])  # type: ignore[index]
     if node.target in LIKE:
-        return _full(graph, node, _sizes(graph, node.args[0]), LIKE[node.target])  # type: ignore[index]
+        return _full(graph, node, sizes_of(graph, node.args[0]), LIKE[node.target])  # type: ignore[index]
     if node.target is aten.full_like.default:
-        return _full(graph, node, _sizes(graph, node.args[0]), node.args[1])
+        return _full(graph, node, sizes_of(graph, node.args[0]), node.args[1])
     if node.target is aten.new_full.default:
         return _full(graph, node, node.args[1], node.args[2])
     if node.target in SHAPED_AS:
         source, other = node.args
-        return graph.call_function(SHAPED_AS[node.target], (source, _sizes(graph, other)))  # type: ignore[index]
+        return graph.call_function(SHAPED_AS[node.target], (source, sizes_of(graph, other)))  # type: ignore[index]
     if node.target is aten.copy.default:
         old, new = node.args[:2]
         cast = graph.call_function(aten._to_copy.default, (new,), {"dtype": node.meta["val"].dtype})
         cast.meta = {**node.meta, "val": new.meta["val"].to(node.meta["val"].dtype)}  # type: ignore[union-attr]
-        return graph.call_function(aten.expand.default, (cast, _sizes(graph, old)))
+        return graph.call_function(aten.expand.default, (cast, sizes_of(graph, old)))
     return None
 
 
@@ -59,7 +59,7 @@ def _full(graph: fx.Graph, node: fx.Node, sizes: Any, fill: Any) -> fx.Node:
     return graph.call_function(aten.full.default, (sizes, fill), {"dtype": value.dtype, "device": value.device})
 
 
-def _sizes(graph: fx.Graph, tensor: Any) -> list[Any]:
+def sizes_of(graph: fx.Graph, tensor: Any) -> list[Any]:
     """The sizes of a tensor: integers where they are fixed, nodes where they depend on the sequence."""
     sizes: list[Any] = []
     for i, size in enumerate(tensor.meta["val"].shape):
