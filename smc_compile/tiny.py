@@ -38,7 +38,7 @@ SMALL = {
     "n_groups mamba_n_groups mamba_ngroups": 1,
     "chunk_size mamba_chunk_size": 4,
     "n_mamba_heads": 4,
-    "vocab_size vocab_size_per_layer_input": 97,
+    "vocab_size vocab_size_per_layer_input unpadded_vocab_size": 97,
     "sliding_window window_size attention_window_size attention_chunk_size local_attention": 6,
     "max_position_embeddings n_positions n_ctx max_seq_len max_sequence_length max_target_positions seq_length": 64,
     "pad_token_id": 0,
