@@ -16,6 +16,7 @@ from smc_compile.passes.axis_helpers import op_name
 from smc_compile.passes.decompositions import COUNTING, DECOMPOSED
 from smc_compile.passes.ir import CausalLM
 from smc_compile.passes.key_selection import choose_at_most_all
+from smc_compile.passes.length_bound import bound_length
 from smc_compile.passes.picked_rows import handle_all_rows
 from smc_compile.passes.sequence_axes import refuse, type_axes
 from smc_compile.passes.shape_only import forget_values
@@ -222,5 +223,7 @@ def _causal_lm(
             "let the forward take any ids[B, S]; a constant mask or position tensor of one length is the usual cause",
         )
     bounds = program.range_constraints.get(length.node.expr) if symbolic else None
-    limit = int(bounds.upper) if bounds is not None and bounds.upper.is_Integer else None
+    limits = [int(bounds.upper)] if bounds is not None and bounds.upper.is_Integer else []
+    found = bound_length(graph_module.graph, length) if symbolic else None
+    limit = min([*limits, *([found] if found else [])], default=None)
     return CausalLM(graph_module, ids, tuple(owned + user[1:]), batch, limit)

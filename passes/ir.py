@@ -84,6 +84,7 @@ class CachedLM:
     tables: fx.GraphModule
     sites: tuple[CacheSite, ...]
     table_axes: tuple[tuple[int, ...], ...]  # of each table, the axes that grow with its length
+    shifting: tuple[bool, ...]  # of each table, whether a number added to all its entries of a row changes nothing
     vocab_size: int
     max_positions: int | None
     attention: tuple[str, ...] = ()  # "sdpa", or "score" and "mix" for each attention written as products

@@ -9,8 +9,11 @@ import torch
 from torch import fx
 
 from smc_compile.errors import CacheError
+from smc_compile.passes.axis_helpers import arguments, axis_index, op_name
 from smc_compile.passes.ir import output_values
-from smc_compile.passes.sequence_axes import Typing, expression, refuse
+from smc_compile.passes.sequence_axes import K, Typing, expression, refuse
+
+HIDDEN = -3e4  # what hides a key is at most this: no score comes near, and float16 still holds it
 
 
 def is_over_positions(node: fx.Node) -> bool:
@@ -52,6 +55,40 @@ def frontier(typing: Typing) -> list[fx.Node]:
                     "compute it from positions (torch.arange), so that earlier positions do not change as text grows",
                 )
     return found
+
+
+def may_shift(typing: Typing, table: fx.Node) -> bool:
+    """Whether a table over keys alone is only added to scores on their way into a softmax, which no shift changes."""
+    if growing_axes(table) != (table.meta["val"].dim() - 1,):
+        return False
+    stack = [(table, user) for user in table.users]
+    while stack:
+        source, node = stack.pop()
+        axes = typing.axes.get(node)
+        if not isinstance(axes, tuple) or axes[-1:] != ((K,),):
+            return False
+        if op_name(node) in ("softmax", "_softmax") and axis_index(arguments(node)["dim"], len(axes)) == len(axes) - 1:
+            continue
+        if not _keeps_a_shift(node, source):
+            return False
+        stack.extend((node, user) for user in node.users)
+    return True
+
+
+def _keeps_a_shift(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a number added to all of ``source`` is added to all of the result, what is hidden apart."""
+    name, bound = op_name(node), arguments(node) if isinstance(node.target, torch._ops.OpOverload) else {}
+    if name in ("add", "sub"):
+        return True
+    if name == "masked_fill":
+        value = bound["value"]
+        return (
+            bound["self"] is source
+            and bound["mask"] is not source
+            and not isinstance(value, fx.Node)
+            and value <= HIDDEN
+        )
+    return name in ("_to_copy", "to", "clone")
 
 
 def live_nodes(graph: fx.Graph) -> set[fx.Node]:
@@ -107,7 +144,7 @@ def sequence_size(typing: Typing, node: fx.Node) -> Any:
     value = node.meta.get("val")
     if not isinstance(value, torch.SymInt):
         return None
-    size = value.node.expr
+    size = expression(value)
     return size if size.free_symbols == typing.length.free_symbols or not size.free_symbols else None
 
 

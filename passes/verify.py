@@ -9,13 +9,13 @@ from torch import Tensor, fx
 
 from smc_compile.errors import CacheError, ValidationError
 from smc_compile.passes.ir import CachedLM, CausalLM, user_line
+from smc_compile.passes.position_tables import HIDDEN
 from smc_compile.passes.sequence_axes import KEY, K, Q, Typing, type_axes
 
 # Largest difference allowed, relative to the spread of the logits: a few hundred roundings of each format.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.12, torch.float16: 0.02}
 NARROW = (torch.bfloat16, torch.float16)  # rounding there decides which token a truncating sampler cuts off last
 BLOCKS = (3, 1, 2)
-HIDDEN = -3e4  # what hides a key is at most this: no score comes near, and float16 still holds it
 PROMPT = 5
 
 
@@ -119,6 +119,8 @@ def check_prefix_tables(cached: CachedLM, weights: Sequence[Tensor], total: int)
     short, long = cached.tables(total - 2, *weights), cached.tables(total, *weights)
     for i, (a, b) in enumerate(zip(short, long, strict=True)):
         prefix = b[tuple(slice(0, size) for size in a.shape)]
+        if cached.shifting[i]:  # counted from the end, say
+            prefix = prefix - (prefix - a)[..., :1]
         if not torch.allclose(a.double(), prefix.double(), rtol=1e-5, atol=1e-6, equal_nan=True):
             raise CacheError(
                 "a position-dependent value changes when the sequence grows",
