@@ -81,13 +81,8 @@ def _keeps_a_shift(node: fx.Node, source: fx.Node) -> bool:
     if name in ("add", "sub"):
         return True
     if name == "masked_fill":
-        value = bound["value"]
-        return (
-            bound["self"] is source
-            and bound["mask"] is not source
-            and not isinstance(value, fx.Node)
-            and value <= HIDDEN
-        )
+        hides = not isinstance(bound["value"], fx.Node) and bound["value"] <= HIDDEN
+        return hides and bound["self"] is source and bound["mask"] is not source
     return name in ("_to_copy", "to", "clone")
 
 

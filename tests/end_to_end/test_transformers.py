@@ -76,6 +76,22 @@ def test_queries_that_choose_few_of_their_keys(family: str) -> None:
     assert relative_error(of_all[:, -1], expected[:, -1]) > 0.01
 
 
+OTHER_WAYS = {
+    "xmod": {"languages": ["en_XX", "de_DE"]},  # an adapter for each language, on the rows in that language
+    "mpt": {},  # a bias counted from the last key
+}
+
+
+@pytest.mark.parametrize("family", OTHER_WAYS)
+def test_families_written_in_ways_of_their_own(family: str) -> None:
+    model, ids = build(family, **OTHER_WAYS[family]), tokens(2, 14)
+    found = trace_model(LastLogits64(model), ids[:, :2], (), check=True, sampled=False)
+    with torch.no_grad(), Float64Throughout(), traceable(model):
+        actual, at = replay(found.cached, ids, found.owned(), 6, [4, 1, 3])
+        expected = logits_of(model, ids).gather(1, at[..., None].expand(-1, -1, VOCAB))
+    assert relative_error(actual, expected) < 1e-9
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_particles_share_a_prompt(family: str) -> None:
     """Three rows on one prompt, fifteen positions beyond every window, against the model's own forward."""
@@ -147,7 +163,7 @@ def standing(rows: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "deepseek_v32", "hy_v4", "mpt"])
 def test_greedy_tokens_are_those_of_the_library(family: str) -> None:
     """A batch of two prompts, the first two tokens shorter: padding stands in front."""
     model, ids = build(family, dtype=torch.float32), tokens(2, 5)
