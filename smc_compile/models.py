@@ -239,6 +239,8 @@ def windows(traced: Traced) -> list[int]:
 def _visible(mask: Tensor) -> int:
     """The largest number of keys that a row of a mask [..., Q, K] lets through; float masks hide with huge numbers."""
     shown = mask if mask.dtype == torch.bool else mask > -1e4
+    if shown[..., 0, -1].all():  # a table of what is hidden: the first query sees no later key
+        shown = ~shown
     return int(shown.sum(-1).max())
 
 

@@ -8,7 +8,14 @@ from models import CACHEABLE
 from torch import Tensor
 from traces import traced
 
-from smc_compile.passes.cached_attention import causal_mask, masked, mix_over_cache, scores_over_cache, write_cache
+from smc_compile.passes.cached_attention import (
+    causal_mask,
+    entries_over_cache,
+    masked,
+    mix_over_cache,
+    scores_over_cache,
+    write_cache,
+)
 
 SIZES = [  # b, n, h, m, d, p, s
     (1, 1, 1, 1, 4, 1, 1),
@@ -80,3 +87,9 @@ def test_no_region_writes_a_cache_and_gather_copies_it(name: str, region: str) -
         assert {user.target for user in write.users} <= {scores_over_cache, mix_over_cache}
     mutating = [n for n in graph.nodes if getattr(getattr(n.target, "_schema", None), "is_mutable", False)]
     assert not mutating
+
+
+@sizes
+def test_entries_are_those_of_prompt_and_suffix_joined(b, n, h, m, d, p, s) -> None:
+    prompt, suffix = normal(b, h, p, 1), normal(b * n, h, s, 1, seed=1)
+    assert torch.equal(entries_over_cache(prompt, suffix), joined(prompt, suffix, n).squeeze(3))
