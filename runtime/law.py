@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from .thresholds import kth_largest, least_of_mass
 
 # (scores [R, V], settings {name: [R, 1]}) -> scores [R, V]
 Stage = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
@@ -44,6 +47,42 @@ class Law:
             rows = stage(rows, settings)
         return torch.log_softmax(rows, -1)
 
+    def cut(self, vocab: int | None) -> Law:
+        """The same law of a vocabulary of so many tokens."""
+        return replace(self, vocab=vocab)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A proposal that follows ``law`` without losing what ``wide`` reaches (defensive mixture: Hesterberg, 1995).
+
+    A draft that does not truncate where the target does proposes tokens of weight zero; one that only truncates cannot
+    reach what the target's truncation keeps and its own does not. Weights are at most 1/share times those of ``wide``.
+    Where ``law`` leaves nothing, ``wide`` stands alone.
+    """
+
+    law: Law
+    wide: Law
+    share: float  # of ``wide``, in (0, 1)
+
+    @property
+    def kind(self) -> str:
+        return self.wide.kind
+
+    def scores(self, rows: Tensor) -> Tensor:
+        """As of a Law."""
+        return self.wide.scores(rows)
+
+    def log_probs(self, rows: Tensor, settings: Mapping[str, Tensor]) -> Tensor:
+        """As of a Law."""
+        narrow, wide = self.law.log_probs(rows, settings), self.wide.log_probs(rows, settings)
+        mixed = torch.logaddexp(narrow + math.log1p(-self.share), wide + math.log(self.share))
+        return torch.where(broken(narrow)[..., None], wide, mixed)
+
+    def cut(self, vocab: int | None) -> Mixture:
+        """As of a Law."""
+        return replace(self, law=self.law.cut(vocab), wide=self.wide.cut(vocab))
+
 
 def broken(log_probs: Tensor) -> Tensor:
     """Rows [...] whose law is undefined: NaN anywhere (an infinite or NaN logit gives that)."""
@@ -65,19 +104,15 @@ def temperature(scores: Tensor, at: Mapping[str, Tensor]) -> Tensor:
 
 def top_k(scores: Tensor, at: Mapping[str, Tensor]) -> Tensor:
     """Keep what is not below the ``top_k``-th largest score; 0 keeps all (Fan, Lewis and Dauphin, 2018)."""
-    k = at["top_k"].to(torch.int64)
-    ordered = scores.sort(-1, descending=True).values
-    least = ordered.gather(-1, (k - 1).clamp(0, scores.shape[-1] - 1))
-    return scores.masked_fill((scores < least) & (k > 0), -torch.inf)
+    k = at["top_k"]
+    return scores.masked_fill((scores < kth_largest(scores, k)) & (k > 0), -torch.inf)
 
 
 def top_p(scores: Tensor, at: Mapping[str, Tensor]) -> Tensor:
-    """Keep the fewest likeliest tokens that hold ``top_p`` of the mass; 1 keeps all (Holtzman et al., 2020)."""
-    ordered, index = scores.sort(-1)  # ascending
-    below = torch.softmax(ordered, -1).cumsum(-1)
-    cut = (below <= (1 - at["top_p"]).to(scores.dtype)) & (at["top_p"] < 1)
-    cut = torch.cat([cut[..., :-1], torch.zeros_like(cut[..., :1])], -1)  # the likeliest stays
-    return scores.masked_fill(torch.zeros_like(cut).scatter(-1, index, cut), -torch.inf)
+    """Keep the fewest likeliest tokens that hold ``top_p`` of the mass, with all that are as likely as the last of
+    them; 1 keeps all (Holtzman et al., 2020)."""
+    p, probs = at["top_p"], torch.softmax(scores, -1)
+    return scores.masked_fill((probs < least_of_mass(probs, p)) & (p < 1), -torch.inf)
 
 
 def min_p(scores: Tensor, at: Mapping[str, Tensor]) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .law import Law, broken, pick
+from .law import Law, Mixture, broken, pick
 from .sampling import sample_inverse_cdf
 from .weights import resample_step
 
@@ -57,7 +57,7 @@ def run_model(forward: Forward) -> Callable[..., tuple[Tensor, State]]:
     return model_rows
 
 
-def choose(law: Law) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+def choose(law: Law | Mixture) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
     """From rows [R, V] after ``tokens`` [R, T]: the next token of every row, its log-probability, ended, undefined.
 
     Rows that have ended repeat the padding.
@@ -75,7 +75,7 @@ def choose(law: Law) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
     return choose_token
 
 
-def step(forward: Forward, law: Law) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, State]]:
+def step(forward: Forward, law: Law | Mixture) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, State]]:
     """One token of every row: the model, then the choice."""
     chosen = choose(law)
 

@@ -15,7 +15,7 @@ from smc_compile.result import Generation, Stats
 
 from .clock import Clock
 from .compiled import mark_dynamic
-from .law import Law, broken
+from .law import Law, Mixture, broken
 from .models import RuntimeModel
 from .population import Outcome, Population, assemble, outcome
 from .regions import Ends, Places, Settings
@@ -133,7 +133,7 @@ def drive(
     return result(run, True)
 
 
-def first_law(rows: Tensor, request: Request, law: Law, rules: Rules) -> Tensor:
+def first_law(rows: Tensor, request: Request, law: Law | Mixture, rules: Rules) -> Tensor:
     """log-probabilities [B, V] of the first new token of each request."""
     if rules:
         live = torch.ones(request.batch, 1, dtype=torch.bool, device=rows.device)
@@ -141,7 +141,7 @@ def first_law(rows: Tensor, request: Request, law: Law, rules: Rules) -> Tensor:
     return law.log_probs(rows, {name: value[:, None] for name, value in request.settings.items()})
 
 
-def ruled(run: Run, rules: Rules, law: Law, rows: Tensor, extra: Tensor, live: Tensor) -> Tensor:
+def ruled(run: Run, rules: Rules, law: Law | Mixture, rows: Tensor, extra: Tensor, live: Tensor) -> Tensor:
     """Rows [R, T, V] of the last T prefixes of the text with ``extra`` [R, T-1] behind it, after the rules."""
     return rules.apply(run.p.text(run.request, extra), law.scores(rows), run.rows, live)
 

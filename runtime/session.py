@@ -13,7 +13,7 @@ from smc_compile.result import Generation, Stats
 
 from .clock import Clock
 from .compiled import Region, mark_dynamic
-from .law import Law
+from .law import Law, Mixture
 from .models import RuntimeModel
 from .population import Population
 from .regions import Judged, State, choose, draw, is_end, judge, run_model, score, step, weigh
@@ -35,7 +35,7 @@ class SMCSession:
         target: RuntimeModel,
         draft: RuntimeModel,
         law: Law,
-        draft_law: Law,
+        draft_law: Law | Mixture,
         n_particles: int,
         lookahead: int,
         ess_threshold: float,

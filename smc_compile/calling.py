@@ -17,7 +17,7 @@ from smc_compile.errors import InputError
 from smc_compile.options import Options, is_stateful
 from smc_compile.passes.pipeline import trace_model
 from smc_compile.passes.recover_loop import DecodeLoop, recover_loop
-from smc_compile.runtime.law import Law
+from smc_compile.runtime.law import Law, Mixture
 
 _PROMPT = 3  # tokens of the prompt that a draft is traced with
 
@@ -33,7 +33,7 @@ def _required(model: nn.Module) -> list[str]:
     return [p.name for p in parameters if p.kind in kinds and p.default is inspect.Parameter.empty]
 
 
-def compile_called(model: nn.Module, options: Options, law: Law, ids: Tensor) -> Model:
+def compile_called(model: nn.Module, options: Options, law: Law | Mixture, ids: Tensor) -> Model:
     """The incremental form of a draft for which ``needs_more`` holds; its rows are raw logits.
 
     Raises:

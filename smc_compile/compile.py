@@ -6,7 +6,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from smc_compile.passes.pipeline import Traced, trace_model
 from smc_compile.requests import build_request, check_prompt, request_seeds
 from smc_compile.result import Generation
 from smc_compile.runtime.compiled import Region
-from smc_compile.runtime.law import Law
+from smc_compile.runtime.law import Law, Mixture
 from smc_compile.runtime.models import CachedModel, RuntimeModel, StatefulModel
 from smc_compile.runtime.one_token import AutoregressiveSession
 from smc_compile.runtime.request import Request, Rule
@@ -40,7 +40,7 @@ class Model:
     runtime: RuntimeModel
     vocab_size: int | None
     max_positions: int | None
-    law: Law
+    law: Law | Mixture
     traced: Traced | None = None
 
 
@@ -117,12 +117,12 @@ class Program:
 def build_program(
     target: Model,
     options: Options,
-    draft_law: Law,
+    draft_law: Law | Mixture,
     ids: Tensor,
-    draft_model: Callable[[Any, Options, Law, Tensor], Model] | None = None,
+    draft_model: Callable[[Any, Options, Law | Mixture, Tensor], Model] | None = None,
     **rules: Any,
 ) -> Program:
-    """Add the draft that ``options`` name; it follows ``draft_law`` unless ``draft_temperature`` overrides it.
+    """Add the draft that ``options`` name, which follows ``draft_law``.
 
     ``draft_model`` compiles a draft that is called in another way than with ids alone.
 
@@ -140,15 +140,13 @@ def build_program(
             'pass draft=small_model, or method="autoregressive" for the exact one-token loop',
         )
     start = time.perf_counter()
-    if options.draft_temperature is not None:
-        draft_law = Law("logits", options.draft_temperature)
     draft = (draft_model or compile_draft)(options.draft, options, draft_law, ids)
     vocab = shared_vocabulary(target, draft)
-    target.law, draft.law = replace(target.law, vocab=vocab), replace(draft.law, vocab=vocab)
+    target.law, draft.law = target.law.cut(vocab), draft.law.cut(vocab)
     return Program(target, draft, options, analysis_seconds=time.perf_counter() - start, **rules)
 
 
-def compile_draft(model: Any, options: Options, law: Law, ids: Tensor) -> Model:
+def compile_draft(model: Any, options: Options, law: Law | Mixture, ids: Tensor) -> Model:
     """The draft's own incremental form; its rows are raw logits."""
     if is_stateful(model):
         return stateful(model, law)
@@ -173,13 +171,15 @@ def trace_once(model: nn.Module, step: nn.Module, ids: Tensor, check: bool, samp
     return _traced[key]
 
 
-def cached(traced: Traced, weights: Callable[[], list[Tensor]], options: Options, name: str, law: Law) -> Model:
+def cached(
+    traced: Traced, weights: Callable[[], list[Tensor]], options: Options, name: str, law: Law | Mixture
+) -> Model:
     graphs = traced.cached
     runtime = CachedModel(graphs, weights, options.compiler, name)
     return Model(runtime, graphs.vocab_size, graphs.max_positions, law, traced)
 
 
-def stateful(model: Any, law: Law) -> Model:
+def stateful(model: Any, law: Law | Mixture) -> Model:
     """A model that follows the explicit protocol carries its state itself; nothing is synthesized."""
     if isinstance(model, nn.Module):
         require_eval(model, "model")

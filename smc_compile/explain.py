@@ -17,6 +17,7 @@ from smc_compile.generate import generate, last_program
 from smc_compile.options import Options
 from smc_compile.passes.pipeline import Traced
 from smc_compile.result import Generation
+from smc_compile.runtime.law import Mixture
 
 PROBED = 4  # position tables are tried up to this many times the length of the call
 
@@ -91,8 +92,16 @@ def _explain_generate(args: tuple[Any, ...], options: dict[str, Any]) -> Explana
     law = program.target.law
     stages = [getattr(stage, "name", stage.__name__) for stage in law.stages]
     sampler = "argmax" if law.kind == "greedy" else f"softmax of logits after {', '.join(stages)}"
-    found = {"sampler": [sampler], "rules on the text": result.stats.rules}
+    found = {"sampler": [sampler, *proposal_line(program)], "rules on the text": result.stats.rules}
     return Explanation(True, None, _sections(found, program, result, time.perf_counter() - start))
+
+
+def proposal_line(program: Program) -> list[str]:
+    """What the draft follows, where that is not its temperature alone."""
+    law = program.draft.law if program.draft else None
+    if not isinstance(law, Mixture):
+        return []
+    return [f"draft: the same of its own logits, mixed with {law.share:.0%} of its law under the temperature alone"]
 
 
 def _describe(loop: CompiledLoop, seconds: float) -> Explanation:

@@ -26,10 +26,11 @@ from smc_compile.requests import (
     spread,
 )
 from smc_compile.result import Generation
-from smc_compile.runtime.law import SETTINGS, Law
+from smc_compile.runtime.law import SETTINGS, Law, Mixture, Stage
 from smc_compile.stopping import any_stop, criteria_stop, strings_stop
 from smc_compile.streaming import watch_for
 
+WIDE_SHARE = 0.1  # of the draft's law without truncation, where the target truncates
 KEPT = 16  # programs kept; the oldest goes first, and with it its hold on the model
 _programs: OrderedDict[Any, Program] = OrderedDict()
 # What a generation_config holds; the rest goes beside it.
@@ -202,10 +203,28 @@ def _place(model: Any) -> tuple[torch.device, torch.dtype] | None:
 
 def _compile(model: Any, processors: Processors, greedy: bool, options: Options, ids: Tensor) -> Program:
     law = Law("greedy" if greedy else "logits", stages=processors.stages)
-    draft_law = Law("logits", stages=() if greedy else (SETTINGS["temperature"][0],))
+    draft_law = Law("logits") if greedy else proposal(processors.stages, options.draft_temperature)
     target = compile_target(model, law, options, ids)
     by_hand = bool(processors.by_hand)
     return build_program(target, options, draft_law, ids, rules=processors.traced, by_hand=by_hand)
+
+
+def proposal(stages: Sequence[Stage], draft_temperature: float | None) -> Law | Mixture:
+    """The draft follows its temperature and, mixed with that alone, what else the target's law does to scores."""
+    temperature = SETTINGS["temperature"][0]
+    own = temperature if draft_temperature is None else divide(draft_temperature)
+    wide = Law("logits", stages=(own,))
+    if all(stage is temperature for stage in stages):
+        return wide
+    narrow = Law("logits", stages=tuple(own if stage is temperature else stage for stage in stages))
+    return Mixture(narrow, wide, WIDE_SHARE)
+
+
+def divide(temperature: float) -> Stage:
+    def divided(scores: Tensor, _: Any) -> Tensor:
+        return scores / temperature
+
+    return divided
 
 
 def compile_target(model: Any, law: Law, options: Options, ids: Tensor) -> Model:

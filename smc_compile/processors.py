@@ -35,7 +35,7 @@ class Processors:
     Attributes:
         traced: up to the last that reads the text, if all of these compile; they apply to target and draft.
         by_hand: the same, if one of them does not.
-        stages: what follows, with the settings; of these the draft follows the temperature alone.
+        stages: what follows, with the settings; the draft's law is mixed from these and from its temperature alone.
         key: equal for equal classes and settings of what compiles.
     """
 

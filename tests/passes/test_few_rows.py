@@ -9,14 +9,15 @@ from smc_compile.compile import LastLogits
 from smc_compile.llama import Llama, LlamaConfig
 from smc_compile.passes import few_rows as pass_file
 from smc_compile.passes.export_lm import export_lm
-from smc_compile.passes.few_rows import FEWEST, MOST, few_rows, linear
+from smc_compile.passes.few_rows import ROWS, few_rows, linear
 from smc_compile.passes.synthesize_cache import synthesize_cache
+from smc_compile.runtime import few_rows as op_file
 
 
-def operands(rows: tuple[int, ...], dtype: torch.dtype, outputs: int = 1100) -> tuple[torch.Tensor, ...]:
-    """x [..., 1024], weight [O, 1024] of no whole number of blocks, bias [O]."""
+def operands(rows: tuple[int, ...], dtype: torch.dtype, outputs: int = 1102) -> tuple[torch.Tensor, ...]:
+    """x [..., I], weight [O, I] of no whole number of panels, blocks or vectors, bias [O]."""
     generator = torch.Generator().manual_seed(0)
-    shapes = ((*rows, 1024), (outputs, 1024), (outputs,))
+    shapes = ((*rows, 1055), (outputs, 1055), (outputs,))
     x, weight, bias = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
     return x, weight, bias
 
@@ -28,7 +29,7 @@ def calls(function, *args) -> list[str]:
     return [event.name for event in profile.events()]
 
 
-@pytest.mark.parametrize("rows", [(FEWEST,), (2, 9), (MOST,)])
+@pytest.mark.parametrize("rows", [(4,), (5,), (2, 9), (6,), (7, 1), (45,), (48,)])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)])
 def test_the_product_is_the_exact_one_to_rounding(rows, biased, dtype, tolerance, monkeypatch):
@@ -46,16 +47,38 @@ def test_the_product_is_the_exact_one_to_rounding(rows, biased, dtype, tolerance
 def test_which_products_are_rerouted(monkeypatch):
     monkeypatch.setattr(pass_file, "EMULATED", True)
     assert "smc_compile::few_rows" in calls(linear, *operands((8,), torch.float32))
-    assert "smc_compile::few_rows_widened" in calls(linear, *operands((8,), torch.bfloat16))
+    assert "smc_compile::few_rows" in calls(linear, *operands((1,), torch.bfloat16))
     for left_alone in (
-        operands((FEWEST - 1,), torch.float32),
-        operands((MOST + 1,), torch.float32),
+        operands((ROWS[torch.float32].start - 1,), torch.float32),
+        operands((ROWS[torch.float32].stop,), torch.float32),
         operands((8,), torch.float64),
         operands((8,), torch.float32, outputs=64),
+        operands((ROWS[torch.bfloat16].stop,), torch.bfloat16),
     ):
         assert not any("few_rows" in name for name in calls(linear, *left_alone))
     monkeypatch.setattr(pass_file, "EMULATED", False)
     assert not any("few_rows" in name for name in calls(linear, *operands((8,), torch.bfloat16)))
+
+
+def test_rows_and_weights_need_not_be_contiguous():
+    x, weight, bias = operands((8,), torch.float32)
+    stretched = torch.stack([x, x], -1)[..., 0]
+    with torch.no_grad():
+        assert torch.equal(linear(stretched, weight.t().contiguous().t(), bias), linear(x, weight, bias))
+
+
+def test_one_row_alone_and_among_others_is_the_same_number():
+    x, weight, _ = operands((12,), torch.float32)
+    with torch.no_grad():
+        among, fewer = linear(x, weight), linear(x[3:8], weight)
+    assert torch.equal(among[3:8], fewer)
+
+
+def test_without_a_compiler_the_product_is_atens(monkeypatch):
+    monkeypatch.setattr(op_file, "cpp_kernel", lambda *_: None)
+    given = operands((8,), torch.float32)
+    with torch.no_grad():
+        assert torch.equal(linear(*given), torch.nn.functional.linear(*given))
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
