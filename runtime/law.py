@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -58,7 +57,7 @@ class Mixture:
 
     A draft that does not truncate where the target does proposes tokens of weight zero; one that only truncates cannot
     reach what the target's truncation keeps and its own does not. Weights are at most 1/share times those of ``wide``.
-    Where ``law`` leaves nothing, ``wide`` stands alone.
+    Where ``law`` leaves nothing, ``wide`` stands alone. A setting ``wide`` in (0, 1] takes the place of the share.
     """
 
     law: Law
@@ -76,8 +75,13 @@ class Mixture:
     def log_probs(self, rows: Tensor, settings: Mapping[str, Tensor]) -> Tensor:
         """As of a Law."""
         narrow, wide = self.law.log_probs(rows, settings), self.wide.log_probs(rows, settings)
-        mixed = torch.logaddexp(narrow + math.log1p(-self.share), wide + math.log(self.share))
+        share = settings["wide"].to(wide.dtype) if "wide" in settings else wide.new_tensor(self.share)
+        mixed = torch.logaddexp(narrow + torch.log1p(-share), wide + share.log())
         return torch.where(broken(narrow)[..., None], wide, mixed)
+
+    def wider(self, tries: Tensor) -> Tensor:
+        """The share of ``wide`` for a cycle that is drawn for the ``tries``-th time: soon all of it. [B] -> [B]"""
+        return (self.share * 4.0 ** (tries - 1)).clamp(max=1.0)
 
     def cut(self, vocab: int | None) -> Mixture:
         """As of a Law."""

@@ -106,7 +106,7 @@ class SMCSession:
         tries = torch.ones(batch, dtype=torch.int64, device=p.tokens.device)
         for _ in range(MAX_TRIES):
             u_draft, u_bonus = run.streams.cycle(start, self._k, tries)
-            block, log_q, draft_state = self._propose(run, u_draft)
+            block, log_q, draft_state = self._propose(run, u_draft, tries)
             judged, target_state = self._judged(run, block, log_q, u_bonus)
             increments = judged.increments.view(batch, -1)
             undefined = judged.undefined | judged.increments.isnan()  # NaN with a sound target comes from the draft
@@ -142,17 +142,23 @@ class SMCSession:
             run.clock.resample_seconds += time.perf_counter() - begin
         p.ancestors.append(ancestors)
 
-    def _propose(self, run: Run, u: Tensor) -> tuple[Tensor, Tensor, State]:
-        """K tokens a row from the draft. u: [R, K]. Returns x_0..x_K [R, K+1], log q [R, K], the draft's state."""
+    def _propose(self, run: Run, u: Tensor, tries: Tensor) -> tuple[Tensor, Tensor, State]:
+        """K tokens a row from the draft; u: [R, K], tries: [B].
+
+        Returns x_0..x_K [R, K+1], log q [R, K], the draft's state.
+        """
         p, last = run.p, run.p.made - 1
         # The draft has not seen x_K of the cycle before: it enters with the bonus, as a block of two.
         first = last - 1 if last > 0 else last
         tokens, state, ended = p.tokens[:, first : last + 1].clone(), p.draft, p.ended | p.stopped
         chosen, log_q = [p.tokens[:, last]], []
+        settings = run.settings
+        if isinstance(self._draft_law, Mixture):
+            settings = {**settings, "wide": self._draft_law.wider(tries).repeat_interleave(self._n)}
         for k in range(self._k):
             region = self._draft_head if tokens.shape[1] == 2 else self._draft_step
             places = run.places(last + k + 1 - tokens.shape[1], tokens.shape[1])
-            settings, uniform = run.settings, u[:, k].clone()
+            uniform = u[:, k].clone()
             if self._rules:
                 rows, new = region(tokens, places, state, run.contexts[1])
                 live = ~(ended | is_end(tokens[:, -1:], run.ends)[:, 0]) & (run.remaining > k)

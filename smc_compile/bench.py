@@ -23,6 +23,7 @@ from smc_compile.measure import (
     rows_table,
     write_json,
 )
+from smc_compile.passes.few_rows import EMULATED as EMULATED_BF16
 
 HELP = """\
 Measure cost on random weights of given shapes.
@@ -30,14 +31,14 @@ Measure cost on random weights of given shapes.
 Three methods generate from the same prompt in one run: the plain loop in eager mode, the compiled one-token loop,
 and SMC at each pair of --n-particles and --lookahead. They take turns, and the table shows medians. Random weights
 measure cost only: they say nothing about text. The defaults are a Llama-shaped target of 336M parameters and a draft
-of 31M, in bfloat16.
+of 31M, in bfloat16, or in float32 on a processor without instructions for it.
 
   smc-compile bench
   smc-compile bench --n-particles 8 16 --lookahead 6 --json rows.json
   smc-compile bench --layers 4 --dim 256 --heads 4 --kv-heads 4 --hidden 704 --vocab 4096 --dtype float32
 """
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-EMULATED = 1.5  # a narrow type should be at least as fast as float32
+EMULATED_RATIO = 1.5  # a narrow type should be at least as fast as float32
 EAGER_TOKENS = 4  # a forward over the whole prompt for each
 
 
@@ -58,14 +59,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     draft.add_argument("--draft-hidden", type=int, default=1664, metavar="D", help="width inside the MLP")
     request = parser.add_argument_group("request")
     request.add_argument("--prompt-length", type=int, default=128, metavar="P", help="tokens of the prompt")
-    request.add_argument("--new-tokens", type=int, default=64, metavar="T", help="tokens to generate")
+    request.add_argument("--new-tokens", type=int, default=256, metavar="T", help="tokens to generate")
     request.add_argument("--temperature", type=float, default=0.8, metavar="T", help="temperature")
     request.add_argument("--n-particles", type=int, nargs="+", default=[4, 2], metavar="N", help="particles")
     request.add_argument(
         "--lookahead", type=int, nargs="+", default=[8], metavar="K", help="draft tokens a cycle; one, or one per N"
     )
     run_ = parser.add_argument_group("measurement")
-    run_.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16", help="type of the weights")
+    run_.add_argument(
+        "--dtype",
+        choices=["auto", *sorted(DTYPES)],
+        default="auto",
+        help="type of the weights; auto: bfloat16, or float32 on a processor that emulates it",
+    )
     run_.add_argument("--device", default="cpu", help="device, such as cpu or cuda")
     run_.add_argument("--repeats", type=int, default=3, metavar="R", help="timed rounds")
     run_.add_argument("--threads", type=int, metavar="T", help="CPU threads (default: torch's choice)")
@@ -79,6 +85,8 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     shapes = pair_shapes(arguments.n_particles, arguments.lookahead)
     check_arguments(arguments)
     check_json_path(arguments.json)
+    if arguments.dtype == "auto":
+        arguments.dtype = own_dtype(torch.device(arguments.device))
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     target_config, draft_config = configs(arguments, max(k for _, k in shapes))
@@ -193,12 +201,17 @@ def where(arguments: argparse.Namespace) -> str:
     )
 
 
+def own_dtype(device: torch.device) -> str:
+    """bfloat16 where the device has instructions for it."""
+    return "float32" if device.type == "cpu" and EMULATED_BF16 else "bfloat16"
+
+
 def emulated_dtype(dtype: torch.dtype, device: torch.device) -> list[str]:
     """A warning where products in ``dtype`` run slower than in float32: the processor has no instructions for it."""
     if dtype == torch.float32 or device.type != "cpu":
         return []
     ratio = product_seconds(dtype) / product_seconds(torch.float32)
-    if ratio < EMULATED:
+    if ratio < EMULATED_RATIO:
         return []
     name = str(dtype).removeprefix("torch.")
     return [f"this processor emulates {name}: a product takes {ratio:.1f} times what float32 takes (--dtype float32)"]

@@ -42,6 +42,7 @@ class Model:
     max_positions: int | None
     law: Law | Mixture
     traced: Traced | None = None
+    trained_positions: int | None = None  # what its configuration names; it may run beyond
 
 
 @dataclass
@@ -80,6 +81,7 @@ class Program:
         """As ``run``, for requests that differ."""
         check_request(request, self.target, self.draft)
         result = self.session.run(request)
+        result.stats.warnings += beyond_training(request, self.target, self.draft)
         for warning in result.stats.warnings:
             log.warning(warning)
         return result
@@ -151,8 +153,15 @@ def compile_draft(model: Any, options: Options, law: Law | Mixture, ids: Tensor)
     if is_stateful(model):
         return stateful(model, law)
     require_eval(model, "draft")
+    return compile_model(model, law, options, ids, "draft")
+
+
+def compile_model(model: nn.Module, law: Law | Mixture, options: Options, ids: Tensor, name: str) -> Model:
+    """The incremental form of a model whose next token follows its last row of logits."""
     traced = trace_once(model, LastLogits(model), ids, options.validate, sampled=False)
-    return cached(traced, traced.owned, options, "draft", law)
+    found = cached(traced, traced.owned, options, name, law)
+    found.trained_positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return found
 
 
 def trace_once(model: nn.Module, step: nn.Module, ids: Tensor, check: bool, sampled: bool, law: Any = ()) -> Traced:
@@ -287,6 +296,17 @@ def check_request(request: Request, target: Model, draft: Model | None) -> None:
                 f"{length} + {n} > {limit}",
                 f"ask for at most {max(limit - length, 0)} new tokens, or shorten the prompt",
             )
+
+
+def beyond_training(request: Request, *models: Model | None) -> list[str]:
+    """A warning for each model that ran past the positions its configuration names, though its tables go on."""
+    total = int((request.lengths + request.new_tokens).max())
+    limits = {name: model.trained_positions for name, model in zip(("target", "draft"), models, strict=True) if model}
+    return [
+        f"the {name} was asked for {total} positions, and its configuration names {limit}: beyond them it may do worse"
+        for name, limit in limits.items()
+        if isinstance(limit, int) and total > limit
+    ]
 
 
 def position_limit(model: Model, length: int) -> int | None:

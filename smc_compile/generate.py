@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smc_compile.compile import LastLogits, Model, Program, build_program, cached, require_eval, stateful, trace_once
+from smc_compile.compile import Model, Program, build_program, compile_model, require_eval, stateful
 from smc_compile.errors import InputError, OptionError
 from smc_compile.options import Options, is_stateful
 from smc_compile.processors import Processors, sort_processors
@@ -231,5 +231,4 @@ def compile_target(model: Any, law: Law, options: Options, ids: Tensor) -> Model
     if is_stateful(model):
         return stateful(model, law)
     require_eval(model, "model")
-    traced = trace_once(model, LastLogits(model), ids, options.validate, sampled=False)
-    return cached(traced, traced.owned, options, "target", law)
+    return compile_model(model, law, options, ids, "target")

@@ -141,6 +141,14 @@ def test_a_type_that_the_processor_emulates_is_named(seconds, warned, monkeypatc
     assert bench.emulated_dtype(torch.float32, torch.device("cpu")) == []
 
 
+@pytest.mark.parametrize(("device", "emulated", "expected"), [
+    ("cpu", True, "float32"), ("cpu", False, "bfloat16"), ("cuda", True, "bfloat16"),
+])  # fmt: skip
+def test_bench_takes_the_type_that_the_device_has_instructions_for(device, emulated, expected, monkeypatch):
+    monkeypatch.setattr(bench, "EMULATED_BF16", emulated)
+    assert bench.own_dtype(torch.device(device)) == expected
+
+
 def test_pair_shapes():
     assert bench.pair_shapes([4], [2, 3]) == [(4, 2), (4, 3)]
     assert bench.pair_shapes([4, 5], [2, 3]) == [(4, 2), (5, 3)]
