@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import time
+from dataclasses import asdict
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
+from smc_compile.bounds import Ceilings, costs, measure_ceilings, product_seconds
 from smc_compile.errors import OptionError
 from smc_compile.llama import Llama, LlamaConfig
 from smc_compile.measure import (
@@ -107,17 +108,21 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         temperature=arguments.temperature,
         shapes=shapes,
         eager_tokens=None if arguments.skip_eager else min(EAGER_TOKENS, arguments.new_tokens),
+        sizes=(costs(target, cache_numbers(target_config)), costs(draft, cache_numbers(draft_config))),
     )
+    place = DTYPES[arguments.dtype], torch.device(arguments.device)
+    before = measure_ceilings(*place)
     results = measure(contestants, arguments.repeats, arguments.seed, console)
-    rows = make_rows(results)
+    ceilings = before.better(measure_ceilings(*place))
+    rows = make_rows(results, ceilings)
     console.print(rows_table(rows, [result.contestant.name for result in results], console.width))
     console.print()
-    for line in footnotes(contestants, rows, arguments.repeats):
+    for line in [*footnotes(contestants, rows, arguments.repeats), ceilings_line(ceilings)]:
         console.print(line, style="dim", highlight=False)
     console.print(compile_line(results), style="dim", highlight=False)
     if arguments.json:
         stored = {name: value for name, value in vars(arguments).items() if name != "run"}
-        write_json(arguments.json, "bench", stored, rows, **counts)
+        write_json(arguments.json, "bench", stored, rows, **counts, ceilings=asdict(ceilings))
         console.print(f"rows in {arguments.json}", style="dim", highlight=False)
 
 
@@ -206,26 +211,29 @@ def own_dtype(device: torch.device) -> str:
     return "float32" if device.type == "cpu" and EMULATED_BF16 else "bfloat16"
 
 
+def cache_numbers(config: LlamaConfig) -> int:
+    """Numbers of keys and values that a token leaves in the cache."""
+    return 2 * config.n_layers * config.n_kv_heads * (config.dim // config.n_heads)
+
+
+def ceilings_line(ceilings: Ceilings) -> str:
+    """What the bound is made of."""
+    return (
+        f"this machine reads {ceilings.bytes_per_second / 1e9:.0f} GB/s and multiplies "
+        f"{ceilings.operations_per_second / 1e9:.0f} GFLOP/s; bound: for each pass of a model "
+        "the longer of reading what it reads and multiplying what it multiplies"
+    )
+
+
 def emulated_dtype(dtype: torch.dtype, device: torch.device) -> list[str]:
     """A warning where products in ``dtype`` run slower than in float32: the processor has no instructions for it."""
     if dtype == torch.float32 or device.type != "cpu":
         return []
-    ratio = product_seconds(dtype) / product_seconds(torch.float32)
+    ratio = product_seconds(dtype, device) / product_seconds(torch.float32, device)
     if ratio < EMULATED_RATIO:
         return []
     name = str(dtype).removeprefix("torch.")
     return [f"this processor emulates {name}: a product takes {ratio:.1f} times what float32 takes (--dtype float32)"]
-
-
-def product_seconds(dtype: torch.dtype) -> float:
-    """Best of several products of 64 rows with a square weight."""
-    rows, weight = torch.ones(64, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-    seconds = []
-    for _ in range(8):
-        start = time.perf_counter()
-        torch.nn.functional.linear(rows, weight)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
 
 
 def footnotes(contestants: list[Contestant], rows: list[Row], repeats: int) -> list[str]:

@@ -25,6 +25,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from torch import Tensor, nn
 
+from smc_compile.bounds import Ceilings, Costs, cycle_bound, loop_bound
 from smc_compile.errors import OptionError
 from smc_compile.generate import generate
 from smc_compile.result import Generation
@@ -45,6 +46,7 @@ class Contestant:
     note: str | None = None
     warm_up: Callable[[int], Tensor | Generation] | None = None  # a shorter first call than ``run``
     batch: int = 1
+    bound: Callable[[Ceilings], float] | None = None  # seconds a cycle takes at least
 
     @property
     def name(self) -> str:
@@ -90,8 +92,12 @@ def contest(
     temperature: float,
     shapes: Sequence[tuple[int, int]],
     eager_tokens: int | None,
+    sizes: tuple[Costs, Costs] | None = None,
 ) -> list[Contestant]:
-    """The plain loop (unless ``eager_tokens`` is None), the compiled loop, and SMC at each (N, K) of ``shapes``."""
+    """The plain loop (unless ``eager_tokens`` is None), the compiled loop, and SMC at each (N, K) of ``shapes``.
+
+    ``sizes`` of target and draft give each the least that a cycle can cost.
+    """
 
     def eager(seed: int, tokens: int = eager_tokens or 0) -> Tensor:
         torch.manual_seed(seed)
@@ -117,8 +123,14 @@ def contest(
 
         return run
 
-    smc = [Contestant("smc", compiled("smc", n, k), max_new_tokens, n, k) for n, k in shapes]
-    loop = Contestant("autoregressive", compiled("autoregressive", *shapes[0]), max_new_tokens)
+    prompt = ids.shape[1]
+
+    def of_cycle(n: int, k: int) -> Callable[[Ceilings], float] | None:
+        return (lambda at: cycle_bound(at, *sizes, n, k, prompt, max_new_tokens)) if sizes else None
+
+    of_loop = (lambda at: loop_bound(at, sizes[0], prompt, max_new_tokens)) if sizes else None
+    smc = [Contestant("smc", compiled("smc", n, k), max_new_tokens, n, k, bound=of_cycle(n, k)) for n, k in shapes]
+    loop = Contestant("autoregressive", compiled("autoregressive", *shapes[0]), max_new_tokens, bound=of_loop)
     if eager_tokens is None:
         return [loop, *smc]
     note = (
@@ -182,17 +194,19 @@ def progress_bar(console: Console) -> Progress:
 # ---- rows -----------------------------------------------------------------------------------------------------------
 
 
-def make_rows(results: Sequence[Result]) -> list[Row]:
+def make_rows(results: Sequence[Result], ceilings: Ceilings | None = None) -> list[Row]:
     """One row per contestant, in the words of the JSON file; None where a column does not apply."""
-    return [make_row(result, results) for result in results]
+    return [make_row(result, results, ceilings) for result in results]
 
 
-def make_row(result: Result, results: Sequence[Result]) -> Row:
+def make_row(result: Result, results: Sequence[Result], ceilings: Ceilings | None) -> Row:
     """The figures of one contestant."""
     contestant, runs = result.contestant, result.runs
     speeds = [speed(result, round_) for round_ in range(len(runs))]
     generations = [run.generation for run in runs if run.generation is not None]
     is_smc = contestant.method == "smc"
+    cycle = median(cycle_seconds(contestant, run) for run in runs)
+    bound = contestant.bound(ceilings) if contestant.bound and ceilings else None
     return {
         "method": contestant.method,
         "n_particles": contestant.n_particles,
@@ -204,7 +218,9 @@ def make_row(result: Result, results: Sequence[Result]) -> Row:
         "tokens_per_second_max": max(speeds),
         "speedup_over_eager": speedup(result, results, "eager"),
         "speedup_over_autoregressive": speedup(result, results, "autoregressive"),
-        "ms_per_cycle": 1e3 * median(cycle_seconds(contestant, run) for run in runs),
+        "ms_per_cycle": 1e3 * cycle,
+        "bound_ms_per_cycle": None if bound is None else 1e3 * bound,
+        "share_of_bound": None if bound is None else bound / cycle,
         **{
             f"{part}_share": median_share(generations, part) if is_smc or part not in SMC_PARTS else None
             for part in PARTS
@@ -271,6 +287,7 @@ def rows_table(rows: Sequence[Row], names: Sequence[str], width: int = 100) -> T
         ("over\neager", lambda row: number(row["speedup_over_eager"], "x")),
         ("over\nloop", lambda row: number(row["speedup_over_autoregressive"], "x")),
         ("ms per\ncycle", lambda row: number(row["ms_per_cycle"])),
+        ("of\nbound", lambda row: percent(row["share_of_bound"])),
         ("pre-\nfill", lambda row: percent(row["prefill_share"])),
         ("draft", lambda row: percent(row["draft_share"])),
         ("score", lambda row: percent(row["score_share"])),

@@ -26,9 +26,10 @@ TINY = shlex.split(
 )
 COLUMNS = {
     "method", "n_particles", "lookahead", "tokens", "repeats", "tokens_per_second", "tokens_per_second_min",
-    "tokens_per_second_max", "speedup_over_eager", "speedup_over_autoregressive", "ms_per_cycle", "prefill_share",
-    "draft_share", "score_share", "resample_share", "host_share", "mean_ess", "mean_log_prob",
-    "mean_log_prob_stderr", "compile_seconds", "first_call_seconds", "note",
+    "tokens_per_second_max", "speedup_over_eager", "speedup_over_autoregressive", "ms_per_cycle",
+    "bound_ms_per_cycle", "share_of_bound", "prefill_share", "draft_share", "score_share", "resample_share",
+    "host_share", "mean_ess", "mean_log_prob", "mean_log_prob_stderr", "compile_seconds", "first_call_seconds",
+    "note",
 }  # fmt: skip
 
 
@@ -131,7 +132,7 @@ def test_defaults():
 
 @pytest.mark.parametrize(("seconds", "warned"), [({"float32": 1.0, "bfloat16": 3.0}, True), ({"bfloat16": 0.5}, False)])
 def test_a_type_that_the_processor_emulates_is_named(seconds, warned, monkeypatch):
-    monkeypatch.setattr(bench, "product_seconds", lambda dtype: seconds.get(str(dtype)[6:], 1.0))
+    monkeypatch.setattr(bench, "product_seconds", lambda dtype, device: seconds.get(str(dtype)[6:], 1.0))
     lines = bench.emulated_dtype(torch.bfloat16, torch.device("cpu"))
     assert lines == (
         ["this processor emulates bfloat16: a product takes 3.0 times what float32 takes (--dtype float32)"]
@@ -237,6 +238,10 @@ def test_bench_writes_its_rows(tmp_path, capsys):
     path = tmp_path / "rows.json"
     assert main([*TINY, "--n-particles", "4", "2", "--json", str(path)]) == 0
     report = json.loads(path.read_text())
+    assert min(report["ceilings"].values()) > 0
+    assert [row["share_of_bound"] is not None for row in report["rows"]] == [
+        row["method"] != "eager" for row in report["rows"]
+    ]
     assert report["command"] == "bench"
     assert {"cpu", "cores", "torch"} <= set(report["machine"])
     assert [(row["method"], row["n_particles"], row["lookahead"]) for row in report["rows"]] == [
