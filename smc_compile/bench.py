@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 from dataclasses import asdict
 
 import torch
@@ -25,12 +26,14 @@ from smc_compile.measure import (
     write_json,
 )
 from smc_compile.passes.few_rows import EMULATED as EMULATED_BF16
+from smc_compile.peers import has_library, library_twin
 
 HELP = """\
 Measure cost on random weights of given shapes.
 
-Three methods generate from the same prompt in one run: the plain loop in eager mode, the compiled one-token loop,
-and SMC at each pair of --n-particles and --lookahead. They take turns, and the table shows medians. Random weights
+Four methods generate from the same prompt in one run: the plain loop in eager mode, transformers with its own cache
+(where it is installed), the compiled one-token loop, and SMC at each pair of --n-particles and --lookahead. They take
+turns, and the table shows medians, with the share of what the machine's memory and arithmetic allow. Random weights
 measure cost only: they say nothing about text. The defaults are a Llama-shaped target of 336M parameters and a draft
 of 31M, in bfloat16, or in float32 on a processor without instructions for it.
 
@@ -78,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run_.add_argument("--threads", type=int, metavar="T", help="CPU threads (default: torch's choice)")
     run_.add_argument("--seed", type=int, default=0, metavar="S", help="seed of weights, prompt and sampling")
     run_.add_argument("--skip-eager", action="store_true", help="leave the eager loop out")
+    run_.add_argument("--skip-transformers", action="store_true", help="leave the loop of transformers out")
     run_.add_argument("--json", metavar="FILE", help="write the rows to FILE")
 
 
@@ -110,6 +114,8 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         eager_tokens=None if arguments.skip_eager else min(EAGER_TOKENS, arguments.new_tokens),
         sizes=(costs(target, cache_numbers(target_config)), costs(draft, cache_numbers(draft_config))),
     )
+    if not arguments.skip_transformers and has_library():
+        contestants.insert(0 if arguments.skip_eager else 1, library_loop(target, ids, arguments))
     place = DTYPES[arguments.dtype], torch.device(arguments.device)
     before = measure_ceilings(*place)
     results = measure(contestants, arguments.repeats, arguments.seed, console)
@@ -117,6 +123,8 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     rows = make_rows(results, ceilings)
     console.print(rows_table(rows, [result.contestant.name for result in results], console.width))
     console.print()
+    if not arguments.skip_transformers and not has_library():
+        console.print('transformers is not installed: its row is left out (pip install "smc_compile[transformers]")')
     for line in [*footnotes(contestants, rows, arguments.repeats), ceilings_line(ceilings)]:
         console.print(line, style="dim", highlight=False)
     console.print(compile_line(results), style="dim", highlight=False)
@@ -183,6 +191,20 @@ def build_models(target: LlamaConfig, draft: LlamaConfig, arguments: argparse.Na
     models = [Llama(config).to(dtype).to(device).eval().requires_grad_(False) for config in (target, draft)]
     ids = torch.randint(0, target.vocab_size, (1, arguments.prompt_length)).to(device)
     return models[0], models[1], ids
+
+
+def library_loop(target: Llama, ids: Tensor, arguments: argparse.Namespace) -> Contestant:
+    """``generate`` of transformers, with its own cache, on the same weights."""
+    twin = library_twin(target)
+
+    def run(seed: int, tokens: int = arguments.new_tokens) -> Tensor:
+        torch.manual_seed(seed)
+        settings = {"do_sample": True, "temperature": arguments.temperature, "top_k": 0}
+        ids_and_text: Tensor = twin.generate(ids, max_new_tokens=tokens, **settings)
+        return ids_and_text
+
+    note = f"generate of transformers {importlib.metadata.version('transformers')}, its own cache, not compiled"
+    return Contestant("transformers", run, arguments.new_tokens, note=note, warm_up=lambda seed: run(seed, 2))
 
 
 def parameter_count(model: torch.nn.Module) -> int:

@@ -34,11 +34,14 @@ Model = Callable[[Tensor], Tensor]  # ids [B, S] -> logits [B, S, V]
 Row = dict[str, Any]
 
 
+NAMES = {"eager": "eager loop", "autoregressive": "compiled loop"}  # of methods, in a table
+
+
 @dataclass(frozen=True)
 class Contestant:
     """One way to generate: ``run(seed)`` gives the sequences [B, P+n], or a Generation that holds them."""
 
-    method: str  # "eager", "autoregressive" or "smc"
+    method: str  # "eager", "transformers", "autoregressive" or "smc"
     run: Callable[[int], Tensor | Generation]
     new_tokens: int
     n_particles: int | None = None
@@ -52,7 +55,7 @@ class Contestant:
     def name(self) -> str:
         if self.n_particles is not None:
             return f"smc  N={self.n_particles} K={self.lookahead}"
-        return {"eager": "eager loop", "autoregressive": "compiled loop"}.get(self.method, self.method)
+        return NAMES.get(self.method, self.method)
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,7 @@ def measure(contestants: Sequence[Contestant], repeats: int, seed: int, console:
     with progress_bar(console) as progress:
         task = progress.add_task("", total=len(contestants) * (repeats + 1))
         for index, contestant in reversed(list(enumerate(contestants))):
-            verb = "warming up" if contestant.method == "eager" else "compiling"
+            verb = "warming up" if contestant.method in ("eager", "transformers") else "compiling"
             progress.update(task, description=f"{verb} {contestant.name}")
             first[index] = timed(replace(contestant, run=contestant.warm_up or contestant.run), seed)
             progress.advance(task)

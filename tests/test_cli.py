@@ -240,12 +240,13 @@ def test_bench_writes_its_rows(tmp_path, capsys):
     report = json.loads(path.read_text())
     assert min(report["ceilings"].values()) > 0
     assert [row["share_of_bound"] is not None for row in report["rows"]] == [
-        row["method"] != "eager" for row in report["rows"]
+        row["method"] in ("autoregressive", "smc") for row in report["rows"]
     ]
     assert report["command"] == "bench"
     assert {"cpu", "cores", "torch"} <= set(report["machine"])
     assert [(row["method"], row["n_particles"], row["lookahead"]) for row in report["rows"]] == [
         ("eager", None, None),
+        ("transformers", None, None),
         ("autoregressive", None, None),
         ("smc", 4, 3),
         ("smc", 2, 3),
@@ -254,18 +255,26 @@ def test_bench_writes_its_rows(tmp_path, capsys):
         assert set(row) == COLUMNS
         assert row["tokens_per_second"] > 0
         assert row["tokens_per_second_min"] <= row["tokens_per_second"] <= row["tokens_per_second_max"]
-    for row in report["rows"][2:]:
+    for row in report["rows"][3:]:
         assert 1 <= row["mean_ess"] <= row["n_particles"]
         assert sum(row[f"{part}_share"] for part in measure.PARTS) == pytest.approx(1, abs=0.2)
     assert "smc  N=4 K=3" in capsys.readouterr().out
 
 
-def test_bench_can_skip_the_eager_loop(tmp_path):
+def test_bench_can_skip_the_loops_of_others(tmp_path):
     path = tmp_path / "rows.json"
-    assert main([*TINY, "--n-particles", "2", "--skip-eager", "--json", str(path)]) == 0
+    assert main([*TINY, "--n-particles", "2", "--skip-eager", "--skip-transformers", "--json", str(path)]) == 0
     rows = json.loads(path.read_text())["rows"]
     assert [row["method"] for row in rows] == ["autoregressive", "smc"]
     assert all(row["speedup_over_eager"] is None for row in rows)
+
+
+def test_bench_without_transformers_says_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "has_library", lambda: False)
+    path = tmp_path / "rows.json"
+    assert main([*TINY, "--n-particles", "2", "--skip-eager", "--json", str(path)]) == 0
+    assert [row["method"] for row in json.loads(path.read_text())["rows"]] == ["autoregressive", "smc"]
+    assert "transformers is not installed" in capsys.readouterr().out
 
 
 def test_demo_prints_texts_and_draws(tmp_path, capsys):
