@@ -282,7 +282,7 @@ def mean_ess(generations: Sequence[Generation]) -> float | None:
 def rows_table(rows: Sequence[Row], names: Sequence[str], width: int = 100) -> Table:
     """The rows as a table at most 100 columns wide, or 80 where ``width`` is less than 100.
 
-    Columns empty in every row are left out; the spread gives way to log p.
+    Columns empty in every row are left out; the spread gives way to log p, or to an eager loop beside bounds.
     """
     columns: list[tuple[str, Callable[[Row], str | None]]] = [
         ("tokens/s", lambda row: number(row["tokens_per_second"])),
@@ -301,8 +301,10 @@ def rows_table(rows: Sequence[Row], names: Sequence[str], width: int = 100) -> T
     ]
     table = Table(box=None, padding=(0, 1), header_style="bold", pad_edge=False)
     table.add_column("method", no_wrap=True)
+    full = [name for name in ("speedup_over_eager", "share_of_bound") if any(row[name] is not None for row in rows)]
     scored = any(row["mean_log_prob"] is not None for row in rows)
-    hidden = (["min-max"] if scored else []) + (["pre-\nfill", "resam-\nple", "host"] if width < 100 else [])
+    hidden = ["min-max"] if scored or len(full) == 2 else []
+    hidden += ["pre-\nfill", "resam-\nple", "host"] if width < 100 else []
     shown = [
         (title, cell) for title, cell in columns if title not in hidden and any(cell(row) is not None for row in rows)
     ]
