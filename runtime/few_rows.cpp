@@ -33,12 +33,13 @@ void fetch(const T* at) {
   __builtin_prefetch(at, 0, 2);
 }
 
-// sums [R, O] += x [R, n] w [O, n]^T. Part j of nr of the next block's lines is fetched on the way.
-template <int R, int O, typename T>
+// sums [R, O] += x [R, n] w [O, n]^T. Part j of nr of the next block's lines is fetched on the way: a line a step, of
+// another row each time, or two where fewer parts than rows pass. More, and the sums leave the registers.
+template <int R, int O, bool TWO, typename T>
 inline void multiply(const float* x, int64_t x_stride, const float* w, int64_t w_stride, const Block<T>& block,
                      int64_t j, int64_t nr, float* sums) {
-  // One line a step, of another row of the next block each time: more, and the sums leave the registers.
   const T* ahead = block.next ? block.next + j % O * block.stride : block.now;
+  const T* further = block.next ? block.next + (j + nr) % O * block.stride : block.now;
   Vec acc[R][O];
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
@@ -51,6 +52,7 @@ inline void multiply(const float* x, int64_t x_stride, const float* w, int64_t w
 #pragma GCC unroll 8
     for (int o = 0; o < O; o++) wv[o] = Vec::loadu(w + o * w_stride + i);
     if constexpr (std::is_same_v<T, float>) fetch(ahead + i);
+    if constexpr (std::is_same_v<T, float> && TWO) fetch(further + i);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
       const Vec xv = Vec::loadu(x + r * x_stride + i);
@@ -73,16 +75,16 @@ inline void multiply(const float* x, int64_t x_stride, const float* w, int64_t w
       sums[r * O + o] += at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, acc[r][o]);
 }
 
-template <int O, typename T>
+template <int O, bool TWO, typename T>
 inline void multiply_rows(int64_t rows, const float* x, int64_t x_stride, const float* w, int64_t w_stride,
                           const Block<T>& block, int64_t j, int64_t nr, float* sums) {
   switch (rows) {
-    case 1: return multiply<1, O, T>(x, x_stride, w, w_stride, block, j, nr, sums);
-    case 2: return multiply<2, O, T>(x, x_stride, w, w_stride, block, j, nr, sums);
-    case 3: return multiply<3, O, T>(x, x_stride, w, w_stride, block, j, nr, sums);
-    case 4: return multiply<4, O, T>(x, x_stride, w, w_stride, block, j, nr, sums);
-    case 5: return multiply<5, O, T>(x, x_stride, w, w_stride, block, j, nr, sums);
-    case 6: return multiply<6, O, T>(x, x_stride, w, w_stride, block, j, nr, sums);
+    case 1: return multiply<1, O, TWO, T>(x, x_stride, w, w_stride, block, j, nr, sums);
+    case 2: return multiply<2, O, TWO, T>(x, x_stride, w, w_stride, block, j, nr, sums);
+    case 3: return multiply<3, O, TWO, T>(x, x_stride, w, w_stride, block, j, nr, sums);
+    case 4: return multiply<4, O, TWO, T>(x, x_stride, w, w_stride, block, j, nr, sums);
+    case 5: return multiply<5, O, TWO, T>(x, x_stride, w, w_stride, block, j, nr, sums);
+    case 6: return multiply<6, O, TWO, T>(x, x_stride, w, w_stride, block, j, nr, sums);
   }
 }
 
@@ -118,7 +120,8 @@ void panel(const float* x, const T* w, const T* bias, T* y, int64_t rows, int64_
     const int64_t stride = std::is_same_v<T, float> ? in : block.n;
     for (int64_t j = 0; j < nr; j++) {
       const int64_t first = j * rows / nr, last = (j + 1) * rows / nr;
-      multiply_rows<O, T>(last - first, x + first * in + i, in, from, stride, block, j, nr, sums + first * O);
+      const auto part = nr < PANEL ? multiply_rows<O, true, T> : multiply_rows<O, false, T>;
+      part(last - first, x + first * in + i, in, from, stride, block, j, nr, sums + first * O);
     }
   }
   for (int64_t r = 0; r < rows; r++)
