@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.utils import counters
 
-import smc_compile.runtime.few_rows  # noqa: F401  (registers the op)
+import smc_compile.kernels.few_rows  # noqa: F401  (registers the op)
 from smc_compile.passes.ir import CachedLM
 
 # Where the kernel beats ATen, measured on AVX-512 without bf16 instructions (the smallest weight in numbers).

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .thresholds import kth_largest, least_of_mass
+from smc_compile.kernels.thresholds import kth_largest, least_of_mass
 
 # (scores [R, V], settings {name: [R, 1]}) -> scores [R, V]
 Stage = Callable[[Tensor, Mapping[str, Tensor]], Tensor]

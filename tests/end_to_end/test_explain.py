@@ -124,7 +124,10 @@ def test_generate_is_explained_with_its_rules():
     ids = torch.tensor([[1, 2]])
     told = explain(generate, target, perturbed(target), ids, logits_processor=[traced], top_k=3, **options)
     assert told.sections["rules on the text"] == ["traced: compiled, on target and draft"]
-    assert told.sections["sampler"] == ["softmax of logits after temperature, top_k"]
+    assert told.sections["sampler"] == [
+        "softmax of logits after temperature, top_k",
+        "draft: the same of its own logits, mixed with 10% of its law under the temperature alone",
+    ]
     assert "rules" in {line.split(":")[0] for line in told.sections["regions"]}
     told = explain(generate, target, perturbed(target), ids, logits_processor=[by_hand], **options)
     assert told.sections["rules on the text"] == ["by_hand: on the host, once a position, on target and draft"]

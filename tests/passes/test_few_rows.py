@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from smc_compile.compile import LastLogits
+from smc_compile.kernels import few_rows as op_file
 from smc_compile.llama import Llama, LlamaConfig
 from smc_compile.passes import few_rows as pass_file
 from smc_compile.passes.export_lm import export_lm
 from smc_compile.passes.few_rows import ROWS, few_rows, linear
 from smc_compile.passes.synthesize_cache import synthesize_cache
-from smc_compile.runtime import few_rows as op_file
 
 
 def operands(rows: tuple[int, ...], dtype: torch.dtype, outputs: int = 1102) -> tuple[torch.Tensor, ...]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from smc_compile.runtime import thresholds
-from smc_compile.runtime.thresholds import kth_by_sorting, kth_largest, least_of_mass, mass_by_sorting
+from smc_compile.kernels import thresholds
+from smc_compile.kernels.thresholds import kth_by_sorting, kth_largest, least_of_mass, mass_by_sorting
 
 
 def scores(rows: int, vocab: int, dtype: torch.dtype) -> torch.Tensor:

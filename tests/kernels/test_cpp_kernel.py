@@ -7,8 +7,8 @@ import torch
 from torch._inductor.codecache import CppPythonBindingsCodeCache
 from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
-from smc_compile.runtime import few_rows
-from smc_compile.runtime.cpp_kernel import cpp_kernel
+from smc_compile.kernels import few_rows
+from smc_compile.kernels.cpp_kernel import cpp_kernel
 
 
 def test_a_kernel_is_built_once():
