@@ -203,10 +203,19 @@ def _place(model: Any) -> tuple[torch.device, torch.dtype] | None:
 
 def _compile(model: Any, processors: Processors, greedy: bool, options: Options, ids: Tensor) -> Program:
     law = Law("greedy" if greedy else "logits", stages=processors.stages)
-    draft_law = Law("logits") if greedy else proposal(processors.stages, options.draft_temperature)
+    draft_law = draft_law_for(processors.stages, greedy, options)
     target = compile_target(model, law, options, ids)
     by_hand = bool(processors.by_hand)
     return build_program(target, options, draft_law, ids, rules=processors.traced, by_hand=by_hand)
+
+
+def draft_law_for(stages: Sequence[Stage], greedy: bool, options: Options) -> Law | Mixture:
+    """What the draft follows: nothing that the target draws may be out of reach of SMC; rejection needs no such care,
+    and accepts most where the draft does to its logits what the target does."""
+    if greedy:
+        return Law("greedy", stages=tuple(stages))
+    law = proposal(stages, options.draft_temperature)
+    return law.law if options.method == "speculative" and isinstance(law, Mixture) else law
 
 
 def proposal(stages: Sequence[Stage], draft_temperature: float | None) -> Law | Mixture:
