@@ -18,9 +18,9 @@ from .sampling import sample_inverse_cdf
 
 
 class Accepted(NamedTuple):
-    """How far the drafts of each request were accepted."""
+    """How much of the drafts of each request was accepted."""
 
-    count: Tensor  # [B], accepted tokens, 0 .. K
+    length: Tensor  # [B], accepted tokens, 0 .. K
     chain: Tensor  # [B], a chain that holds them
     last: Tensor  # [B], the token behind them: from the last residual, or the bonus
 
@@ -163,8 +163,8 @@ def _verdict(done: Accepted, log_p: Tensor, log_q: Tensor, drafted: Tensor, ends
     requests, column = torch.arange(batch, device=drafted.device), torch.arange(length + 1, device=drafted.device)
     own = drafted[requests, done.chain]  # [B, K]
     last = done.last[:, None]
-    tokens = torch.where(column < done.count[:, None], torch.cat([own, last], 1), last)
-    offered = (done.count + 1).minimum(wanted)
+    tokens = torch.where(column < done.length[:, None], torch.cat([own, last], 1), last)
+    offered = (done.length + 1).minimum(wanted)
     end = is_end(tokens, ends) & (column < offered[:, None])  # [B, K+1]
     width = torch.where(end.any(1), end.int().argmax(1) + 1, offered)
     counts = column < width[:, None]
@@ -175,7 +175,7 @@ def _verdict(done: Accepted, log_p: Tensor, log_q: Tensor, drafted: Tensor, ends
         tokens,
         pick(of_chain, tokens).double(),
         width,
-        done.count.minimum(width),
+        done.length.minimum(width),
         end.any(1),
         done.chain,
         (broken(of_chain) & counts).any(1),

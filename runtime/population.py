@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -90,9 +90,13 @@ class Population:
 
     def take(self, keep: Tensor, rows: Tensor) -> Self:
         """The particles of these requests; the states are not touched, nor is what is kept by cycle."""
-        by_row = {name: getattr(self, name)[rows] for name in ("tokens", "log_p", "ended", "stopped", "length")}
-        by_request = {"log_w": self.log_w[keep], "log_evidence": self.log_evidence[keep]}
-        by_cycle = {name: [v[keep] for v in getattr(self, name)] for name in ("ess", "ancestors", "lag")}
+        by_row: dict[str, Any] = {
+            name: getattr(self, name)[rows] for name in ("tokens", "log_p", "ended", "stopped", "length")
+        }
+        by_request: dict[str, Any] = {"log_w": self.log_w[keep], "log_evidence": self.log_evidence[keep]}
+        by_cycle: dict[str, Any] = {
+            name: [v[keep] for v in getattr(self, name)] for name in ("ess", "ancestors", "lag")
+        }
         return replace(self, **by_row, **by_request, **by_cycle)
 
 

@@ -75,7 +75,7 @@ class Slots:
             return False
         hidden = self.target[:, -self.size :] == HIDDEN  # [B, S]
         self.cursor = int((~hidden).sum(1).max())
-        order = hidden.int().argsort(1, stable=True)  # [B, S]
+        order = hidden.int().argsort(dim=1, stable=True)  # [B, S]
         for keys in (self.target, self.draft):
             keys[:, -self.size :] = keys[:, -self.size :].gather(1, order)
         for suffix in (suffix for state in states for suffix in state):

@@ -34,7 +34,7 @@ class Committed(Population):
     tail: Tensor  # [B, 2], the token before the pending one, of the prompt at first, and the pending one
 
     def append(self, tokens: Tensor, log_p: Tensor, width: Tensor, ended: Tensor) -> None:
-        """Commit the first ``width`` [B] of ``tokens`` [B, K+1]; ``ended`` [B] says that the last of them is the end."""
+        """Commit the first ``width`` [B] of ``tokens`` [B, K+1]; ``ended`` [B]: the last of them is the end."""
         row, column = (torch.arange(tokens.shape[1], device=width.device) < width[:, None]).nonzero(as_tuple=True)
         place = self.count[row] + column
         self.tokens[row, place] = tokens[row, column]
@@ -192,7 +192,8 @@ class SpeculativeSession:
         tokens = p.tail.repeat_interleave(self._n, 0)  # [R, 2]
         ended = run.nothing.new_zeros(len(tokens), dtype=torch.bool)
         wanted = p.wanted(run.request).repeat_interleave(self._n)
-        drafted, log_q = [], []
+        drafted: list[Tensor] = []
+        log_q: list[Tensor] = []
         for k in range(self._k):
             count = tokens.shape[1]
             places = run.slots.places(run.slots.draft, run.positions(k + 1 - count, count), k + 2 - count)
@@ -202,7 +203,9 @@ class SpeculativeSession:
                 rows, _ = region(tokens, places, p.draft, run.contexts[1])
                 so_far = torch.stack(drafted, 1) if k else run.nothing
                 live = ~ended & (wanted > k)
-                rows = ruled_texts(run, p.count, self._rules, self._draft_law, rows[:, None], so_far, live[:, None])[:, 0]
+                rows = ruled_texts(run, p.count, self._rules, self._draft_law, rows[:, None], so_far, live[:, None])[
+                    :, 0
+                ]
                 token, law = self._choose(rows, run.settings, uniform)
                 ended = ended | is_end(token[:, None], run.ends)[:, 0]
             else:

@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from smc_compile.runtime.session import SMCSession
 from smc_compile.runtime.speculative import SpeculativeSession
 
 log = logging.getLogger(__name__)
-Session = SMCSession | AutoregressiveSession | SpeculativeSession
+Session: TypeAlias = SMCSession | AutoregressiveSession | SpeculativeSession
 KEPT = 16  # analyses kept; the oldest goes first, and with it its hold on the model
 _traced: OrderedDict[Any, Traced] = OrderedDict()
 PADDED_SHARE = 0.01  # heads that differ by less are padded differently; more is another vocabulary
