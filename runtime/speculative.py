@@ -10,7 +10,7 @@ from torch import Tensor
 
 from smc_compile.result import Generation, Stats
 
-from .acceptance import Verdict, draft, propose, verify
+from .acceptance import Verdict, accept_drafted, conclude, draft, propose, set_out
 from .clock import Clock
 from .compiled import Region
 from .law import Law
@@ -115,12 +115,13 @@ class SpeculativeSession:
         self._step = Region("draft_step", advance, compiler, draft_model.whole)
         self._choose = Region("draft_choose", propose(draft_law), compiler)
         self._score = Region("score", run_model(target.score), compiler, target.whole)
-        self._accept = Region("accept", verify(law, self._n), compiler)
+        self._accept = Region("accept", accept_drafted(law), compiler)
+        self._conclude = Region("conclude", conclude(law), compiler)
 
     @property
     def regions(self) -> list[Region]:
         rules = [self._choose, *([self._rules.region] if self._rules.region else [])] if self._rules else []
-        return [self._head, self._step, self._score, self._accept, *rules]
+        return [self._head, self._step, self._score, self._accept, self._conclude, *rules]
 
     @torch.no_grad()
     def run(self, request: Request) -> Generation:
@@ -228,8 +229,15 @@ class SpeculativeSession:
             live = ~over & (torch.arange(width, device=over.device) < wanted.repeat_interleave(self._n)[:, None])
             rows = rows.view(*block.shape, -1)
             rows = ruled_texts(run, p.count, self._rules, self._law, rows, drafted, live).flatten(0, 1)
-        u, u_last = run.uniforms.accept(run.cycle), run.uniforms.last(run.cycle)
-        verdict: Verdict = self._accept(rows, drafted, log_q, run.request_ends, wanted, run.settings, u, u_last)
+        batch, settings = len(wanted), run.request.settings
+        rows, drafted = rows.view(batch, self._n, width, -1), drafted.view(batch, self._n, -1)
+        walk = set_out(batch, self._n, self._law.scores(rows[:1, 0, 0]).shape[-1], rows.device)
+        u = run.uniforms.accept(run.cycle)
+        for k in range(self._k if self._law.kind != "greedy" else 0):
+            q = log_q[k].view(batch, self._n, -1)
+            walk = self._accept(walk, rows, q, drafted[:, :, k].clone(), settings, u[:, :, k].clone())
+        u_last = run.uniforms.last(run.cycle)
+        verdict: Verdict = self._conclude(walk, rows, drafted, run.request_ends, wanted, settings, u_last)
         return verdict
 
     def _result(self, run: Run, whole: bool) -> Generation:
@@ -238,6 +246,6 @@ class SpeculativeSession:
         clock, stats = run.clock, run.stats
         stats.accepted = run.accepted / max(run.live, 1)
         stats.draft_seconds = clock.spent("draft_head", "draft_step", "draft_choose")
-        stats.score_seconds = clock.spent("score", "accept")
+        stats.score_seconds = clock.spent("score", "accept", "conclude")
         stats.rules_seconds += self._rules.seconds
         return result

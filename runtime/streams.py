@@ -81,7 +81,7 @@ class RejectionStreams:
 
     def accept(self, cycle: int) -> Tensor:
         """For the acceptance of x_1 .. x_K: [B, N, K]."""
-        return self._of(self._accept, cycle).clone()
+        return self._of(self._accept, cycle)
 
     def last(self, cycle: int) -> Tensor:
         """For the token behind the accepted ones: [B]."""
