@@ -35,7 +35,12 @@ def set_out(batch: int, chains: int, vocab: int, device: torch.device) -> Walk:
     """Nothing is accepted yet."""
     candidates = torch.ones(batch, chains, dtype=torch.bool, device=device)
     length = torch.zeros(batch, dtype=torch.int64, device=device)
-    return Walk(candidates, torch.ones_like(length, dtype=torch.bool), length, length.new_zeros(batch, vocab, dtype=torch.float64))
+    return Walk(
+        candidates,
+        torch.ones_like(length, dtype=torch.bool),
+        length,
+        length.new_zeros(batch, vocab, dtype=torch.float64),
+    )
 
 
 def accept(walk: Walk, p: Tensor, q: Tensor, drafted: Tensor, u: Tensor) -> Walk:
