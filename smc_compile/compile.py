@@ -67,6 +67,12 @@ class Program:
     def method(self) -> str:
         return method_for(self.target.law, self.options)
 
+    @property
+    def rows(self) -> int:
+        """Rows of a request: particles or chains."""
+        alone = self.method == "autoregressive" or self.target.law.kind == "greedy"
+        return 1 if alone else self.options.n_particles
+
     def run(self, ids: Tensor, new_tokens: int, seeds: Tensor | None = None) -> Generation:
         """Generate ``new_tokens`` after each prompt of ``ids [B, P]``.
 

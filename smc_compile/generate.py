@@ -62,7 +62,7 @@ def generate(
     generation_config: Any = None,
     **options: Any,
 ) -> Generation:
-    """Sample new tokens after each prompt from the model's next-token law with SMC.
+    """Sample new tokens after each prompt from the model's next-token law: with SMC, or exactly (``method``).
 
     Whatever says "each" may be one value for all requests or a list with one for each; values that differ between
     requests or calls do not recompile.
@@ -73,7 +73,8 @@ def generate(
         input_ids: prompts [B, P] int64, padding in front of the shorter ones.
         max_new_tokens: the most new tokens of each request.
         attention_mask: [B, P], 0 at the padding.
-        temperature: divides the target's logits, each; 0 for all takes the most likely token (exact one-token loop).
+        temperature: divides the target's logits, each; 0 for all takes the most likely token (exact one-token loop,
+            or with ``method="speculative"`` the same tokens with the draft's help).
         top_k, top_p, min_p: truncate the target's law in this order, each; 0, 1 and 0 change nothing.
         eos_token_id: tokens that end a sequence: an int, a list for all, or a list of lists, one a request.
         pad_token_id: what follows an end, each; by default the (first) token of ``eos_token_id``.
@@ -92,7 +93,8 @@ def generate(
         **options: see ``smc_compile.options.Options``.
 
     Returns:
-        a ``Generation``: sequences [B, P+n], particles [B, N, P+n], log_weights [B, N], log_evidence [B], ...
+        a ``Generation``, with one particle unless the method is "smc": sequences [B, P+n],
+        particles [B, N, P+n], log_weights [B, N], log_evidence [B], ...
 
     Raises:
         OptionError, InputError: before any work, when an argument does not fit.

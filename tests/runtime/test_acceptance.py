@@ -45,7 +45,7 @@ def one_position(p: Tensor, q: Tensor, drafted: Tensor, u: Tensor) -> Walk:
 @pytest.mark.parametrize("chains", [1, 2, 3])
 @pytest.mark.parametrize("name", LAWS)
 def test_the_law_of_one_position_is_exactly_the_target(name, chains):
-    """Uniforms on either side of each threshold find the probability of each acceptance; sums over all drafts give p."""
+    """Uniforms on either side of each threshold find the probability of an acceptance; sums over all drafts give p."""
     p, q = (torch.tensor(law, dtype=torch.float64) for law in LAWS[name])
     laws, found = residuals(p, q, chains), torch.zeros_like(p)
     for drafted in itertools.product(range(len(p)), repeat=chains):
@@ -131,7 +131,7 @@ def test_it_follows_a_plain_loop(chains):
 
 @pytest.mark.parametrize("chains", [1, 4, 8])
 def test_a_whole_block_follows_the_target(chains):
-    """The two tokens that begin a block of three, filled up from the target where less was accepted. Chi-square, 1e-3."""
+    """The two tokens that begin a block of three, filled up from the target where less was accepted: 1e-3."""
     count, vocab = 2**15, 3
     p, q, drafted, u = drafts(count, chains, 2, vocab, seed=20 + chains)
     generator = torch.Generator().manual_seed(chains)
