@@ -62,7 +62,7 @@ class Mixture:
 
     law: Law
     wide: Law
-    share: float  # of ``wide``, in (0, 1)
+    share: float  # of ``wide``; with 0 it only stands in where ``law`` leaves nothing
 
     @property
     def kind(self) -> str:

@@ -187,7 +187,7 @@ def by_length(
     Results [b, ...] after the first may have an axis ``positions`` of the prompt's length: it is filled up with zeros.
     """
     groups = request.lengths.unique().tolist()
-    if len(groups) == 1:
+    if len(groups) == 1 and (positions is None or groups[0] == request.ids.shape[1]):
         return list(prefill(request.ids[:, -groups[0] :]))
     results: list[Tensor] = []
     for length in groups:

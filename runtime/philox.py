@@ -20,6 +20,7 @@ TARGET = 1  # a token from the target: the first one, the bonus
 RESAMPLE = 2  # ancestors
 SELECT = 3  # the particle that becomes the answer
 SETTLE = 4  # the ancestor of what may no longer change
+ACCEPT = 5  # whether a drafted token is accepted
 
 _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # PHILOX_M4x32_0 and _1

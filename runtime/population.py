@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -87,13 +88,16 @@ class Population:
         all_ended = (self.lengths(ends) < ENDLESS).view(-1, self.n).all(1)
         return all_ended | (self.made >= request.new_tokens)
 
-    def take(self, keep: Tensor, rows: Tensor) -> Population:
+    def take(self, keep: Tensor, rows: Tensor) -> Self:
         """The particles of these requests; the states are not touched, nor is what is kept by cycle."""
-        by_row = {name: getattr(self, name)[rows] for name in ("tokens", "log_p", "ended", "stopped", "length")}
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        by_request = {"log_w": self.log_w[keep], "log_evidence": self.log_evidence[keep]}
-        by_cycle = {name: [v[keep] for v in values[name]] for name in ("ess", "ancestors", "lag")}
-        return Population(**{**values, **by_row, **by_request, **by_cycle})
+        by_row: dict[str, Any] = {
+            name: getattr(self, name)[rows] for name in ("tokens", "log_p", "ended", "stopped", "length")
+        }
+        by_request: dict[str, Any] = {"log_w": self.log_w[keep], "log_evidence": self.log_evidence[keep]}
+        by_cycle: dict[str, Any] = {
+            name: [v[keep] for v in getattr(self, name)] for name in ("ess", "ancestors", "lag")
+        }
+        return replace(self, **by_row, **by_request, **by_cycle)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""One call while it runs: what both sessions share."""
+"""One call while it runs: what the sessions share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .law import Law, Mixture, broken
 from .models import RuntimeModel
 from .population import Outcome, Population, assemble, outcome
 from .regions import Ends, Places, Settings
-from .request import Request
+from .request import Request, Rows, Stop
 from .rules import Rules
 from .settling import Watcher
 from .streams import Streams
@@ -44,13 +44,18 @@ class Run:
         self.gone: set[int] = set()
         self.by_row()
 
+    @property
+    def n(self) -> int:
+        """Rows of a request."""
+        return self.p.n
+
     def by_row(self) -> None:
         """What the regions read of each row."""
-        r, n = self.request, self.p.n
+        r, n = self.request, self.n
         self.ends = Ends(r.ends.repeat_interleave(n, 0), r.pad.repeat_interleave(n))
         self.settings: Settings = {name: value.repeat_interleave(n) for name, value in r.settings.items()}
         self.rows = r.rows(n)
-        self.nothing = self.p.tokens[:, :0]  # no tokens [R, 0]
+        self.nothing = self.request.ids[:, :0].repeat_interleave(n, 0)  # no tokens [R, 0]
 
     @property
     def remaining(self) -> Tensor:
@@ -89,7 +94,7 @@ class Run:
 
     def _take(self, keep: list[int], models: Sequence[RuntimeModel]) -> None:
         index = torch.tensor(keep, device=self.keys.device)
-        rows = (index[:, None] * self.p.n + torch.arange(self.p.n, device=index.device)).flatten()
+        rows = (index[:, None] * self.n + torch.arange(self.n, device=index.device)).flatten()
         self.request, self.streams = self.request.take(keep), self.streams.take(index)
         self.p = self.p.take(index, rows)
         self.keys = mark_dynamic(self.keys[index], 1)
@@ -153,14 +158,20 @@ def stops(run: Run, extra: Tensor, count: int) -> Tensor:
         GenerationError: without a partial result, when a stopping criterion raises or gives no answer for each row.
     """
     p, stop = run.p, run.request.stop
-    found = torch.zeros(p.tokens.shape[0], count, dtype=torch.bool, device=p.tokens.device)
     if stop is None:
-        return found
+        return torch.zeros(p.tokens.shape[0], count, dtype=torch.bool, device=p.tokens.device)
     start = time.perf_counter()
-    text = p.text(run.request, extra)
+    found = ask(stop, p.text(run.request, extra), run.rows, count)
+    run.stats.rules_seconds += time.perf_counter() - start
+    return found
+
+
+def ask(stop: Stop, text: Tensor, rows: Rows, count: int) -> Tensor:
+    """Whether each text [R, L] ends with each of its last ``count`` tokens: [R, count]. Raises as ``stops``."""
+    found = torch.zeros(text.shape[0], count, dtype=torch.bool, device=text.device)
     for t in range(count):
         try:
-            found[:, t] = stop(text[:, : text.shape[1] - count + 1 + t], run.rows)
+            found[:, t] = stop(text[:, : text.shape[1] - count + 1 + t], rows)
         except Exception as error:
             raise GenerationError(
                 "a stopping criterion broke off the generation",
@@ -168,7 +179,6 @@ def stops(run: Run, extra: Tensor, count: int) -> Tensor:
                 "a criterion takes (input_ids [rows, length], scores=None) and returns a bool for each row; "
                 "error.partial holds what was generated before",
             ) from error
-    run.stats.rules_seconds += time.perf_counter() - start
     return found
 
 

@@ -64,3 +64,35 @@ class Streams:
 def uniforms(seeds: Tensor, n: int, steps: int, purpose: int) -> Tensor:
     """Uniforms [B, N, steps] for steps 0, 1, ..."""
     return philox.uniforms(seeds, n, torch.arange(steps, device=seeds.device), purpose)
+
+
+class RejectionStreams:
+    """What rejection draws beyond the first token: N chains of K drafted tokens a cycle, ``cycles`` cycles at most."""
+
+    def __init__(self, seeds: Tensor, n: int, k: int, cycles: int) -> None:
+        self._k = k
+        self._draft = uniforms(seeds, n, cycles * k, philox.PROPOSE)  # [B, N, C*K]
+        self._accept = uniforms(seeds, n, cycles * k, philox.ACCEPT)
+        self._target = uniforms(seeds, 1, cycles + 1, philox.TARGET)[:, 0]  # [B, C+1]; the first token took step 0
+
+    def draft(self, cycle: int) -> Tensor:
+        """For x_1 .. x_K: [R, K]."""
+        return self._of(self._draft, cycle).flatten(0, 1)
+
+    def accept(self, cycle: int) -> Tensor:
+        """For the acceptance of x_1 .. x_K: [B, N, K]."""
+        return self._of(self._accept, cycle)
+
+    def last(self, cycle: int) -> Tensor:
+        """For the token behind the accepted ones: [B]."""
+        return self._target[:, cycle + 1].clone()
+
+    def take(self, keep: Tensor) -> RejectionStreams:
+        """The streams of these requests."""
+        taken = object.__new__(RejectionStreams)
+        taken._k = self._k
+        taken._draft, taken._accept, taken._target = self._draft[keep], self._accept[keep], self._target[keep]
+        return taken
+
+    def _of(self, values: Tensor, cycle: int) -> Tensor:
+        return values[:, :, cycle * self._k : (cycle + 1) * self._k]

@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,10 @@ from smc_compile.runtime.one_token import AutoregressiveSession
 from smc_compile.runtime.request import Request, Rule
 from smc_compile.runtime.rules import Rules
 from smc_compile.runtime.session import SMCSession
+from smc_compile.runtime.speculative import SpeculativeSession
 
 log = logging.getLogger(__name__)
+Session: TypeAlias = SMCSession | AutoregressiveSession | SpeculativeSession
 KEPT = 16  # analyses kept; the oldest goes first, and with it its hold on the model
 _traced: OrderedDict[Any, Traced] = OrderedDict()
 PADDED_SHARE = 0.01  # heads that differ by less are padded differently; more is another vocabulary
@@ -60,11 +62,17 @@ class Program:
     rules: tuple[Rule, ...] = ()
     by_hand: bool = False
     analysis_seconds: float = 0.0
-    _session: SMCSession | AutoregressiveSession | None = None
+    _session: Session | None = None
 
     @property
     def method(self) -> str:
-        return "autoregressive" if self.target.law.kind == "greedy" else self.options.method
+        return method_for(self.target.law, self.options)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a request: particles or chains."""
+        alone = self.method == "autoregressive" or self.target.law.kind == "greedy"
+        return 1 if alone else self.options.n_particles
 
     def run(self, ids: Tensor, new_tokens: int, seeds: Tensor | None = None) -> Generation:
         """Generate ``new_tokens`` after each prompt of ``ids [B, P]``.
@@ -87,17 +95,23 @@ class Program:
         return result
 
     @property
-    def session(self) -> SMCSession | AutoregressiveSession:
+    def session(self) -> Session:
         if self._session is None:
             self._session = self._new_session()
         return self._session
 
-    def _new_session(self) -> SMCSession | AutoregressiveSession:
+    def _new_session(self) -> Session:
         o = self.options
         rules = Rules(self.rules, self.by_hand, o.compiler)
         if self.method == "autoregressive":
             return AutoregressiveSession(self.target.runtime, self.target.law, o.compiler, rules)
         assert self.draft is not None
+        if self.method == "speculative":
+            target, draft = self.target.runtime, self.draft.runtime
+            assert isinstance(target, CachedModel)
+            assert isinstance(draft, CachedModel)
+            laws = self.target.law, self.draft.law
+            return SpeculativeSession(target, draft, *laws, o.n_particles, o.lookahead, o.compiler, rules)
         return SMCSession(
             self.target.runtime,
             self.draft.runtime,
@@ -132,20 +146,38 @@ def build_program(
         OptionError: when the method needs a draft and there is none.
         InputError: when draft and target do not fit each other.
     """
-    needs_draft = options.method == "smc" and target.law.kind != "greedy"
-    if not needs_draft:
+    method = method_for(target.law, options)
+    if method == "autoregressive":
         return Program(target, None, options, **rules)
     if options.draft is None:
         raise OptionError(
             "no draft model was given",
-            'method "smc" needs a draft that proposes tokens',
+            f'method "{method}" needs a draft that proposes tokens',
             'pass draft=small_model, or method="autoregressive" for the exact one-token loop',
         )
     start = time.perf_counter()
     draft = (draft_model or compile_draft)(options.draft, options, draft_law, ids)
+    if method == "speculative":
+        refuse_states(target, draft)
     vocab = shared_vocabulary(target, draft)
     target.law, draft.law = target.law.cut(vocab), draft.law.cut(vocab)
     return Program(target, draft, options, analysis_seconds=time.perf_counter() - start, **rules)
+
+
+def method_for(law: Law | Mixture, options: Options) -> str:
+    """What runs: particles have nothing to do in a greedy loop."""
+    return "autoregressive" if options.method == "smc" and law.kind == "greedy" else options.method
+
+
+def refuse_states(target: Model, draft: Model) -> None:
+    """Rejected tokens are hidden in a cache by their position; a state has taken them in."""
+    for name, model in (("target", target), ("draft", draft)):
+        if not isinstance(model.runtime, CachedModel):
+            raise OptionError(
+                f'method "speculative" cannot use this {name}',
+                "it carries a state of its own (step protocol), which cannot be rolled back when tokens are rejected",
+                'use method="smc" or "autoregressive", or a model that the compiler can make a cache for',
+            )
 
 
 def compile_draft(model: Any, options: Options, law: Law | Mixture, ids: Tensor) -> Model:

@@ -122,17 +122,26 @@ def _sections(
     found: dict[str, list[str]], program: Program, result: Generation, seconds: float
 ) -> dict[str, list[str]]:
     """What was found, and then what was built from it and how long it took."""
-    note = " (greedy loops run as the exact cached one-token loop)" if program.target.law.kind == "greedy" else ""
-    batch, n, length = result.particles.shape
+    batch, _, length = result.particles.shape
+    n = program.rows
     return {
         **found,
-        "method": [f"{program.method}{note}"],
+        "method": [f"{program.method}{method_note(program, result)}"],
         "target": _model(program.target, batch, n, length),
         "draft": _model(program.draft, batch, n, length) if program.draft is not None else [],
         "regions": _regions(program),
         "time": [f"{seconds:.1f} s in all, {sum(r.compile_seconds for r in program.regions):.1f} s compiling regions"],
         "warnings": list(result.stats.warnings),
     }
+
+
+def method_note(program: Program, result: Generation) -> str:
+    """What one would ask next about the method."""
+    if program.method == "speculative":
+        return f" (exact; {result.stats.accepted:.2f} of {program.options.lookahead} drafted tokens accepted a cycle)"
+    if program.target.law.kind == "greedy":
+        return ' (greedy loops run as the exact cached one-token loop; method="speculative" uses the draft)'
+    return ""
 
 
 def _model(model: Model, batch: int, n: int, length: int) -> list[str]:

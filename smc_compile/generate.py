@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def generate(
     generation_config: Any = None,
     **options: Any,
 ) -> Generation:
-    """Sample new tokens after each prompt from the model's next-token law with SMC.
+    """Sample new tokens after each prompt from the model's next-token law: with SMC, or exactly (``method``).
 
     Whatever says "each" may be one value for all requests or a list with one for each; values that differ between
     requests or calls do not recompile.
@@ -73,7 +74,8 @@ def generate(
         input_ids: prompts [B, P] int64, padding in front of the shorter ones.
         max_new_tokens: the most new tokens of each request.
         attention_mask: [B, P], 0 at the padding.
-        temperature: divides the target's logits, each; 0 for all takes the most likely token (exact one-token loop).
+        temperature: divides the target's logits, each; 0 for all takes the most likely token (exact one-token loop,
+            or with ``method="speculative"`` the same tokens with the draft's help).
         top_k, top_p, min_p: truncate the target's law in this order, each; 0, 1 and 0 change nothing.
         eos_token_id: tokens that end a sequence: an int, a list for all, or a list of lists, one a request.
         pad_token_id: what follows an end, each; by default the (first) token of ``eos_token_id``.
@@ -92,7 +94,8 @@ def generate(
         **options: see ``smc_compile.options.Options``.
 
     Returns:
-        a ``Generation``: sequences [B, P+n], particles [B, N, P+n], log_weights [B, N], log_evidence [B], ...
+        a ``Generation``, with one particle unless the method is "smc": sequences [B, P+n],
+        particles [B, N, P+n], log_weights [B, N], log_evidence [B], ...
 
     Raises:
         OptionError, InputError: before any work, when an argument does not fit.
@@ -203,10 +206,19 @@ def _place(model: Any) -> tuple[torch.device, torch.dtype] | None:
 
 def _compile(model: Any, processors: Processors, greedy: bool, options: Options, ids: Tensor) -> Program:
     law = Law("greedy" if greedy else "logits", stages=processors.stages)
-    draft_law = Law("logits") if greedy else proposal(processors.stages, options.draft_temperature)
+    draft_law = draft_law_for(processors.stages, greedy, options)
     target = compile_target(model, law, options, ids)
     by_hand = bool(processors.by_hand)
     return build_program(target, options, draft_law, ids, rules=processors.traced, by_hand=by_hand)
+
+
+def draft_law_for(stages: Sequence[Stage], greedy: bool, options: Options) -> Law | Mixture:
+    """What the draft follows: rejection accepts most where the draft truncates as the target does, and no token need be
+    in reach; for SMC all must be."""
+    if greedy:
+        return Law("greedy", stages=tuple(stages))
+    law = proposal(stages, options.draft_temperature)
+    return replace(law, share=0.0) if options.method == "speculative" and isinstance(law, Mixture) else law
 
 
 def proposal(stages: Sequence[Stage], draft_temperature: float | None) -> Law | Mixture:

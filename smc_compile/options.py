@@ -12,7 +12,7 @@ from torch import nn
 from smc_compile.errors import OptionError
 
 RESAMPLING_METHODS = ("systematic", "stratified", "multinomial", "residual")
-METHODS = ("smc", "autoregressive")
+METHODS = ("smc", "autoregressive", "speculative")
 COMPILERS = ("inductor", "aot_eager", "eager")
 
 
@@ -22,11 +22,12 @@ class Options:
 
     Attributes:
         draft: the draft model, ``ids [B, S] -> logits [B, S, V]``, or one that follows the step protocol.
-        n_particles: N, particles per request.
-        lookahead: K, draft tokens per cycle; a cycle commits K+1 tokens.
+        n_particles: N, particles per request; for "speculative" the chains that are drafted and tried in turn.
+        lookahead: K, draft tokens per cycle; a cycle commits K+1 tokens ("speculative": 1 to K+1).
         ess_threshold: resample when the effective sample size falls below this share of N (0 never, 1 nearly always).
         resampling_method: "systematic", "stratified", "multinomial" or "residual".
-        method: "smc", or "autoregressive" for the exact cached one-token loop.
+        method: "smc"; "autoregressive" for the exact cached one-token loop; "speculative" for exact rejection
+            sampling, which speeds greedy loops up too.
         draft_temperature: divides the draft's logits; None takes the temperature found in the loop.
         eos_token_id: a sequence ends after this token; later tokens repeat it. None: no end of sequence.
         seed: 64-bit seed; request b of a batch uses seed + b. None draws one from torch's generator at each call.

@@ -103,6 +103,7 @@ def _compile(loop: DecodeLoop, arguments: Sequence[Any], weights: list[Tensor], 
     current = list(weights)
     law = Law(traced.sampler.kind)
     target = cached(traced, lambda: [*traced.owned(), *current], options, "target", law)
-    draft_law = Law("logits", options.draft_temperature or traced.sampler.temperature)
+    kind = "greedy" if traced.sampler.kind == "greedy" else "logits"
+    draft_law = Law(kind, options.draft_temperature or traced.sampler.temperature)
     draft_model = compile_called if needs_more(options.draft) else None  # a draft with another calling convention
     return LoopProgram(build_program(target, options, draft_law, ids, draft_model), traced, current)

@@ -110,7 +110,7 @@ def is_greedy(settings: dict[str, Tensor]) -> bool:
     if bool(zero.any()) and not bool(zero.all()):
         raise OptionError(
             "temperature 0 and other temperatures cannot share a batch",
-            "0 runs the exact one-token loop, others run particles",
+            "0 takes the most likely token, others draw",
             "generate for the greedy requests in a call of their own",
         )
     return bool(zero.all())

@@ -90,10 +90,11 @@ def generate(
     return_particles: bool = False,
     **model_kwargs: Any,
 ) -> Tensor | Generation:
-    """Decode with SMC; pass it as ``custom_generate`` to the ``generate`` method of a transformers model.
+    """Decode with SMC, or exactly (``method``); pass it as ``custom_generate`` to a transformers model's ``generate``.
 
     Args:
-        draft_model: the draft; with ``do_sample=False`` none is needed (the exact one-token loop runs).
+        draft_model: the draft; with ``do_sample=False`` none is needed (the exact one-token loop runs), unless
+            ``method="speculative"`` asks for its help.
         n_particles, ..., compiler: see ``smc_compile.Options``; ``draft_model`` is its ``draft``.
         token_streamer, stream, max_lag: see ``smc_compile.generate``; the library does not hand ``streamer`` on.
         return_particles: return the whole weighted population, as ``return_dict_in_generate`` does.
