@@ -13,10 +13,20 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from smc_compile.runtime.philox import PROPOSE, RESAMPLE, SELECT, TARGET, multiply_high_low, philox, uniforms
+from smc_compile.runtime.philox import (
+    ACCEPT,
+    PROPOSE,
+    RESAMPLE,
+    SELECT,
+    SETTLE,
+    TARGET,
+    multiply_high_low,
+    philox,
+    uniforms,
+)
 
 WORD = st.integers(0, 2**32 - 1)
-PURPOSES = (PROPOSE, TARGET, RESAMPLE, SELECT)
+PURPOSES = (PROPOSE, TARGET, RESAMPLE, SELECT, SETTLE, ACCEPT)
 
 
 def words(text: str) -> tuple[Tensor, ...]:
