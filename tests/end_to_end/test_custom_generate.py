@@ -47,7 +47,7 @@ def ours(target, draft):
     return call
 
 
-@pytest.mark.parametrize("method", ["smc", "autoregressive"])
+@pytest.mark.parametrize("method", ["smc", "autoregressive", "speculative"])
 def test_greedy_equals_the_library(target, ours, method):
     expected = target.generate(IDS, max_new_tokens=20, do_sample=False)
     assert torch.equal(ours(max_new_tokens=20, do_sample=False, method=method), expected)
