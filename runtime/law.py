@@ -46,6 +46,10 @@ class Law:
             rows = stage(rows, settings)
         return torch.log_softmax(rows, -1)
 
+    def at_try(self, settings: Mapping[str, Tensor], tries: Tensor) -> Mapping[str, Tensor]:
+        """Settings [R] for a cycle that is drawn for the ``tries``-th time [R]: the same each time."""
+        return settings
+
     def cut(self, vocab: int | None) -> Law:
         """The same law of a vocabulary of so many tokens."""
         return replace(self, vocab=vocab)
@@ -79,8 +83,12 @@ class Mixture:
         mixed = torch.logaddexp(narrow + torch.log1p(-share), wide + share.log())
         return torch.where(broken(narrow)[..., None], wide, mixed)
 
+    def at_try(self, settings: Mapping[str, Tensor], tries: Tensor) -> Mapping[str, Tensor]:
+        """As of a Law; the share of ``wide`` grows with each try, and is soon all."""
+        return {**settings, "wide": self.wider(tries)}
+
     def wider(self, tries: Tensor) -> Tensor:
-        """The share of ``wide`` for a cycle that is drawn for the ``tries``-th time: soon all of it. [B] -> [B]"""
+        """The share of ``wide`` in the ``tries``-th try. [R] -> [R]"""
         return (self.share * 4.0 ** (tries - 1)).clamp(max=1.0)
 
     def cut(self, vocab: int | None) -> Mixture:

@@ -152,9 +152,7 @@ class SMCSession:
         first = last - 1 if last > 0 else last
         tokens, state, ended = p.tokens[:, first : last + 1].clone(), p.draft, p.ended | p.stopped
         chosen, log_q = [p.tokens[:, last]], []
-        settings = run.settings
-        if isinstance(self._draft_law, Mixture):
-            settings = {**settings, "wide": self._draft_law.wider(tries).repeat_interleave(self._n)}
+        settings = self._draft_law.at_try(run.settings, tries.repeat_interleave(self._n))
         for k in range(self._k):
             region = self._draft_head if tokens.shape[1] == 2 else self._draft_step
             places = run.places(last + k + 1 - tokens.shape[1], tokens.shape[1])

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .cpp_kernel import NUMBERS, cpp_kernel
+from .cpp_kernel import cpp_kernel
 
+TYPES = (torch.float32, torch.float64)  # the kernel reads their bits
 SIGNATURE = ("const NUMBER*", "const NUMBER*", "NUMBER*", *["int64_t"] * 4)
 
 _library = torch.library.Library("smc_compile", "FRAGMENT")
@@ -39,7 +40,7 @@ def mass_by_sorting(probs: Tensor, p: Tensor) -> Tensor:
 
 
 def _on_cpu(rows: Tensor, at: Tensor, mass: bool) -> Tensor:
-    kernel = cpp_kernel("thresholds", SIGNATURE, rows.dtype) if rows.dtype in NUMBERS else None
+    kernel = cpp_kernel("thresholds", SIGNATURE, rows.dtype) if rows.dtype in TYPES else None
     if kernel is None:
         return (mass_by_sorting if mass else kth_by_sorting)(rows, at)
     rows, at = rows.contiguous(), at.to(rows.dtype).expand(*rows.shape[:-1], 1).contiguous()
