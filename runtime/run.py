@@ -194,5 +194,6 @@ def not_finite(bad: Tensor, request: Request | None, made: int, who: str = "targ
     return GenerationError(
         f"the {who}'s logits are NaN or infinite",
         f"at generated token {made}, request {first}" + (f" and {len(rows) - 1} more" if len(rows) > 1 else ""),
-        "check the weights and the dtype (overflow in float16?); error.partial holds what was generated before",
+        "check the weights and the dtype (overflow in float16?), and that no logits processor removes every token; "
+        "error.partial holds what was generated before",
     )
