@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._dynamo import eval_frame
 from torch._dynamo.utils import counters
 
 
@@ -41,25 +43,59 @@ class Region:
         return result
 
 
+class _Run(threading.local):
+    """What a thread is at: within it, arguments that go with tensors of equal shapes are alike too."""
+
+    number: object = None
+
+
+_run = _Run()
+
+
+def begin_run() -> None:
+    """What is compiled for this thread's calls is looked up anew: types, devices, caches and weights may be others."""
+    _run.number = object()
+
+
 def compile_function(function: Callable[..., Any], name: str, compiler: str, whole: bool = True) -> Callable[..., Any]:
     """``function`` compiled for static shapes, apart for each number of rows; ``whole`` forbids graph breaks.
 
     Rows are the first axes of its tensors. Each number has a Dynamo cache of its own, so that no count of batch sizes
-    meets the limit of recompilations.
+    meets the limit of recompilations. Dynamo's guards cost as much as a small layer: they are checked once a run for
+    tensors of equal shapes, after which the code that they admitted is called directly.
     """
-    compiled: dict[tuple[int, ...], Callable[..., Any]] = {}
+    compiled: dict[tuple[int, ...], tuple[Callable[..., Any], Callable[..., Any]]] = {}
+    known = threading.local()
 
     def call(*args: Any) -> Any:
-        rows = tuple(a.shape[0] for a in args if isinstance(a, torch.Tensor) and a.dim())
+        shapes = tuple([a.shape for a in args if isinstance(a, torch.Tensor)])
+        if getattr(known, "run", None) is not _run.number:
+            known.run, known.code = _run.number, {}
+        if shapes in known.code:
+            return known.code[shapes](*args)
+        rows = tuple(shape[0] for shape in shapes if shape)
         if rows not in compiled:
             own = _own_code(function, name)
-            compiled[rows] = torch.compile(own, backend=compiler, fullgraph=whole, dynamic=False)
-        return compiled[rows](*args)
+            compiled[rows] = own, torch.compile(own, backend=compiler, fullgraph=whole, dynamic=False)
+        own, checked = compiled[rows]
+        result = checked(*args)
+        code = _admitted(own) if whole and _run.number is not None else None
+        if code is not None:
+            known.code[shapes] = code
+        return result
 
     return call
 
 
-def _own_code(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+def _admitted(function: types.FunctionType) -> Callable[..., Any] | None:
+    """The code that Dynamo's guards chose at the last call of ``function``; None where it ran as it was written."""
+    entries = eval_frame._debug_get_cache_entry_list(function.__code__)  # the last used stands first
+    if not entries or eval_frame._stance.stance != "default":
+        return None
+    return types.FunctionType(entries[0].code, function.__globals__, function.__name__, None, function.__closure__)
+
+
+def _own_code(function: Callable[..., Any], name: str) -> types.FunctionType:
     """A copy with a code object of its own: Dynamo caches by code object, and regions must not share a cache."""
     assert isinstance(function, types.FunctionType)
     code = function.__code__.replace(co_name=f"smc_{name}")

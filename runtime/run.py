@@ -14,7 +14,7 @@ from smc_compile.errors import GenerationError
 from smc_compile.result import Generation, Stats
 
 from .clock import Clock
-from .compiled import mark_dynamic
+from .compiled import begin_run, mark_dynamic
 from .law import Law, Mixture, broken
 from .models import RuntimeModel
 from .population import Outcome, Population, assemble, outcome
@@ -93,6 +93,7 @@ class Run:
             self.watcher.finish(self.outcomes[-1])
 
     def _take(self, keep: list[int], models: Sequence[RuntimeModel]) -> None:
+        begin_run()
         index = torch.tensor(keep, device=self.keys.device)
         rows = (index[:, None] * self.n + torch.arange(self.n, device=index.device)).flatten()
         self.request, self.streams = self.request.take(keep), self.streams.take(index)
@@ -124,6 +125,7 @@ def drive(
 
     Whatever is raised on the way, by us, a model or the compiler, carries the result so far as ``error.partial``.
     """
+    begin_run()
     try:
         run.release(run.p.finished(run.request, run.ends), models, sizes)
         while len(run.gone) < run.asked.batch:
