@@ -7,8 +7,9 @@ Here the target's residual stream is [the draft's coordinates x | others y]:
   everything and write to y; later layers write to y only. So x stays what it is in the draft;
 - y is kept EPSILON times as large as x, so that the root mean square over all D coordinates is that over the draft's d
   times sqrt(d/D), which the weights of the norms make good (and divide y by EPSILON);
-- the tied head adds the two parts: target logits = draft logits + s * noise, and s is found by bisection so that the mean
-  of sum_x min(p(x), q(x)), the share of drafted tokens that exact rejection accepts (Leviathan et al., 2023), is as asked.
+- the tied head adds the two parts: target logits = draft logits + s * noise, and s is found by bisection so that the
+  mean of sum_x min(p(x), q(x)), the share of drafted tokens that exact rejection accepts (Leviathan et al., 2023), is
+  as asked.
 
 All tensors keep their shapes and type: such a pair costs what the same shapes with any weights cost.
 """
@@ -133,8 +134,8 @@ def head_places(target: LlamaConfig, draft: LlamaConfig) -> list[int]:
 def row_places(heads: list[int], target: LlamaConfig, draft: LlamaConfig) -> Tensor:
     """Rows of the target's projections for those of the draft's heads, given the target's head for each.
 
-    A head of m*d rows turns pair i of its m*d/2 pairs (i, i + m*d/2) at frequency base^(-2i/(m*d)): pair m*i turns as pair
-    i of a head of d rows does.
+    A head of m*d rows turns pair i of its m*d/2 pairs (i, i + m*d/2) at frequency base^(-2i/(m*d)): pair m*i turns as
+    pair i of a head of d rows does.
     """
     wide, narrow = head_dim(target), head_dim(draft)
     first_half = torch.arange(narrow // 2) * (wide // narrow)
@@ -237,7 +238,7 @@ def fill_by_width(parameter: nn.Parameter, generator: torch.Generator) -> None:
 
 
 @torch.no_grad()
-def fill(parameter: nn.Parameter, std: float, generator: torch.Generator) -> None:
+def fill(parameter: Tensor, std: float, generator: torch.Generator) -> None:
     parameter.normal_(0.0, std, generator=generator)
 
 
