@@ -58,7 +58,7 @@ def gpt_fast_loop(
     with ids.device:
         model.setup_caches(max_batch_size=1, max_seq_length=ids.shape[1] + new_tokens)
     check_agreement(target, model, ids)
-    mode = "reduce-overhead" if ids.device.type == "cuda" else "default"
+    mode = compile_mode(ids.device)
     files.decode_one_token = torch.compile(files.decode_one_token, mode=mode, fullgraph=True)
     known = inspect.signature(files.generate).parameters
     given = {"batch_size": 1, "interactive": False, "draft_model": None, "callback": lambda token: token}
@@ -75,11 +75,16 @@ def gpt_fast_loop(
         "gpt-fast",
         run,
         new_tokens,
-        note=f"the loop in {Path(folder).name or folder}, its decode step compiled (mode {mode!r}), its prefill not",
+        note=f"the loop in {Path(folder).name or folder}, its decode step compiled (mode {mode or 'default'}), its prefill not",
         warm_up=lambda seed: run(seed, min(WARM_UP_TOKENS, new_tokens)),
         passes=passes,
         peer=True,
     )
+
+
+def compile_mode(device: torch.device) -> str | None:
+    """As there on a GPU, with CUDA graphs; they mean nothing on a CPU."""
+    return "reduce-overhead" if device.type == "cuda" else None
 
 
 def load_files(folder: Path) -> tuple[Any, dict[str, Any]]:

@@ -99,7 +99,10 @@ def assisted_loop(
 def library_run(twin: Any, ids: Tensor, temperature: float, **more: Any) -> Callable[[int, int], Tensor]:
     """(seed, tokens) -> ids [1, P + tokens], sampled."""
 
+    from transformers.utils import logging
+
     def run(seed: int, tokens: int) -> Tensor:
+        logging.set_verbosity_error()  # it warns about arguments that it passes itself
         torch.manual_seed(seed)
         settings = {"do_sample": True, "temperature": temperature, "top_k": 0, **more}
         text: Tensor = twin.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **settings)

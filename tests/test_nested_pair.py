@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from smc_compile.contest import plain_loop
 from smc_compile.errors import OptionError
 from smc_compile.llama import Llama, LlamaConfig
-from smc_compile.measure import plain_loop
 from smc_compile.nested_pair import TEXT_ENTROPY, check_fits, set_head, tune_pair
 
 TEMPERATURE = 0.8
