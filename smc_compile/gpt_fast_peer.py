@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import itertools
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,7 @@ NAMES = {  # of parts here and there
     "w3": "feed_forward.w3",
 }
 WARM_UP_TOKENS = 4
+LOADED = itertools.count()  # Dynamo keeps modules by name: each one that is loaded gets its own
 # Largest difference of logits beside their size; rounding alone stays below.
 AGREEMENT = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
 
@@ -75,7 +77,7 @@ def gpt_fast_loop(
         "gpt-fast",
         run,
         new_tokens,
-        note=f"the loop in {Path(folder).name or folder}, its decode step compiled (mode {mode or 'default'}), its prefill not",
+        note=f"the loop in {folder}, its decode step compiled (mode {mode or 'default'}), its prefill not",
         warm_up=lambda seed: run(seed, min(WARM_UP_TOKENS, new_tokens)),
         passes=passes,
         peer=True,
@@ -97,9 +99,10 @@ def load_files(folder: Path) -> tuple[Any, dict[str, Any]]:
     tokenizer.__dict__["get_tokenizer"] = None  # imported there, and of no use without text
     try:
         with named_modules({"tokenizer": tokenizer}):
-            model = load_file(folder / "model.py", "gpt_fast_model")
+            number = next(LOADED)
+            model = load_file(folder / "model.py", f"gpt_fast_model_{number}")
             with named_modules({"model": model}):
-                files: Any = load_file(folder / "generate.py", "gpt_fast_generate")
+                files: Any = load_file(folder / "generate.py", f"gpt_fast_generate_{number}")
     finally:
         sys.path[:] = path
         after = inductor_config.get_config_copy()

@@ -83,7 +83,7 @@ def test_other_logits_are_refused(folder):
 
 
 def test_a_folder_without_its_files_is_refused(tmp_path):
-    with pytest.raises(OptionError, match="has no model.py"):
+    with pytest.raises(OptionError, match=r"has no model\.py"):
         load_files(tmp_path)
 
 

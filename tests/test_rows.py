@@ -8,7 +8,6 @@ import pytest
 from fake_results import COLUMNS, fake_generation, fake_results, rendered
 
 from smc_compile.bounds import Ceilings, Pass
-from smc_compile.measure import Result
 from smc_compile.rows import PARTS, make_rows, mean_ess
 from smc_compile.table import rows_table
 
@@ -43,10 +42,8 @@ def test_no_cycle_means_no_ess():
 def test_shares_are_of_the_seconds_of_a_step():
     (result,) = fake_results({"smc": [1]})  # 3 cycles in 0.75 s without the prompt
     passes = [Pass(bytes=1e9, operations=0), Pass(bytes=0, operations=1e9)]
-    (row,) = make_rows(
-        [Result(replace(result.contestant, passes=passes), result.first, result.runs)],
-        Ceilings(bytes_per_second=1e10, operations_per_second=2e10),
-    )
+    ceilings = Ceilings(bytes_per_second=1e10, operations_per_second=2e10)
+    (row,) = make_rows([replace(result, contestant=replace(result.contestant, passes=passes))], ceilings)
     assert row["bound_ms_per_cycle"] == pytest.approx(150)
     assert row["share_of_bound"] == pytest.approx(0.6)
     assert row["share_of_bandwidth"] == pytest.approx(0.4)
