@@ -1,110 +1,135 @@
-"""``smc-compile bench``: what each method costs on random weights of given shapes."""
+"""``smc-compile bench``: what each method costs on weights of given shapes."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
+from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from smc_compile.bounds import Ceilings, costs, measure_ceilings, product_seconds
-from smc_compile.errors import OptionError
+from smc_compile.bench_options import add_arguments, check_arguments, pair_shapes
+from smc_compile.bounds import Ceilings, Costs, costs, loop_passes, measure_ceilings, product_seconds
+from smc_compile.contest import contest
+from smc_compile.gpt_fast_peer import gpt_fast_loop
 from smc_compile.llama import Llama, LlamaConfig
-from smc_compile.measure import (
-    Contestant,
-    Row,
-    check_json_path,
-    compile_line,
-    contest,
-    cpu_name,
-    make_rows,
-    measure,
-    rows_table,
-    write_json,
-)
+from smc_compile.measure import Contestant, Measurement, measure, reason
+from smc_compile.nested_pair import Tuned
 from smc_compile.passes.few_rows import EMULATED as EMULATED_BF16
-from smc_compile.peers import has_library, library_twin
+from smc_compile.presets import DTYPES, check_memory, configs, fill_in, weight_count
+from smc_compile.random_pair import build_models, parameter_count, random_prompt
+from smc_compile.report import check_json_path, cpu_name, write_json
+from smc_compile.rows import Row, make_rows
+from smc_compile.table import compile_line, range_line, rows_table
+from smc_compile.transformers_peer import assisted_loop, library_loop
 
 HELP = """\
-Measure cost on random weights of given shapes.
+Measure cost on weights of given shapes, beside the loops of others.
 
-Four methods generate from the same prompt in one run: the plain loop in eager mode, transformers with its own cache
-(where it is installed), the compiled one-token loop, and SMC at each pair of --n-particles and --lookahead. They take
-turns, and the table shows medians, with the share of what the machine's memory and arithmetic allow. Random weights
-measure cost only: they say nothing about text. The defaults are a Llama-shaped target of 336M parameters and a draft
-of 31M, in bfloat16, or in float32 on a processor without instructions for it.
+Ways to generate from the same prompt take turns in one run: the plain loop in eager mode; transformers with its own
+cache, alone and assisted by the draft (where it is installed); gpt-fast (where --gpt-fast names its files); the
+compiled one-token loop; exact speculation; and SMC at each pair of --n-particles and --lookahead. The table shows
+medians, ratios within a round, and the share of what the machine reads and multiplies at best. The weights say
+nothing about text: the target contains the draft, with noise added until --acceptance of the drafted tokens are
+accepted. The defaults are a Llama-shaped target of 336M parameters and a draft of 31M, in bfloat16, or in float32 on
+a processor without instructions for it. Ctrl-C ends the measurement and keeps whole rounds.
 
   smc-compile bench
-  smc-compile bench --n-particles 8 16 --lookahead 6 --json rows.json
-  smc-compile bench --layers 4 --dim 256 --heads 4 --kv-heads 4 --hidden 704 --vocab 4096 --dtype float32
+  smc-compile bench --preset 0.5b-60m --acceptance 0.9 --n-particles 8 16 --lookahead 6 --json rows.json
+  smc-compile bench --layers 4 --draft-layers 1 --vocab 4096 --acceptance none --dtype float32
 """
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 EMULATED_RATIO = 1.5  # a narrow type should be at least as fast as float32
 EAGER_TOKENS = 4  # a forward over the whole prompt for each
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``bench``."""
-    target = parser.add_argument_group("target")
-    target.add_argument("--layers", type=int, default=24, metavar="L", help="layers")
-    target.add_argument("--dim", type=int, default=1024, metavar="D", help="width")
-    target.add_argument("--heads", type=int, default=16, metavar="H", help="attention heads")
-    target.add_argument("--kv-heads", type=int, default=16, metavar="H", help="heads of keys and values")
-    target.add_argument("--hidden", type=int, default=2752, metavar="D", help="width inside the MLP")
-    target.add_argument("--vocab", type=int, default=32000, metavar="V", help="vocabulary, shared with the draft")
-    draft = parser.add_argument_group("draft")
-    draft.add_argument("--draft-layers", type=int, default=4, metavar="L", help="layers")
-    draft.add_argument("--draft-dim", type=int, default=512, metavar="D", help="width")
-    draft.add_argument("--draft-heads", type=int, default=8, metavar="H", help="attention heads")
-    draft.add_argument("--draft-kv-heads", type=int, default=8, metavar="H", help="heads of keys and values")
-    draft.add_argument("--draft-hidden", type=int, default=1664, metavar="D", help="width inside the MLP")
-    request = parser.add_argument_group("request")
-    request.add_argument("--prompt-length", type=int, default=128, metavar="P", help="tokens of the prompt")
-    request.add_argument("--new-tokens", type=int, default=256, metavar="T", help="tokens to generate")
-    request.add_argument("--temperature", type=float, default=0.8, metavar="T", help="temperature")
-    request.add_argument("--n-particles", type=int, nargs="+", default=[4, 2], metavar="N", help="particles")
-    request.add_argument(
-        "--lookahead", type=int, nargs="+", default=[8], metavar="K", help="draft tokens a cycle; one, or one per N"
-    )
-    run_ = parser.add_argument_group("measurement")
-    run_.add_argument(
-        "--dtype",
-        choices=["auto", *sorted(DTYPES)],
-        default="auto",
-        help="type of the weights; auto: bfloat16, or float32 on a processor that emulates it",
-    )
-    run_.add_argument("--device", default="cpu", help="device, such as cpu or cuda")
-    run_.add_argument("--repeats", type=int, default=3, metavar="R", help="timed rounds")
-    run_.add_argument("--threads", type=int, metavar="T", help="CPU threads (default: torch's choice)")
-    run_.add_argument("--seed", type=int, default=0, metavar="S", help="seed of weights, prompt and sampling")
-    run_.add_argument("--skip-eager", action="store_true", help="leave the eager loop out")
-    run_.add_argument("--skip-transformers", action="store_true", help="leave the loop of transformers out")
-    run_.add_argument("--json", metavar="FILE", help="write the rows to FILE")
+__all__ = ["HELP", "add_arguments", "run"]
+Builder = Callable[[], Contestant]
 
 
 def run(arguments: argparse.Namespace, console: Console) -> None:
-    """Measure, print the table, write the JSON file."""
+    """Measure, print the table, write the JSON file; raises KeyboardInterrupt after that where it was interrupted."""
     shapes = pair_shapes(arguments.n_particles, arguments.lookahead)
-    check_arguments(arguments)
     check_json_path(arguments.json)
+    target, draft, ids, tuned = prepare(arguments, max(k for _, k in shapes), console)
+    contestants, missing = all_contestants(target, draft, ids, arguments, shapes, console)
+    place = DTYPES[arguments.dtype], torch.device(arguments.device)
+    ceilings = measure_ceilings(*place)
+    measured = measure(contestants, arguments.repeats, arguments.seed, console, place[1])
+    measured.failures = missing | measured.failures
+    if not measured.interrupted:
+        ceilings = ceilings.better(measure_ceilings(*place))
+    rows = make_rows(measured.results, ceilings)
+    show(measured, rows, ceilings, arguments, console)
+    if arguments.json:
+        stored = {name: value for name, value in vars(arguments).items() if name != "run"}
+        write_json(
+            arguments.json,
+            "bench",
+            stored,
+            rows,
+            target_parameters=parameter_count(target),
+            draft_parameters=parameter_count(draft),
+            tuned=asdict(tuned) if tuned else None,
+            ceilings=asdict(ceilings),
+            not_measured=measured.failures,
+            interrupted=measured.interrupted,
+        )
+        console.print(f"rows in {arguments.json}", style="dim", highlight=False)
+    if measured.interrupted:
+        raise KeyboardInterrupt
+
+
+def prepare(
+    arguments: argparse.Namespace, lookahead: int, console: Console
+) -> tuple[Llama, Llama, Tensor, Tuned | None]:
+    """Check and complete the arguments, build the pair and the prompt [1, P], and say what they are.
+
+    Raises:
+        OptionError: where an option or the memory does not allow it.
+    """
+    fill_in(arguments)
+    check_arguments(arguments)
+    device = torch.device(arguments.device)
     if arguments.dtype == "auto":
-        arguments.dtype = own_dtype(torch.device(arguments.device))
+        arguments.dtype = own_dtype(device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    target_config, draft_config = configs(arguments, max(k for _, k in shapes))
-    target, draft, ids = build_models(target_config, draft_config, arguments)
-    counts = {"target_parameters": parameter_count(target), "draft_parameters": parameter_count(draft)}
-    console.print(describe("target", target_config, counts["target_parameters"]), highlight=False)
-    console.print(describe("draft ", draft_config, counts["draft_parameters"]), highlight=False)
+    dtype = DTYPES[arguments.dtype]
+    target_config, draft_config = configs(arguments, lookahead)
+    counts = weight_count(target_config), weight_count(draft_config)
+    check_memory(sum(counts) + (counts[0] if arguments.gpt_fast else 0), dtype, device)  # gpt-fast holds most again
+    target, draft, tuned = build_models(
+        target_config,
+        draft_config,
+        dtype=dtype,
+        device=device,
+        seed=arguments.seed,
+        acceptance=arguments.acceptance,
+        temperature=arguments.temperature,
+    )
+    console.print(describe("target", target_config, counts[0]), highlight=False)
+    console.print(describe("draft ", draft_config, counts[1]), highlight=False)
+    console.print(pair_line(tuned, arguments.temperature), highlight=False)
     console.print(where(arguments), highlight=False, style="dim")
-    for line in emulated_dtype(DTYPES[arguments.dtype], torch.device(arguments.device)):
+    for line in emulated_dtype(dtype, device):
         console.print(line, highlight=False, style="yellow")
     console.print()
+    ids = random_prompt(target_config.vocab_size, arguments.prompt_length, device, arguments.seed)
+    return target, draft, ids, tuned
 
-    contestants = contest(
+
+def all_contestants(
+    target: Llama,
+    draft: Llama,
+    ids: Tensor,
+    arguments: argparse.Namespace,
+    shapes: list[tuple[int, int]],
+    console: Console,
+) -> tuple[list[Contestant], dict[str, str]]:
+    """Everything that takes part, in the order of the table, and the peers that cannot, with the reason."""
+    sizes = costs(target, cache_numbers(target.config)), costs(draft, cache_numbers(draft.config))
+    lengths = sorted({k for _, k in shapes}, reverse=True)
+    ours = contest(
         target,
         draft,
         ids,
@@ -112,103 +137,68 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         temperature=arguments.temperature,
         shapes=shapes,
         eager_tokens=None if arguments.skip_eager else min(EAGER_TOKENS, arguments.new_tokens),
-        sizes=(costs(target, cache_numbers(target_config)), costs(draft, cache_numbers(draft_config))),
+        speculative=[] if arguments.skip_speculative else [(n, k) for k in lengths for n in arguments.chains],
+        sizes=sizes,
     )
-    if not arguments.skip_transformers and has_library():
-        contestants.insert(0 if arguments.skip_eager else 1, library_loop(target, ids, arguments))
-    place = DTYPES[arguments.dtype], torch.device(arguments.device)
-    before = measure_ceilings(*place)
-    results = measure(contestants, arguments.repeats, arguments.seed, console)
-    ceilings = before.better(measure_ceilings(*place))
-    rows = make_rows(results, ceilings)
-    console.print(rows_table(rows, [result.contestant.name for result in results], console.width))
-    console.print()
-    if not arguments.skip_transformers and not has_library():
-        console.print('transformers is not installed: its row is left out (pip install "smc_compile[transformers]")')
-    for line in [*footnotes(contestants, rows, arguments.repeats), ceilings_line(ceilings)]:
-        console.print(line, style="dim", highlight=False)
-    console.print(compile_line(results), style="dim", highlight=False)
-    if arguments.json:
-        stored = {name: value for name, value in vars(arguments).items() if name != "run"}
-        write_json(arguments.json, "bench", stored, rows, **counts, ceilings=asdict(ceilings))
-        console.print(f"rows in {arguments.json}", style="dim", highlight=False)
+    peers, missing = build_peers(peer_builders(target, draft, ids, arguments, sizes[0]), console)
+    first = 0 if arguments.skip_eager else 1
+    return [*ours[:first], *peers, *ours[first:]], missing
 
 
-def pair_shapes(n_particles: list[int], lookahead: list[int]) -> list[tuple[int, int]]:
-    """(N, K) pairs; a single value on either side goes with every value on the other."""
-    if len(lookahead) == 1:
-        lookahead = lookahead * len(n_particles)
-    if len(n_particles) == 1:
-        n_particles = n_particles * len(lookahead)
-    if len(n_particles) != len(lookahead):
-        raise OptionError(
-            "--n-particles and --lookahead do not pair up.",
-            f"{len(n_particles)} values against {len(lookahead)}",
-            "give one value, or as many as the other has",
-        )
-    return list(zip(n_particles, lookahead, strict=True))
+def peer_builders(
+    target: Llama, draft: Llama, ids: Tensor, arguments: argparse.Namespace, size: Costs
+) -> dict[str, Builder]:
+    """How to make the rows of others that were asked for, by name."""
+    request = {"new_tokens": arguments.new_tokens, "temperature": arguments.temperature}
+    passes = loop_passes(size, ids.shape[1], arguments.new_tokens)
+    builders: dict[str, Builder] = {}
+    if not arguments.skip_transformers:
+        builders["transformers"] = lambda: library_loop(target, ids, **request, passes=passes)
+        if not arguments.skip_assisted:
+            tokens = arguments.assistant_tokens
+            builders["assisted"] = lambda: assisted_loop(target, draft, ids, **request, assistant_tokens=tokens)
+    if arguments.gpt_fast:
+        builders["gpt-fast"] = lambda: gpt_fast_loop(target, ids, arguments.gpt_fast, **request, passes=passes)
+    return builders
 
 
-def check_arguments(arguments: argparse.Namespace) -> None:
-    """Refuse shapes no model can have. What concerns generation is left to the library."""
-    sizes = ("layers", "dim", "heads", "kv_heads", "hidden", "vocab")
-    names = [*sizes, *(f"draft_{size}" for size in sizes if size != "vocab"), "prompt_length", "new_tokens", "repeats"]
-    for name in names:
-        if getattr(arguments, name) < 1:
-            raise OptionError(f"--{name.replace('_', '-')} must be at least 1.", f"got {getattr(arguments, name)}")
-    if arguments.threads is not None and arguments.threads < 1:
-        raise OptionError("--threads must be at least 1.", f"got {arguments.threads}")
-    for prefix in ("", "draft_"):
-        dim, heads, kv_heads = (getattr(arguments, prefix + size) for size in ("dim", "heads", "kv_heads"))
-        option = "--" + prefix.replace("_", "-")
-        if dim % (2 * heads):
-            raise OptionError(f"{option}dim must be a multiple of 2 {option}heads.", f"got {dim} and {heads}")
-        if heads % kv_heads:
-            raise OptionError(f"{option}heads must be a multiple of {option}kv-heads.", f"got {heads} and {kv_heads}")
-    try:
-        torch.empty(0, device=arguments.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise OptionError(
-            f"Cannot use --device {arguments.device}.", reason, "leave --device out to use cpu"
-        ) from error
+def build_peers(builders: dict[str, Builder], console: Console) -> tuple[list[Contestant], dict[str, str]]:
+    """The peers that could be made, and why the others could not."""
+    peers: list[Contestant] = []
+    missing: dict[str, str] = {}
+    for name, build in builders.items():
+        with console.status(f"preparing {name}"):
+            try:
+                peers.append(build())
+            except Exception as error:  # whatever somebody else's code raises
+                missing[name] = reason(error)
+    return peers, missing
 
 
-def configs(arguments: argparse.Namespace, lookahead: int) -> tuple[LlamaConfig, LlamaConfig]:
-    """Shapes of target and draft, with room for a cycle past the end."""
-    a = arguments
-    positions = a.prompt_length + a.new_tokens + 2 * (max(lookahead, 0) + 1)
-    return (
-        LlamaConfig(a.vocab, a.dim, a.layers, a.heads, a.kv_heads, a.hidden, positions),
-        LlamaConfig(a.vocab, a.draft_dim, a.draft_layers, a.draft_heads, a.draft_kv_heads, a.draft_hidden, positions),
-    )
-
-
-def build_models(target: LlamaConfig, draft: LlamaConfig, arguments: argparse.Namespace) -> tuple[Llama, Llama, Tensor]:
-    """Random target, random draft and a random prompt [1, P]."""
-    torch.manual_seed(arguments.seed)
-    dtype, device = DTYPES[arguments.dtype], arguments.device
-    models = [Llama(config).to(dtype).to(device).eval().requires_grad_(False) for config in (target, draft)]
-    ids = torch.randint(0, target.vocab_size, (1, arguments.prompt_length)).to(device)
-    return models[0], models[1], ids
-
-
-def library_loop(target: Llama, ids: Tensor, arguments: argparse.Namespace) -> Contestant:
-    """``generate`` of transformers, with its own cache, on the same weights."""
-    twin = library_twin(target)
-
-    def run(seed: int, tokens: int = arguments.new_tokens) -> Tensor:
-        torch.manual_seed(seed)
-        settings = {"do_sample": True, "temperature": arguments.temperature, "top_k": 0}
-        ids_and_text: Tensor = twin.generate(ids, max_new_tokens=tokens, **settings)
-        return ids_and_text
-
-    note = f"generate of transformers {importlib.metadata.version('transformers')}, its own cache, not compiled"
-    return Contestant("transformers", run, arguments.new_tokens, note=note, warm_up=lambda seed: run(seed, 2))
-
-
-def parameter_count(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+def show(
+    measured: Measurement, rows: list[Row], ceilings: Ceilings, arguments: argparse.Namespace, console: Console
+) -> None:
+    """The table, and below it how to read it and what is not in it."""
+    names = [result.contestant.name for result in measured.results]
+    if measured.interrupted:
+        rounds = max((row["repeats"] for row in rows), default=0)
+        console.print(f"interrupted: {rounds} of {arguments.repeats} rounds measured", style="yellow", highlight=False)
+    if rows:
+        console.print(rows_table(rows, names, console.width, list(measured.failures)))
+        console.print()
+    for name, why in measured.failures.items():
+        console.print(f"{name}: not measured: {why}", markup=False, highlight=False)
+    if not rows:
+        return
+    contestants = [result.contestant for result in measured.results]
+    lines = [
+        *footnotes(contestants, rows, arguments),
+        range_line(rows, names),
+        ceilings_line(ceilings),
+        compile_line(measured.results),
+    ]
+    for line in lines:
+        console.print(line, style="dim", markup=False, highlight=False)
 
 
 def describe(name: str, config: LlamaConfig, count: int) -> str:
@@ -216,6 +206,16 @@ def describe(name: str, config: LlamaConfig, count: int) -> str:
     return (
         f"[bold]{name}[/bold]  {count / 1e6:.1f}M parameters: {config.n_layers} layers, dim {config.dim}, "
         f"{config.n_heads} heads ({config.n_kv_heads} kv), hidden {config.hidden_dim}, vocab {config.vocab_size}"
+    )
+
+
+def pair_line(tuned: Tuned | None, temperature: float) -> str:
+    """One line about how the two models hang together."""
+    if tuned is None:
+        return "[bold]pair[/bold]    unrelated random weights: exact speculation accepts next to nothing"
+    return (
+        f"[bold]pair[/bold]    the target contains the draft: acceptance {tuned.acceptance:.2f} (--acceptance), "
+        f"{tuned.entropy:.1f} nats at temperature {temperature:g}"
     )
 
 
@@ -242,8 +242,8 @@ def ceilings_line(ceilings: Ceilings) -> str:
     """What the bound is made of."""
     return (
         f"this machine reads {ceilings.bytes_per_second / 1e9:.0f} GB/s and multiplies "
-        f"{ceilings.operations_per_second / 1e9:.0f} GFLOP/s; bound: for each pass of a model "
-        "the longer of reading what it reads and multiplying what it multiplies"
+        f"{ceilings.operations_per_second / 1e9:.0f} GFLOP/s: bandwidth and arithmetic are shares of that, for what a "
+        "step must read and multiply"
     )
 
 
@@ -258,11 +258,16 @@ def emulated_dtype(dtype: torch.dtype, device: torch.device) -> list[str]:
     return [f"this processor emulates {name}: a product takes {ratio:.1f} times what float32 takes (--dtype float32)"]
 
 
-def footnotes(contestants: list[Contestant], rows: list[Row], repeats: int) -> list[str]:
+def footnotes(contestants: list[Contestant], rows: list[Row], arguments: argparse.Namespace) -> list[str]:
     """How to read the table."""
     notes = [f"{contestant.name}: {contestant.note}" for contestant in contestants if contestant.note]
+    repeats = max(row["repeats"] for row in rows)
     rounds = "one round" if repeats == 1 else f"medians of {repeats} interleaved rounds"
     tokens = " to ".join(str(n) for n in sorted({row["tokens"] for row in rows if row["method"] != "eager"}))
-    notes.append(f"{rounds} of {tokens} tokens, prompt included; a cycle of a loop is one token")
+    notes.append(f"{rounds} of {tokens or EAGER_TOKENS} tokens, prompt included")
+    notes.append("step: a cycle of SMC or speculation, or a token of a loop; accepted: drafted tokens kept a cycle")
+    if any(row["peak_bytes"] is not None for row in rows):
+        held = "of the process, everybody's weights included" if arguments.device == "cpu" else "of all tensors"
+        notes.append(f"peak: the most memory {held}, in a round")
     notes.append("random weights: this measures cost, not the quality of text")
     return notes

@@ -7,14 +7,15 @@ long as the slower of the two (the roofline model: Williams, Waterman and Patter
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-READ = 2**28  # bytes read in one measurement: more than any cache holds
-ROWS, SIDE = 512, 2048  # a product of so many rows with a square weight
+READ = {"cpu": 2**28, "cuda": 2**31}  # bytes read in one measurement: more than any cache holds
+# A product of so many rows with a square weight of such a side: long beside its launch.
+PRODUCT = {"cpu": (512, 2048), "cuda": (4096, 8192)}
 ROUNDS = 5
 
 
@@ -44,15 +45,17 @@ class Costs:
 
 def measure_ceilings(dtype: torch.dtype, device: torch.device) -> Ceilings:
     """The best of several rounds. A narrow type that the device multiplies more slowly than float32 can be widened."""
-    values = torch.ones(READ // 4, device=device)
+    values = torch.ones(READ[device.type] // 4, device=device)
     product = min(product_seconds(kind, device) for kind in {dtype, torch.float32})
-    return Ceilings(READ / best_seconds(values.sum, device), 2 * ROWS * SIDE * SIDE / product)
+    height, side = PRODUCT[device.type]
+    return Ceilings(READ[device.type] / best_seconds(values.sum, device), 2 * height * side * side / product)
 
 
 def product_seconds(dtype: torch.dtype, device: torch.device) -> float:
+    height, side = PRODUCT[device.type]
     rows, weight = (
-        torch.ones(ROWS, SIDE, dtype=dtype, device=device),
-        torch.ones(SIDE, SIDE, dtype=dtype, device=device),
+        torch.ones(height, side, dtype=dtype, device=device),
+        torch.ones(side, side, dtype=dtype, device=device),
     )
     return best_seconds(lambda: rows @ weight.t(), device)
 
@@ -76,25 +79,50 @@ def costs(model: nn.Module, cache_numbers_per_token: int) -> Costs:
     return Costs(sum(weight.numel() for weight in matrices), itemsize, cache_numbers_per_token * itemsize)
 
 
-def pass_seconds(ceilings: Ceilings, model: Costs, rows: int, cached_tokens: float) -> float:
-    """At best, for ``rows`` rows that read ``cached_tokens`` entries of the cache."""
+@dataclass(frozen=True)
+class Pass:
+    """What one pass of a model reads and multiplies."""
+
+    bytes: float
+    operations: float
+
+
+def model_pass(model: Costs, rows: int, cached_tokens: float) -> Pass:
+    """``rows`` rows through the weights, which read ``cached_tokens`` entries of the cache."""
     read = model.weights * model.itemsize + cached_tokens * model.cache_bytes_per_token
-    return max(read / ceilings.bytes_per_second, 2 * model.weights * rows / ceilings.operations_per_second)
+    return Pass(read, 2 * model.weights * rows)
 
 
-def loop_bound(ceilings: Ceilings, target: Costs, prompt: int, new_tokens: int) -> float:
-    """Seconds a token of a one-token loop, at half of its length."""
-    return pass_seconds(ceilings, target, 1, prompt + new_tokens / 2)
+def least_seconds(ceilings: Ceilings, passes: Sequence[Pass]) -> float:
+    """Each pass takes at least the longer of its reading and its multiplying."""
+    return sum(
+        max(one.bytes / ceilings.bytes_per_second, one.operations / ceilings.operations_per_second) for one in passes
+    )
 
 
-def cycle_bound(
-    ceilings: Ceilings, target: Costs, draft: Costs, particles: int, lookahead: int, prompt: int, new_tokens: int
-) -> float:
-    """Seconds a cycle of N particles and K draft tokens, at half of its length: the prompt's cache is read once.
+def bandwidth_share(ceilings: Ceilings, passes: Sequence[Pass], seconds: float) -> float:
+    """Bytes read in ``seconds`` beside what the device could have read."""
+    return sum(one.bytes for one in passes) / (seconds * ceilings.bytes_per_second)
+
+
+def arithmetic_share(ceilings: Ceilings, passes: Sequence[Pass], seconds: float) -> float:
+    """Operations done in ``seconds`` beside what the device could have done."""
+    return sum(one.operations for one in passes) / (seconds * ceilings.operations_per_second)
+
+
+def loop_passes(target: Costs, prompt: int, new_tokens: int) -> list[Pass]:
+    """A token of a one-token loop, at half of its length."""
+    return [model_pass(target, 1, prompt + new_tokens / 2)]
+
+
+def cycle_passes(
+    target: Costs, draft: Costs, particles: int, lookahead: int, prompt: int, new_tokens: int
+) -> list[Pass]:
+    """A cycle of N particles and K draft tokens, at half of its length: the prompt's cache is read once.
 
     The first draft pass has two rows a particle: the last drafted token and the bonus.
     """
     cached = prompt + particles * new_tokens / 2
-    head = pass_seconds(ceilings, draft, 2 * particles, cached)
-    steps = (lookahead - 1) * pass_seconds(ceilings, draft, particles, cached)
-    return head + steps + pass_seconds(ceilings, target, particles * (lookahead + 1), cached)
+    head = model_pass(draft, 2 * particles, cached)
+    steps = [model_pass(draft, particles, cached)] * (lookahead - 1)
+    return [head, *steps, model_pass(target, particles * (lookahead + 1), cached)]

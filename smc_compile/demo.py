@@ -15,24 +15,15 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from smc_compile.ancestry import check_picture_path, draw_ancestry
+from smc_compile.contest import Model, contest
 from smc_compile.errors import InputError, OptionError
 from smc_compile.generate import generate
-from smc_compile.measure import (
-    Model,
-    Result,
-    Row,
-    check_json_path,
-    compile_line,
-    contest,
-    make_rows,
-    measure,
-    number,
-    progress_bar,
-    rows_table,
-    write_json,
-)
+from smc_compile.measure import Result, measure, progress_bar
 from smc_compile.pair import END, load_pair
+from smc_compile.report import check_json_path, write_json
 from smc_compile.result import Generation
+from smc_compile.rows import Row, make_rows
+from smc_compile.table import compile_line, number, rows_table
 
 HELP = """\
 Write Python with the shipped pair of models, three ways.
@@ -98,7 +89,10 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         shapes=[(arguments.n_particles, arguments.lookahead)],
         eager_tokens=arguments.max_new_tokens,
     )
-    results = measure(contestants, arguments.repeats, arguments.seed, console)
+    measured = measure(contestants, arguments.repeats, arguments.seed, console)
+    if measured.interrupted:
+        raise KeyboardInterrupt
+    results = measured.results
     scores = score_methods(target, draft, ids, arguments, console)
     rows = add_scores(make_rows(results), scores)
 

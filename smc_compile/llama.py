@@ -103,8 +103,16 @@ class Llama(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
 
     def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.trunk(ids))
+
+    def trunk(self, ids: Tensor) -> Tensor:
+        """ids [B, S] -> what the layers leave [B, S, D]."""
         s = ids.shape[1]
-        x = self.embedding(ids)
+        x: Tensor = self.embedding(ids)
         for layer in self.layers:
             x = layer(x, self.cos[:s], self.sin[:s])
+        return x
+
+    def head(self, x: Tensor) -> Tensor:
+        """x [B, S, D] -> logits [B, S, V]."""
         return F.linear(self.norm(x), self.embedding.weight)

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from smc_compile.compile import TRACE_BATCH
 from smc_compile.errors import CacheError, OptionError, SMCError
 from smc_compile.logits import gathered_experts, logits_of, traceable
-from smc_compile.measure import check_json_path, number, progress_bar, write_json
+from smc_compile.measure import progress_bar
 from smc_compile.own_cache import OwnCache
 from smc_compile.passes.pipeline import Traced, trace_model
+from smc_compile.report import check_json_path, write_json
+from smc_compile.table import number
 from smc_compile.tiny import Float64Throughout, LastLogits64, build, library
 
 HELP = """\

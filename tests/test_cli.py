@@ -6,66 +6,33 @@ import io
 import json
 import shlex
 from argparse import Namespace
-from dataclasses import replace
+from functools import partial
 from xml.etree import ElementTree
 
 import pytest
 import torch
-from generations import generation
+from fake_results import COLUMNS
 from rich.console import Console
 
-from smc_compile import bench, demo, measure
+from smc_compile import bench, bench_options, contest, demo, transformers_peer
 from smc_compile.__main__ import build_parser, main
 from smc_compile.errors import OptionError
-from smc_compile.result import Generation, Stats
+from smc_compile.generate import generate
+from smc_compile.measure import Contestant
+from smc_compile.presets import configs, fill_in, weight_count
+from smc_compile.rows import PARTS
 
 TINY = shlex.split(
     "bench --layers 2 --dim 64 --heads 4 --kv-heads 2 --hidden 96 --vocab 128 "
     "--draft-layers 1 --draft-dim 32 --draft-heads 2 --draft-kv-heads 2 --draft-hidden 64 "
     "--dtype float32 --prompt-length 6 --new-tokens 8 --lookahead 3 --repeats 2"
 )
-COLUMNS = {
-    "method", "n_particles", "lookahead", "tokens", "repeats", "tokens_per_second", "tokens_per_second_min",
-    "tokens_per_second_max", "speedup_over_eager", "speedup_over_autoregressive", "ms_per_cycle",
-    "bound_ms_per_cycle", "share_of_bound", "prefill_share", "draft_share", "score_share", "resample_share",
-    "host_share", "mean_ess", "mean_log_prob", "mean_log_prob_stderr", "compile_seconds", "first_call_seconds",
-    "note",
-}  # fmt: skip
 
 
-def fake_results(seconds: dict[str, list[float]]) -> list[measure.Result]:
-    """Results of the three methods with the given seconds a round."""
-    results = []
-    for method, times in seconds.items():
-        n, k = (4, 3) if method == "smc" else (None, None)
-        contestant = measure.Contestant(method, lambda seed: torch.zeros(1, 1), 12, n, k)
-        runs = [measure.Run(t, 0.0, torch.zeros(1, 14, dtype=torch.int64), fake_generation(method, t)) for t in times]
-        results.append(measure.Result(contestant, runs[0], runs))
-    return results
-
-
-def fake_generation(method: str, seconds: float) -> Generation | None:
-    if method == "eager":
-        return None
-    stats = Stats(method, 12, cycles=3, seconds=seconds, prefill_seconds=seconds / 4, draft_seconds=seconds / 2)
-    shape = torch.zeros(1, 4, 14, dtype=torch.int64)
-    ess = torch.tensor([[1.0, 2.0, 3.0]])
-    return generation(
-        sequences=shape[:, 0],
-        particles=shape,
-        log_weights=torch.zeros(1, 4),
-        log_evidence=torch.zeros(1),
-        ess=ess,
-        ancestors=shape[:, :3, :4],
-        stats=stats,
-    )
-
-
-def rendered(renderable: object, width: int = 100) -> str:
-    """What a terminal shows."""
-    console = Console(file=io.StringIO(), width=width)
-    console.print(renderable)
-    return console.file.getvalue()  # type: ignore[attr-defined]
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Regions run as they are: what the command does with the figures is tested, not Inductor."""
+    monkeypatch.setattr(contest, "generate", partial(generate, compiler="eager"))
 
 
 # ---- arguments and errors -------------------------------------------------------------------------------------------
@@ -81,7 +48,17 @@ def test_help_fits_and_names_the_options(arguments, capsys):
     assert all(word in text for word in (["demo", "bench"] if len(arguments) == 1 else ["--n-particles", "--json"]))
 
 
-@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["bench", "--layers", "two"], ["bench", "--no-such-option"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["nonsense"],
+        ["bench", "--layers", "two"],
+        ["bench", "--no-such-option"],
+        ["bench", "--acceptance", "1.5"],
+        ["bench", "--acceptance", "some"],
+    ],
+)
 def test_argparse_errors_exit_2(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
@@ -101,6 +78,11 @@ def test_argparse_errors_exit_2(arguments, capsys):
         ([*TINY, "--json", "/no/such/folder/rows.json"], "/no/such/folder is not a folder"),
         ([*TINY, "--json", "/"], "it is a folder"),
         ([*TINY, "--device", "no-such-device"], "Cannot use --device"),
+        ([*TINY, "--device", "meta"], "neither cpu nor cuda"),
+        ([*TINY, "--temperature", "0"], "--temperature must be above 0"),
+        ([*TINY, "--chains", "2", "0"], "--chains must be at least 1"),
+        ([*TINY, "--preset", "336M-31"], "did you mean 336m-31m? why: the presets are 336m-31m, 0.5b-60m, llama-8b-1b"),
+        ([*TINY, "--draft-dim", "64"], "The draft does not fit inside the target"),
         (["demo", "--picture", "tree.png"], "only SVG is written"),
         (["demo", "--samples", "1"], "--samples must be at least 2"),
         (["demo", "--repeats", "0"], "--repeats must be at least 1"),
@@ -124,10 +106,15 @@ def test_errors_of_the_library_exit_2(option, value, capsys):
 
 def test_defaults():
     arguments = build_parser().parse_args(["bench"])
-    assert bench.pair_shapes(arguments.n_particles, arguments.lookahead) == [(4, 8), (2, 8)]
-    with torch.device("meta"):
-        counts = [bench.parameter_count(bench.Llama(config)) for config in bench.configs(arguments, 8)]
-    assert [round(count / 1e6) for count in counts] == [336, 31]
+    assert bench_options.pair_shapes(arguments.n_particles, arguments.lookahead) == [(4, 8), (2, 8)]
+    assert arguments.acceptance == 0.7
+    fill_in(arguments)
+    assert [round(weight_count(config) / 1e6) for config in configs(arguments, 8)] == [336, 31]
+
+
+@pytest.mark.parametrize(("text", "value"), [("0.5", 0.5), ("none", None), ("None", None)])
+def test_acceptance_is_a_share_or_none(text, value):
+    assert build_parser().parse_args(["bench", "--acceptance", text]).acceptance == value
 
 
 @pytest.mark.parametrize(("seconds", "warned"), [({"float32": 1.0, "bfloat16": 3.0}, True), ({"bfloat16": 0.5}, False)])
@@ -151,63 +138,10 @@ def test_bench_takes_the_type_that_the_device_has_instructions_for(device, emula
 
 
 def test_pair_shapes():
-    assert bench.pair_shapes([4], [2, 3]) == [(4, 2), (4, 3)]
-    assert bench.pair_shapes([4, 5], [2, 3]) == [(4, 2), (5, 3)]
+    assert bench_options.pair_shapes([4], [2, 3]) == [(4, 2), (4, 3)]
+    assert bench_options.pair_shapes([4, 5], [2, 3]) == [(4, 2), (5, 3)]
     with pytest.raises(OptionError):
-        bench.pair_shapes([1, 2], [1, 2, 3])
-
-
-# ---- rows and tables ------------------------------------------------------------------------------------------------
-
-
-def test_rows_hold_medians_and_ratios_within_a_round():
-    results = fake_results({"eager": [12, 6, 3], "autoregressive": [6, 3, 1.5], "smc": [1, 1.5, 0.75]})
-    eager, loop, smc = measure.make_rows(results)
-    assert set(eager) == set(loop) == set(smc) == COLUMNS
-    assert (eager["tokens_per_second"], loop["tokens_per_second"], smc["tokens_per_second"]) == (2, 4, 12)
-    assert (smc["tokens_per_second_min"], smc["tokens_per_second_max"]) == (8, 16)
-    assert smc["speedup_over_eager"] == 4  # of 12, 4 and 4; the ratio of medians would be 6
-    assert smc["speedup_over_autoregressive"] == 2
-    assert eager["ms_per_cycle"] == 500
-    assert smc["ms_per_cycle"] == pytest.approx(250)  # a median second, less a quarter for the prompt, over 3 cycles
-    assert [smc[f"{part}_share"] for part in measure.PARTS] == pytest.approx([0.25, 0.5, 0, 0, 0.25])
-    assert smc["mean_ess"] == 2
-    assert eager["draft_share"] is eager["compile_seconds"] is loop["mean_ess"] is None
-
-
-def test_speedup_without_eager_is_null():
-    rows = measure.make_rows(fake_results({"autoregressive": [2], "smc": [1]}))
-    assert [row["speedup_over_eager"] for row in rows] == [None, None]
-    assert "eager" not in rendered(measure.rows_table(rows, ["a", "b"]))
-
-
-def test_no_cycle_means_no_ess():
-    generation = fake_generation("smc", 1.0)
-    assert generation is not None
-    assert measure.mean_ess([replace(generation, ess=generation.ess[:, :0])]) is None
-
-
-@pytest.mark.parametrize("width", [80, 100])
-@pytest.mark.parametrize("scored", [False, True])
-def test_the_table_fits_untruncated(scored, width):
-    results = fake_results({"eager": [1e-3], "autoregressive": [1e-3], "smc": [1e-3]})
-    rows = measure.make_rows(results)
-    for row in rows:
-        row["mean_log_prob"] = -10.123 if scored else None
-    names = ["eager loop", "compiled loop", "smc  N=16 K=8" if width == 80 else "smc  N=128 K=16"]
-    text = rendered(measure.rows_table(rows, names, width), width)
-    assert "…" not in text
-    assert max(map(len, text.splitlines())) <= width
-
-
-@pytest.mark.parametrize(("value", "text"), [(1234.5, "1234"), (99.96, "100"), (12.34, "12.3"), (0.0456, "0.05")])
-def test_number(value, text):
-    assert measure.number(value) == text
-
-
-def test_plain_loop_appends_tokens():
-    ids = measure.plain_loop(lambda ids: torch.eye(5)[(ids + 1) % 5] * 1e3, torch.tensor([[0, 1], [2, 3]]), 4, 0.8)
-    assert ids.tolist() == [[0, 1, 2, 3, 4, 0], [2, 3, 4, 0, 1, 2]]
+        bench_options.pair_shapes([1, 2], [1, 2, 3])
 
 
 # ---- quality --------------------------------------------------------------------------------------------------------
@@ -234,47 +168,89 @@ def test_quality_lines_and_scores_in_rows():
 # ---- whole commands -------------------------------------------------------------------------------------------------
 
 
-def test_bench_writes_its_rows(tmp_path, capsys):
+def test_bench_writes_its_rows(tmp_path, capsys, uncompiled):
     path = tmp_path / "rows.json"
-    assert main([*TINY, "--n-particles", "4", "2", "--json", str(path)]) == 0
+    assert main([*TINY, "--n-particles", "4", "2", "--assistant-tokens", "2", "3", "--json", str(path)]) == 0
     report = json.loads(path.read_text())
     assert min(report["ceilings"].values()) > 0
-    assert [row["share_of_bound"] is not None for row in report["rows"]] == [
-        row["method"] in ("autoregressive", "smc") for row in report["rows"]
-    ]
     assert report["command"] == "bench"
+    assert report["tuned"]["acceptance"] == pytest.approx(0.7, abs=0.01)
+    assert report["interrupted"] is False
+    assert report["not_measured"] == {}
     assert {"cpu", "cores", "torch"} <= set(report["machine"])
-    assert [(row["method"], row["n_particles"], row["lookahead"]) for row in report["rows"]] == [
+    rows = report["rows"]
+    assert [(row["method"], row["n_particles"], row["lookahead"]) for row in rows] == [
         ("eager", None, None),
         ("transformers", None, None),
+        ("assisted", None, rows[2]["lookahead"]),
         ("autoregressive", None, None),
+        ("speculative", 1, 3),
         ("smc", 4, 3),
         ("smc", 2, 3),
     ]
-    for row in report["rows"]:
+    assert rows[2]["lookahead"] in (2, 3)
+    for row in rows:
         assert set(row) == COLUMNS
         assert row["tokens_per_second"] > 0
         assert row["tokens_per_second_min"] <= row["tokens_per_second"] <= row["tokens_per_second_max"]
-    for row in report["rows"][3:]:
+        for share in ("share_of_bound", "share_of_bandwidth", "share_of_arithmetic"):
+            assert (row[share] is not None) == (row["method"] not in ("eager", "assisted"))
+        assert (row["mean_accepted"] is not None) == (row["method"] in ("assisted", "speculative"))
+    assert 0 < rows[4]["mean_accepted"] <= 3
+    for row in rows[5:]:
         assert 1 <= row["mean_ess"] <= row["n_particles"]
-        assert sum(row[f"{part}_share"] for part in measure.PARTS) == pytest.approx(1, abs=0.2)
-    assert "smc  N=4 K=3" in capsys.readouterr().out
+        assert sum(row[f"{part}_share"] for part in PARTS) == pytest.approx(1, abs=0.2)
+    output = capsys.readouterr().out
+    assert "smc  N=4 K=3" in output
+    assert "speculative  K=3" in output
+    assert max(map(len, output.splitlines())) <= 100
 
 
-def test_bench_can_skip_the_loops_of_others(tmp_path):
+def test_bench_can_skip_the_loops_of_others(tmp_path, uncompiled):
     path = tmp_path / "rows.json"
-    assert main([*TINY, "--n-particles", "2", "--skip-eager", "--skip-transformers", "--json", str(path)]) == 0
-    rows = json.loads(path.read_text())["rows"]
-    assert [row["method"] for row in rows] == ["autoregressive", "smc"]
-    assert all(row["speedup_over_eager"] is None for row in rows)
+    skipped = ["--skip-eager", "--skip-transformers", "--skip-speculative", "--acceptance", "none"]
+    assert main([*TINY, "--n-particles", "2", *skipped, "--json", str(path)]) == 0
+    report = json.loads(path.read_text())
+    assert [row["method"] for row in report["rows"]] == ["autoregressive", "smc"]
+    assert all(row["speedup_over_eager"] is None for row in report["rows"])
+    assert report["tuned"] is None
 
 
-def test_bench_without_transformers_says_so(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(bench, "has_library", lambda: False)
+def test_peers_that_are_not_there_are_named_and_the_rest_runs(monkeypatch, tmp_path, capsys, uncompiled):
+    monkeypatch.setattr(transformers_peer, "has_library", lambda: False)
     path = tmp_path / "rows.json"
-    assert main([*TINY, "--n-particles", "2", "--skip-eager", "--json", str(path)]) == 0
-    assert [row["method"] for row in json.loads(path.read_text())["rows"]] == ["autoregressive", "smc"]
-    assert "transformers is not installed" in capsys.readouterr().out
+    options = ["--n-particles", "2", "--skip-eager", "--skip-speculative", "--gpt-fast", str(tmp_path)]
+    assert main([*TINY, *options, "--json", str(path)]) == 0
+    report = json.loads(path.read_text())
+    assert [row["method"] for row in report["rows"]] == ["autoregressive", "smc"]
+    assert list(report["not_measured"]) == ["transformers", "assisted", "gpt-fast"]
+    output = " ".join(capsys.readouterr().out.split())
+    assert "transformers: not measured: transformers is not installed" in output
+    assert f"gpt-fast: not measured: {tmp_path} has no model.py" in output
+
+
+def test_bench_interrupted_shows_and_writes_whole_rounds(monkeypatch, tmp_path, capsys):
+    calls: list[str] = []
+
+    def contestant(name: str, stops_at: int) -> Contestant:
+        def run(seed: int) -> torch.Tensor:
+            calls.append(name)
+            if calls.count(name) == stops_at:
+                raise KeyboardInterrupt
+            return torch.zeros(1, 14, dtype=torch.int64)
+
+        return Contestant(name, run, 8)
+
+    monkeypatch.setattr(bench, "all_contestants", lambda *_: ([contestant("eager", 9), contestant("gpt-fast", 3)], {}))
+    path = tmp_path / "rows.json"
+    assert main([*TINY, "--json", str(path)]) == 130
+    report = json.loads(path.read_text())
+    assert report["interrupted"] is True
+    assert [(row["method"], row["repeats"]) for row in report["rows"]] == [("eager", 1), ("gpt-fast", 1)]
+    output = capsys.readouterr()
+    assert "interrupted: 1 of 2 rounds measured" in output.out
+    assert "eager loop" in output.out
+    assert "Traceback" not in output.err
 
 
 def test_demo_prints_texts_and_draws(tmp_path, capsys):

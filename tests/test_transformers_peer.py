@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from smc_compile.llama import Llama, LlamaConfig
-from smc_compile.peers import library_twin
+from smc_compile.transformers_peer import library_twin
 
 pytest.importorskip("transformers")
 

@@ -1,0 +1,46 @@
+"""Memory of a device: what is free, and the most that a call held."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+STATUS, CLEAR, FREE = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/meminfo")
+RESET_PEAK = "5"  # sets the high-water mark of the resident set to what is resident now (proc(5))
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What could be allocated now; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return read_kilobytes(FREE, "MemAvailable")
+
+
+def reset_peak(device: torch.device) -> bool:
+    """Start measuring; False where the system does not let us."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        CLEAR.write_text(RESET_PEAK)
+    except OSError:
+        return False
+    return True
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """The most held since ``reset_peak``: by tensors on a GPU, by the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return read_kilobytes(STATUS, "VmHWM")
+
+
+def read_kilobytes(path: Path, name: str) -> int | None:
+    """Bytes of the line ``name:  123 kB``."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return None
+    values = [line.split()[1] for line in lines if line.startswith(f"{name}:")]
+    return 1024 * int(values[0]) if values else None
