@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -14,15 +15,28 @@ from .request import Request
 OF_A_TOKEN = 16  # bytes: the token, and its log-probability in float64
 
 
+class Need(NamedTuple):
+    """Bytes of a call; what else it allocates is not counted."""
+
+    shared: int  # caches of the prompts, whatever N is
+    each: int  # for each particle, in all requests: caches of its suffix, tokens, logits
+
+
+def need_of(
+    request: Request, capacity: int, width: int, target: RuntimeModel, draft: RuntimeModel | None = None
+) -> Need:
+    """Of rows with suffixes of ``capacity`` slots, of which the target scores ``width`` positions at once."""
+    models = [model for model in (target, draft) if model is not None]
+    batch, prompt = request.ids.shape
+    caches = sum(model.state_bytes(capacity) for model in models)
+    row = caches + OF_A_TOKEN * capacity + width * target.logit_bytes()
+    return Need(batch * sum(model.state_bytes(prompt) for model in models), batch * row)
+
+
 def require_memory(
     request: Request, n: int, capacity: int, width: int, target: RuntimeModel, draft: RuntimeModel | None = None
 ) -> None:
-    """Refuse a call whose caches, tokens and logits cannot fit; what else a call allocates is not counted.
-
-    Args:
-        n: rows a request.
-        capacity: slots of a row's suffix.
-        width: positions that the target scores at once.
+    """Refuse a call of N = ``n`` rows a request that cannot fit; the rest as for ``need_of``.
 
     Raises:
         InputError: with the largest N that fits.
@@ -31,14 +45,12 @@ def require_memory(
     free = free_bytes(device)
     if free is None:
         return
-    models = [model for model in (target, draft) if model is not None]
-    batch, prompt = request.ids.shape
-    shared = batch * sum(model.state_bytes(prompt) for model in models)
-    row = sum(model.state_bytes(capacity) for model in models) + OF_A_TOKEN * capacity + width * target.logit_bytes()
-    needed, each = shared + n * batch * row, batch * row
+    shared, each = need_of(request, capacity, width, target, draft)
+    needed = shared + n * each
     if needed <= free:
         return
     fits = max((free - shared) // each, 0)
+    batch, prompt = request.ids.shape
     requests = "1 request" if batch == 1 else f"{batch} requests"
     raise InputError(
         f"{n} particles a request do not fit into memory" if n > 1 else "this call does not fit into memory",

@@ -42,33 +42,35 @@ METHODS = {"smc": {}, "speculative": {"method": "speculative"}, "one token": {"m
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_fits_runs_and_one_byte_less_is_refused(pair, method, monkeypatch):
-    """The least that must be free is found by bisection; it covers the caches that the session then makes."""
-    options, made = {**OPTIONS, **METHODS[method]}, []
-    begin = CachedModel.begin
+    """What is asked for covers the caches that the session then makes, its logits and its tokens."""
+    options, made, asked = {**OPTIONS, **METHODS[method]}, [], []
+    begin, need_of = CachedModel.begin, memory.need_of
 
     def watched(self, *args):
         found = begin(self, *args)
         made.extend([*found[1][0], *found[2]])
         return found
 
+    def noted(*args):
+        asked.append(need_of(*args))
+        return asked[-1]
+
     monkeypatch.setattr(CachedModel, "begin", watched)
-    low, high = 0, GB
-    while high - low > 1:
-        middle = (low + high) // 2
-        free(monkeypatch, middle)
-        made.clear()
-        try:
-            generate(*pair, IDS, **options)
-            high = middle
-        except InputError:
-            assert not made, "nothing was allocated"
-            low = middle
-    free(monkeypatch, high)
-    made.clear()
+    monkeypatch.setattr(memory, "need_of", noted)
+    free(monkeypatch, 0)
+    with pytest.raises(InputError):
+        generate(*pair, IDS, **options)
+    n, width = (1, 1) if method == "one token" else (4, 4)
+    needed = asked[0].shared + n * asked[0].each
+    free(monkeypatch, needed - 1)
+    with pytest.raises(InputError):
+        generate(*pair, IDS, **options)
+    assert not made, "nothing was allocated"
+    free(monkeypatch, needed)
     generate(*pair, IDS, **options)
-    caches = sum(cache.nbytes for cache in made)
-    rows, width = {"smc": (8, 4), "speculative": (8, 4), "one token": (2, 1)}[method]
-    assert 0 < high - caches - rows * width * 7 * 4 < rows * 64 * memory.OF_A_TOKEN  # beside them: tokens
+    beside = needed - sum(cache.nbytes for cache in made) - len(IDS) * n * width * 7 * 4
+    slots = {"smc": 9, "speculative": 32, "one token": 9}[method]
+    assert beside == len(IDS) * n * slots * memory.OF_A_TOKEN
 
 
 def test_the_largest_number_that_fits_is_named_and_fits(pair, monkeypatch):
