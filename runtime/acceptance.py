@@ -46,37 +46,45 @@ def set_out(batch: int, chains: int, vocab: int, device: torch.device) -> Walk:
 def accept(walk: Walk, p: Tensor, q: Tensor, drafted: Tensor, u: Tensor) -> Walk:
     """Accept or reject the tokens that the chains drafted for one position, chain after chain.
 
-    The candidates' tokens x are independent draws from their q. Each is accepted with probability min(1, r(x) / q(x)),
-    where r is the target's law at first, and after each rejection the residual max(r - q, 0), normalised. When all are
-    rejected, the token behind the accepted ones is to be drawn from the last residual.
+    The candidates share the accepted tokens, so theirs are independent draws from one law q. Each token x is accepted
+    with probability min(1, r(x) / q(x)), where r is the target's law at first, and after each rejection the residual
+    max(r - q, 0), normalised. When all are rejected, the token behind the accepted ones is to be drawn from the last
+    residual.
 
-    Laws are normalised and residuals summed in float64. NaN in a law rejects, and leaves NaN in ``rest``.
+    Up to its mass a residual is max(p - c q, 0), with c the sum of the masses of those before it: so numbers are
+    carried from chain to chain, and the vocabulary is only read. Laws are normalised and residuals summed in float64.
+    NaN in a law rejects, and leaves NaN in ``rest``.
 
     Args:
         p: [B, V], the target's probabilities after the accepted tokens.
-        q: [B, N, V], those that ``drafted`` [B, N] was drawn from.
+        q: [B, V], the draft's, those that the candidates among ``drafted`` [B, N] were drawn from.
         u: [B, N], uniforms.
     """
-    law = _normalised(p)
-    rest, mass = law, torch.ones_like(u[:, 0])  # r times mass, and mass: a division for each chain less
+    p, q = _normalised(p), _normalised(q)
+    p_drafted, q_drafted = p.gather(1, drafted), q.gather(1, drafted)  # [B, N]
+    taken, mass = torch.zeros_like(p_drafted[:, 0]), torch.ones_like(p_drafted[:, 0])  # c, and the mass at c
     accepted, token = torch.zeros_like(walk.going), torch.zeros_like(walk.length)
     for n in range(drafted.shape[1]):
-        x, proposal = drafted[:, n], _normalised(q[:, n])
         asked = walk.going & walk.candidates[:, n] & ~accepted
-        good = asked & (u[:, n] * mass * pick(proposal, x) < pick(rest, x))
-        less = (rest - mass[:, None] * proposal).clamp_min(0)
-        left = less.sum(-1)
-        # Only rounding leaves nothing: exactly, a rejection then has probability zero.
-        less, left = torch.where((left == 0)[:, None], law, less), torch.where(left == 0, 1.0, left)
+        good = asked & (u[:, n] * mass * q_drafted[:, n] < p_drafted[:, n] - taken * q_drafted[:, n])
+        accepted, token = accepted | good, torch.where(good, drafted[:, n], token)
+        more = taken + mass
+        left = _residual(p, q, more).sum(-1)
+        # Only rounding leaves nothing: exactly, a rejection then has probability zero. The law takes its place.
+        more, left = torch.where(left == 0, 0.0, more), torch.where(left == 0, 1.0, left)
         rejected = asked & ~good
-        rest, mass = torch.where(rejected[:, None], less, rest), torch.where(rejected, left, mass)
-        accepted, token = accepted | good, torch.where(good, x, token)
+        taken, mass = torch.where(rejected, more, taken), torch.where(rejected, left, mass)
     return Walk(
         walk.candidates & ((drafted == token[:, None]) | ~accepted[:, None]),
         accepted,
         walk.length + accepted,
-        torch.where(walk.going[:, None], rest, walk.rest),
+        torch.where(walk.going[:, None], _residual(p, q, taken), walk.rest),
     )
+
+
+def _residual(p: Tensor, q: Tensor, taken: Tensor) -> Tensor:
+    """What is left of p after ``taken`` [B] times q. [B, V]"""
+    return (p - taken[:, None] * q).clamp_min(0)
 
 
 def arrive(walk: Walk, bonus: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,14 +104,20 @@ def _normalised(probs: Tensor) -> Tensor:
 
 
 def propose(law: Law) -> Callable[..., tuple[Tensor, Tensor]]:
-    """From the draft's rows [R, V]: a token of every row [R], and the log-probabilities it was drawn from [R, V]."""
-    greedy = law.kind == "greedy"
+    """From the draft's rows [R, V]: a token of every row [R], and the log-probabilities it was drawn from [R, V].
+
+    Greedy acceptance asks for no law of the draft's: [R, 0].
+    """
 
     def propose_token(rows: Tensor, settings: Settings, u: Tensor) -> tuple[Tensor, Tensor]:
         log_q = law.log_probs(rows, {name: value[:, None] for name, value in settings.items()})
-        return draw(log_q, u, greedy), log_q
+        return draw(log_q, u, False), log_q
 
-    return propose_token
+    def propose_likeliest(rows: Tensor, settings: Settings, u: Tensor) -> tuple[Tensor, Tensor]:
+        scores = law.staged(rows, {name: value[:, None] for name, value in settings.items()})
+        return scores.argmax(-1), scores[:, :0]
+
+    return propose_likeliest if law.kind == "greedy" else propose_token
 
 
 def draft(forward: Forward, law: Law) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -125,15 +139,16 @@ def accept_drafted(law: Law) -> Callable[..., Walk]:
     def accept_position(
         walk: Walk,
         rows: Tensor,
-        log_q: Tensor,  # [B, N, V]
+        log_q: Tensor,  # [B, N, V], the draft's at this position
         drafted: Tensor,  # [B, N]
         settings: Settings,  # [B] each
         u: Tensor,  # [B, N]
     ) -> Walk:
-        # All candidates share the accepted tokens, and with them the target's law.
-        own = rows[torch.arange(len(rows), device=rows.device), walk.chain, walk.length]  # [B, V]
+        # All candidates share the accepted tokens, and with them both laws; those of the first one are read.
+        requests, chain = torch.arange(len(rows), device=rows.device), walk.chain
+        own = rows[requests, chain, walk.length]  # [B, V]
         log_p = law.log_probs(own, {name: value[:, None] for name, value in settings.items()})
-        return accept(walk, log_p.exp(), log_q.exp(), drafted, u)
+        return accept(walk, log_p.exp(), log_q[requests, chain].exp(), drafted, u)
 
     return accept_position
 

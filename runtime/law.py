@@ -37,14 +37,19 @@ class Law:
 
     def log_probs(self, rows: Tensor, settings: Mapping[str, Tensor]) -> Tensor:
         """Normalised log-probabilities [R, V] of rows [R, V], float32 at least; settings are [R, 1]."""
-        rows = self.scores(rows)
         if self.kind == "probs":
+            rows = self.scores(rows)
             return rows.log() - rows.sum(-1, keepdim=True).log()
+        return torch.log_softmax(self.staged(rows, settings), -1)
+
+    def staged(self, rows: Tensor, settings: Mapping[str, Tensor]) -> Tensor:
+        """Scores of which the law is the softmax, or of which the largest is taken. As of ``log_probs``."""
+        rows = self.scores(rows)
         if self.temperature != 1.0:
             rows = rows / self.temperature
         for stage in self.stages:
             rows = stage(rows, settings)
-        return torch.log_softmax(rows, -1)
+        return rows
 
     def at_try(self, settings: Mapping[str, Tensor], tries: Tensor) -> Mapping[str, Tensor]:
         """Settings [R] for a cycle that is drawn for the ``tries``-th time [R]: the same each time."""

@@ -31,6 +31,8 @@ class IncrementalGraphs(Protocol):
     def sites(self) -> Sequence[Any]: ...
     @property
     def table_axes(self) -> Sequence[tuple[int, ...]]: ...
+    @property
+    def vocab_size(self) -> int: ...
 
 
 class RuntimeModel(Protocol):
@@ -42,6 +44,14 @@ class RuntimeModel(Protocol):
 
     def begin(self, request: Request, n_particles: int, capacity: int) -> tuple[Tensor, Any, State]:
         """Prefill the prompts: rows [B, V], the shared context, and the state of B*N rows."""
+        ...
+
+    def state_bytes(self, positions: int) -> int:
+        """Of the state of one row that holds so many positions; no more than it will be."""
+        ...
+
+    def logit_bytes(self) -> int:
+        """Of the logits at one position, which are read in float32 at least; 0 where their number is not known."""
         ...
 
     def copy_rows(self, state: State, dead: Tensor, source: Tensor, used: int) -> None:
@@ -79,6 +89,12 @@ class CachedModel:
         prompts, tables, weights = context
         prompts = [mark_dynamic(p[requests], 2) for p in prompts]
         return (prompts, tables, weights), [mark_dynamic(s[rows], 2) for s in state]
+
+    def state_bytes(self, positions: int) -> int:
+        return positions * sum(site.bytes_per_token for site in self._graphs.sites)
+
+    def logit_bytes(self) -> int:
+        return self._graphs.vocab_size * 4
 
     def has_tables(self, length: int) -> bool:
         """Whether the model's position tables reach ``length``: a table of learned positions ends somewhere."""
@@ -139,6 +155,7 @@ class StatefulModel:
         self.model = model
         self._spec: Any = None
         self._ragged = False
+        self._row_bytes: int | None = None
         self.whole = getattr(model, "traceable", True)  # False: its step stays in Python (see smc_compile.own_cache)
         self.score = self._body(all_positions=True)
         self.advance = self._body(all_positions=False)
@@ -159,6 +176,15 @@ class StatefulModel:
         logits, state = self.model.step(ids, torch.zeros((), dtype=torch.int64, device=ids.device), state)
         leaves, self._spec = pytree.tree_flatten(state)
         return [logits[:, -1], *leaves]
+
+    def state_bytes(self, positions: int) -> int:
+        if self._row_bytes is None:  # of a state before its first token, which may grow
+            leaves = pytree.tree_leaves(self.model.initial_state(1))
+            self._row_bytes = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
+        return self._row_bytes
+
+    def logit_bytes(self) -> int:
+        return int(getattr(self.model, "vocab_size", 0)) * 4
 
     def copy_rows(self, state: State, dead: Tensor, source: Tensor, used: int) -> None:
         for leaf in state:

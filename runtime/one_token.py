@@ -9,6 +9,7 @@ from smc_compile.result import Generation, Stats
 from .clock import Clock
 from .compiled import Region, mark_dynamic
 from .law import Law
+from .memory import require_memory
 from .models import RuntimeModel
 from .population import Population
 from .regions import choose, draw, is_end, run_model, step
@@ -46,6 +47,7 @@ class AutoregressiveSession:
         self._rules.begin(request)
         n = int(request.new_tokens.max())
         capacity = max(n, 2)
+        require_memory(request, 1, capacity, 1, self._target)
         rows, context, state = self._target.begin(request, 1, capacity)
         clock.prefilled()
         log_p = first_law(rows, request, self._law, self._rules)

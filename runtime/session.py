@@ -14,6 +14,7 @@ from smc_compile.result import Generation, Stats
 from .clock import Clock
 from .compiled import Region, mark_dynamic
 from .law import Law, Mixture
+from .memory import require_memory
 from .models import RuntimeModel
 from .population import Population
 from .regions import Judged, State, choose, draw, is_end, judge, run_model, score, step, weigh
@@ -81,6 +82,7 @@ class SMCSession:
         stats = Stats("smc", int(request.new_tokens.max()), rules=self._rules.told())
         cycles = math.ceil((stats.new_tokens - 1) / (self._k + 1))
         capacity = max(cycles * (self._k + 1) + 1, 2)
+        require_memory(request, self._n, capacity, self._k + 1, self._target, self._draft)
         rows, context, target = self._target.begin(request, self._n, capacity)
         draft_rows, draft_context, draft = self._draft.begin(request, self._n, capacity)
         clock.prefilled()

@@ -14,6 +14,7 @@ from .acceptance import Verdict, accept_drafted, conclude, draft, propose, set_o
 from .clock import Clock
 from .compiled import Region
 from .law import Law
+from .memory import require_memory
 from .models import CachedModel
 from .population import Population
 from .regions import Ends, draw, is_end, run_model
@@ -133,6 +134,7 @@ class SpeculativeSession:
         self._rules.begin(request)
         n = int(request.new_tokens.max())
         size = capacity(n, self._k + 1)
+        require_memory(request, self._n, size, self._k + 1, self._target, self._draft)
         rows, context, target = self._target.begin(request, self._n, size)
         _, draft_context, draft_state = self._draft.begin(request, self._n, size)
         clock.prefilled()

@@ -66,7 +66,7 @@ class Program:
 
     @property
     def method(self) -> str:
-        return method_for(self.target.law, self.options)
+        return method_for(self.target, self.options)
 
     @property
     def rows(self) -> int:
@@ -146,7 +146,7 @@ def build_program(
         OptionError: when the method needs a draft and there is none.
         InputError: when draft and target do not fit each other.
     """
-    method = method_for(target.law, options)
+    method = method_for(target, options)
     if method == "autoregressive":
         return Program(target, None, options, **rules)
     if options.draft is None:
@@ -164,9 +164,17 @@ def build_program(
     return Program(target, draft, options, analysis_seconds=time.perf_counter() - start, **rules)
 
 
-def method_for(law: Law | Mixture, options: Options) -> str:
-    """What runs: particles have nothing to do in a greedy loop."""
-    return "autoregressive" if options.method == "smc" and law.kind == "greedy" else options.method
+def method_for(target: Model, options: Options) -> str:
+    """What runs. Particles have nothing to do in a greedy loop: a draft speeds it up by exact speculation."""
+    if options.method != "smc" or target.law.kind != "greedy":
+        return options.method
+    return "speculative" if options.draft is not None and not with_states(target, options) else "autoregressive"
+
+
+def with_states(target: Model, options: Options) -> list[str]:
+    """Which of target and draft carry a state of their own: rejected tokens cannot be taken out of it."""
+    found = [] if isinstance(target.runtime, CachedModel) else ["target"]
+    return [*found, "draft"] if is_stateful(options.draft) else found
 
 
 def refuse_states(target: Model, draft: Model) -> None:

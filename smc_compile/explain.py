@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from smc_compile.compile import Model, Program, position_limit
+from smc_compile.compile import Model, Program, position_limit, with_states
 from smc_compile.decode import CompiledLoop
 from smc_compile.decode import decode as compile_loop
 from smc_compile.errors import OptionError, SMCError
@@ -137,11 +137,18 @@ def _sections(
 
 def method_note(program: Program, result: Generation) -> str:
     """What one would ask next about the method."""
+    greedy = program.target.law.kind == "greedy"
     if program.method == "speculative":
-        return f" (exact; {result.stats.accepted:.2f} of {program.options.lookahead} drafted tokens accepted a cycle)"
-    if program.target.law.kind == "greedy":
-        return ' (greedy loops run as the exact cached one-token loop; method="speculative" uses the draft)'
-    return ""
+        accepted = f"{result.stats.accepted:.2f} of {program.options.lookahead} drafted tokens accepted a cycle"
+        return f" (exact{', the greedy text' if greedy else ''}; {accepted})"
+    if not greedy or program.options.method == "autoregressive":
+        return ""
+    if program.options.draft is None:
+        return " (the cached one-token loop; a greedy loop with a draft runs as exact speculation)"
+    states = " and ".join(with_states(program.target, program.options))
+    return (
+        f" (the cached one-token loop without the draft: a state of its own, here of {states}, cannot be rolled back)"
+    )
 
 
 def _model(model: Model, batch: int, n: int, length: int) -> list[str]:

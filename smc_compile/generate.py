@@ -70,12 +70,12 @@ def generate(
 
     Args:
         model: the target, ``ids [B, S] -> logits [B, S, V]``, or one that follows the step protocol.
-        draft: the draft, of the same kind; not needed for ``method="autoregressive"``.
+        draft: the draft, of the same kind; not needed for ``method="autoregressive"`` or temperature 0.
         input_ids: prompts [B, P] int64, padding in front of the shorter ones.
         max_new_tokens: the most new tokens of each request.
         attention_mask: [B, P], 0 at the padding.
-        temperature: divides the target's logits, each; 0 for all takes the most likely token (exact one-token loop,
-            or with ``method="speculative"`` the same tokens with the draft's help).
+        temperature: divides the target's logits, each; 0 for all takes the most likely token (by exact speculation with
+            a draft, by the one-token loop without).
         top_k, top_p, min_p: truncate the target's law in this order, each; 0, 1 and 0 change nothing.
         eos_token_id: tokens that end a sequence: an int, a list for all, or a list of lists, one a request.
         pad_token_id: what follows an end, each; by default the (first) token of ``eos_token_id``.

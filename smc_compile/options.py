@@ -27,7 +27,7 @@ class Options:
         ess_threshold: resample when the effective sample size falls below this share of N (0 never, 1 nearly always).
         resampling_method: "systematic", "stratified", "multinomial" or "residual".
         method: "smc"; "autoregressive" for the exact cached one-token loop; "speculative" for exact rejection
-            sampling, which speeds greedy loops up too.
+            sampling. Greedy loops under "smc" run as "speculative" with a draft, else as "autoregressive".
         draft_temperature: divides the draft's logits; None takes the temperature found in the loop.
         eos_token_id: a sequence ends after this token; later tokens repeat it. None: no end of sequence.
         seed: 64-bit seed; request b of a batch uses seed + b. None draws one from torch's generator at each call.

@@ -93,8 +93,8 @@ def generate(
     """Decode with SMC, or exactly (``method``); pass it as ``custom_generate`` to a transformers model's ``generate``.
 
     Args:
-        draft_model: the draft; with ``do_sample=False`` none is needed (the exact one-token loop runs), unless
-            ``method="speculative"`` asks for its help.
+        draft_model: the draft; with ``do_sample=False`` none is needed (the exact one-token loop runs), and one that
+            is given speeds the same text up.
         n_particles, ..., compiler: see ``smc_compile.Options``; ``draft_model`` is its ``draft``.
         token_streamer, stream, max_lag: see ``smc_compile.generate``; the library does not hand ``streamer`` on.
         return_particles: return the whole weighted population, as ``return_dict_in_generate`` does.

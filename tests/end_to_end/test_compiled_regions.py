@@ -33,8 +33,9 @@ def pair() -> tuple[nn.Module, nn.Module]:
 def run(pair) -> Run:
     """Generations of the one pair, each program compiled at its first use."""
 
-    def call(compiler: str, ids: Tensor = PROMPTS, n: int = 12, seed: int = 3) -> Generation:
-        return generate(*pair, ids, max_new_tokens=n, seed=seed, compiler=compiler, n_particles=4, lookahead=2)
+    def call(compiler: str, ids: Tensor = PROMPTS, n: Any = 12, seed: int = 3, **options: Any) -> Generation:
+        given = {"max_new_tokens": n, "seed": seed, "compiler": compiler, "n_particles": 4, "lookahead": 2}
+        return generate(*pair, ids, **given, **options)
 
     return call
 
@@ -59,6 +60,18 @@ def assert_same(a: Generation, b: Generation) -> None:
         torch.testing.assert_close(getattr(a, name), getattr(b, name), atol=1e-5, rtol=0)
 
 
+VARIATIONS = {
+    "seed": {"seed": 4},
+    "prompt": {"ids": PROMPTS.flip(0)},
+    "longer prompt": {"ids": PROMPTS.repeat(1, 3)},
+    "shorter prompt": {"ids": PROMPTS[:, :2]},
+    "longer answer": {"n": 31},
+    "shorter answer": {"n": 5},
+    "no cycle": {"n": 1},
+    "both": {"ids": PROMPTS.repeat(1, 2), "n": 20, "seed": 9},
+}
+
+
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_compiled_equals_plain(run, compiler):
     result = run(compiler)
@@ -70,21 +83,32 @@ def test_compiled_equals_plain(run, compiler):
 def test_nothing_is_compiled_again(run, compiler):
     run(compiler)
     before = compilations()
-    variations = {
-        "seed": {"seed": 4},
-        "prompt": {"ids": PROMPTS.flip(0)},
-        "longer prompt": {"ids": PROMPTS.repeat(1, 3)},
-        "shorter prompt": {"ids": PROMPTS[:, :2]},
-        "longer answer": {"n": 31},
-        "shorter answer": {"n": 5},
-        "no cycle": {"n": 1},
-        "both": {"ids": PROMPTS.repeat(1, 2), "n": 20, "seed": 9},
-    }
-    for name, variation in variations.items():
+    for name, variation in VARIATIONS.items():
         result = run(compiler, **variation)
         assert compilations() == before, name
         assert result.stats.compile_seconds == 0, name
         assert_same(result, plain(run, **variation))
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "speculative": {"method": "speculative"},
+    "greedy with a draft": {"temperature": 0.0},
+    "one token": {"method": "autoregressive"},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_is_compiled_again_by_the_other_methods(run, method):
+    """Two requests and one, before what varies; a batch of two then shrinks to one when its first has finished."""
+    first = run("eager", **METHODS[method])
+    run("eager", PROMPTS[:1], **METHODS[method])
+    assert first.stats.method == ("autoregressive" if method == "one token" else "speculative")
+    before = compilations()
+    for name, variation in {**VARIATIONS, "requests that finish apart": {"n": [3, 20]}}.items():
+        result = run("eager", **variation, **METHODS[method])
+        assert compilations() == before, name
+        assert result.stats.compile_seconds == 0, name
+        assert_same(result, plain(run, **variation, **METHODS[method]))
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])

@@ -71,11 +71,19 @@ def test_the_end_of_learned_positions_is_told(learned, told_as):
     assert f"positions: {told_as}" in told.sections["target"]
 
 
-def test_a_greedy_loop_says_that_it_needs_no_draft():
+def test_a_greedy_loop_says_what_its_draft_does():
     told = explain(greedy, MODEL, IDS, 5, **OPTIONS)
     assert told.sections["sampler"] == ["argmax (greedy): argmax, temperature 1"]
-    assert told.sections["method"][0].startswith("autoregressive (greedy loops")
+    assert told.sections["method"][0].startswith("speculative (exact, the greedy text; ")
+    assert told.sections["draft"]
+
+
+def test_a_greedy_loop_says_that_it_needs_no_draft():
+    told = explain(greedy, MODEL, IDS, 5, **{**OPTIONS, "draft": None})
+    assert told.sections["method"][0].startswith("autoregressive (the cached one-token loop; ")
     assert told.sections["draft"] == []
+    told = explain(greedy, MODEL, IDS, 5, **{**OPTIONS, "method": "autoregressive"})
+    assert told.sections["method"] == ["autoregressive"]
 
 
 def test_what_decode_has_compiled_can_be_explained():

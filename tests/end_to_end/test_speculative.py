@@ -160,9 +160,10 @@ def greedy_loop(model, ids: Tensor, n: int) -> Tensor:
     return ids
 
 
-def test_a_greedy_loop_uses_the_draft_when_asked():
+@pytest.mark.parametrize("method", ["smc", "speculative"])
+def test_a_greedy_loop_uses_its_draft(method):
     target, draft = pair_of("llama", 0.1)
-    options = {**OPTIONS, "draft": draft}
+    options = {**OPTIONS, "draft": draft, "method": method}
     compiled = smc_compile.decode(greedy_loop, **options)
     expected = greedy_loop(target, PROMPTS, 9)
     assert torch.equal(compiled(target, PROMPTS, 9), expected)
@@ -171,9 +172,30 @@ def test_a_greedy_loop_uses_the_draft_when_asked():
     backend = torch.compile(lambda ids: greedy_loop(target, ids, 9), backend="smc", options=options)
     assert torch.equal(backend(PROMPTS), expected)
     told = smc_compile.explain(greedy_loop, target, PROMPTS, 9, **options)
-    assert told.sections["method"][0].startswith("speculative (exact; ")
-    told = smc_compile.explain(greedy_loop, target, PROMPTS, 9, **{**options, "method": "smc"})
-    assert 'method="speculative"' in told.sections["method"][0]
+    assert told.sections["method"][0].startswith("speculative (exact, the greedy text; ")
+    assert torch.equal(run((target, draft), n=9, method=method, temperature=0).sequences, expected)
+
+
+@interpreted
+def test_a_greedy_request_takes_its_draft_along_where_both_can_be_rolled_back():
+    model, states = TinyTransformerLM(VOCAB), GRUStep(VOCAB)
+    ids, options = PROMPT[None], {"method": "smc", "temperature": 0}
+    for pair, method, why in [
+        ((model, perturbed(model)), "speculative", "exact, the greedy text"),
+        ((model, None), "autoregressive", "a greedy loop with a draft runs as exact speculation"),
+        ((model, states), "autoregressive", "here of draft, cannot be rolled back"),
+        ((states, model), "autoregressive", "here of target, cannot be rolled back"),
+        ((states, states), "autoregressive", "here of target and draft, cannot be rolled back"),
+    ]:
+        loop = run((pair[0], None), ids, 9, **{**options, "method": "autoregressive"})
+        g = run(pair, ids, 9, **options)
+        assert torch.equal(g.sequences, loop.sequences)
+        assert (g.stats.method, g.particles.shape[1]) == (method, 1)
+        told = smc_compile.explain(generate, *pair, ids, max_new_tokens=9, **{**OPTIONS, **options})
+        assert told.sections["method"][0].startswith(f"{method} (")
+        assert why in told.sections["method"][0]
+    with pytest.raises(OptionError, match='"speculative" cannot use this draft'):
+        run((model, states), ids, 9, **{**options, "method": "speculative"})
 
 
 # ---- the other ways in -----------------------------------------------------------------------------------------------

@@ -186,6 +186,20 @@ def test_greedy_tokens_are_those_of_the_library(family: str) -> None:
     assert torch.equal(mine.sequences, theirs)
 
 
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("family", ["llama", "gemma2", "bloom"])
+def test_so_are_greedy_tokens_with_a_draft(family: str) -> None:
+    """Blocks of drafted tokens behind padded prompts. The model drafts for itself, so both are traced at once."""
+    model, ids = build(family, dtype=torch.float32), tokens(2, 5)
+    given = {"attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]), "max_new_tokens": 12}
+    options = {"temperature": 0, "lookahead": 3, "validate": False, "compiler": "eager"}
+    mine = smc_compile.generate(model, model, ids, **given, **options)
+    assert mine.stats.method == "speculative"
+    assert mine.stats.cycles < 11
+    theirs = model.generate(ids, do_sample=False, eos_token_id=None, pad_token_id=0, **given)
+    assert torch.equal(mine.sequences, theirs)
+
+
 def test_target_and_draft_may_be_of_different_families() -> None:
     target, draft = (build(name, dtype=torch.float32, num_hidden_layers=1) for name in ("llama", "gpt2"))
     answer = smc_compile.generate(

@@ -39,7 +39,7 @@ def one_position(p: Tensor, q: Tensor, drafted: Tensor, u: Tensor) -> Walk:
     """M equal requests with ``drafted`` [M, N] at one position."""
     m, n = drafted.shape
     walk = set_out(m, n, len(p), p.device)
-    return accept(walk, p.expand(m, -1), q.expand(m, n, -1), drafted, u)
+    return accept(walk, p.expand(m, -1), q.expand(m, -1), drafted, u)
 
 
 @pytest.mark.parametrize("chains", [1, 2, 3])
@@ -98,7 +98,7 @@ def walked(p: Tensor, q: Tensor, drafted: Tensor, u: Tensor) -> Walk:
     walk = set_out(len(p), p.shape[1], p.shape[-1], p.device)
     rows = torch.arange(len(p))
     for k in range(drafted.shape[2]):
-        walk = accept(walk, p[rows, walk.chain, walk.length], q[:, :, k], drafted[:, :, k], u[:, :, k])
+        walk = accept(walk, p[rows, walk.chain, walk.length], q[rows, walk.chain, k], drafted[:, :, k], u[:, :, k])
     return walk
 
 

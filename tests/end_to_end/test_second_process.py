@@ -1,0 +1,52 @@
+"""A second process finds every region in Inductor's cache: keys depend on what is compiled, not on who compiles it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+# Repeated layers, so that a layer is compiled apart; products by our own kernel, and a threshold by the other one.
+# Unoptimised code and no vectors: what is looked at is whether C++ is built, not how fast it runs.
+PROGRAM = """
+import json
+import torch
+from torch._dynamo.utils import counters
+from torch._inductor import config
+
+config.aot_inductor.debug_compile = True
+config.cpp.simdlen = 1
+from models import CACHEABLE
+from smc_compile import generate
+from smc_compile.passes import few_rows
+
+few_rows.SMALLEST[torch.float32] = 1
+model = CACHEABLE["llama"](vocab=17, layers=6)
+ids = torch.arange(12).view(4, 3)
+options = {"method": "autoregressive", "seed": 0, "temperature": 0.7, "top_k": 5, "validate": False}
+found = generate(model, None, ids, max_new_tokens=4, **options)
+caches = {k: v for k, v in counters["inductor"].items() if k.startswith("fxgraph_cache_")}
+ours = {k: counters["smc_compile"][k] for k in ("layers_outlined", "few_row_products")}
+print(json.dumps({"caches": caches, "ours": ours, "tokens": found.sequences.tolist()}))
+"""
+
+
+def run(cache: Path) -> dict:
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_second_process_compiles_nothing(tmp_path):
+    first, second = run(tmp_path), run(tmp_path)
+    graphs = first["caches"].pop("fxgraph_cache_miss")
+    assert graphs == 4, "head, layer and tail of the model, and the choice of the token"
+    assert first["caches"] == {}, "nothing bypasses the cache"
+    assert second["caches"] == {"fxgraph_cache_hit": graphs}
+    assert first["ours"] == second["ours"]
+    assert min(first["ours"].values()) > 0
+    assert first["tokens"] == second["tokens"]
