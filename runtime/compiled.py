@@ -64,7 +64,7 @@ def compile_function(function: Callable[..., Any], name: str, compiler: str, who
     meets the limit of recompilations. Dynamo's guards cost as much as a small layer: they are checked once a run for
     tensors of equal shapes, after which the code that they admitted is called directly.
     """
-    compiled: dict[tuple[int, ...], tuple[Callable[..., Any], Callable[..., Any]]] = {}
+    compiled: dict[tuple[int, ...], tuple[types.FunctionType, Callable[..., Any]]] = {}
     known = threading.local()
 
     def call(*args: Any) -> Any:
