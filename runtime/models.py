@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from smc_compile.errors import InputError
@@ -58,6 +59,10 @@ class RuntimeModel(Protocol):
         """Overwrite rows ``dead`` by rows ``source``, in place; ``used`` positions of a suffix hold anything."""
         ...
 
+    def grow(self, state: State, size: int) -> State:
+        """The same with suffixes of ``size`` slots."""
+        ...
+
     def take(self, context: Any, state: State, requests: Tensor, rows: Tensor) -> tuple[Any, State]:
         """What remains when only these requests and rows go on."""
         ...
@@ -84,6 +89,9 @@ class CachedModel:
         prompts = [mark_dynamic(p.contiguous(), 2) for p in prompts]
         tables = [mark_dynamic(t.contiguous(), *axes) for t, axes in zip(tables, self._graphs.table_axes, strict=True)]
         return rows, (prompts, tables, weights), self._suffixes(prompts, n_particles, capacity)
+
+    def grow(self, state: State, size: int) -> State:
+        return [mark_dynamic(F.pad(suffix, (0, 0, 0, size - suffix.shape[2])), 2) for suffix in state]
 
     def take(self, context: Any, state: State, requests: Tensor, rows: Tensor) -> tuple[Any, State]:
         prompts, tables, weights = context
@@ -189,6 +197,9 @@ class StatefulModel:
     def copy_rows(self, state: State, dead: Tensor, source: Tensor, used: int) -> None:
         for leaf in state:
             leaf[dead] = leaf[source]
+
+    def grow(self, state: State, size: int) -> State:
+        return state
 
     def take(self, context: Any, state: State, requests: Tensor, rows: Tensor) -> tuple[Any, State]:
         return context, [leaf[rows] for leaf in state]

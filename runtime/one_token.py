@@ -14,6 +14,7 @@ from .models import RuntimeModel
 from .population import Population
 from .regions import choose, draw, is_end, run_model, step
 from .request import Request
+from .room import first_size
 from .rules import Rules
 from .run import Run, drive, first_law, not_finite, require_law, ruled, stops
 from .settling import Watcher
@@ -48,7 +49,8 @@ class AutoregressiveSession:
         n = int(request.new_tokens.max())
         capacity = max(n, 2)
         require_memory(request, 1, capacity, 1, self._target)
-        rows, context, state = self._target.begin(request, 1, capacity)
+        size = first_size(capacity, request.ids.shape[1])
+        rows, context, state = self._target.begin(request, 1, size)
         clock.prefilled()
         log_p = first_law(rows, request, self._law, self._rules)
         require_law(log_p, None)
@@ -56,7 +58,7 @@ class AutoregressiveSession:
         p = Population.start(request, 1, capacity, state, [])
         p.tokens[:, 0] = draw(log_p, streams.first()[:, 0], self._law.kind == "greedy")
         p.log_p[:, 0] = log_p.gather(1, p.tokens[:, :1])[:, 0]
-        keys = mark_dynamic(request.key_positions(capacity), 1)
+        keys = mark_dynamic(request.key_positions(size), 1)
         watcher = Watcher(request.watch) if request.watch is not None else None
         run = Run(
             request,
@@ -74,6 +76,7 @@ class AutoregressiveSession:
         return run
 
     def _token(self, run: Run) -> None:
+        run.reserve(run.p.made, (self._target,))
         p, last = run.p, run.p.made - 1
         tokens, u = p.tokens[:, last:].narrow(1, 0, 1).clone(), run.streams.token(p.made)
         ended, places = p.ended | p.stopped, run.places(last, 1)

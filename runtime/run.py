@@ -20,6 +20,7 @@ from .models import RuntimeModel
 from .population import Outcome, Population, assemble, outcome
 from .regions import Ends, Places, Settings
 from .request import Request, Rows, Stop
+from .room import next_size
 from .rules import Rules
 from .settling import Watcher
 from .streams import Streams
@@ -66,6 +67,18 @@ class Run:
         """``count`` slots from ``first``."""
         slots = torch.arange(first, first + count, device=self.keys.device)
         return Places(self.request.positions(slots), slots, self.keys)
+
+    def reserve(self, slots: int, models: Sequence[RuntimeModel]) -> None:
+        """Let the suffixes of these models grow until they have ``slots`` slots."""
+        prompt = self.request.ids.shape[1]
+        size = self.keys.shape[1] - prompt
+        if slots <= size:
+            return
+        begin_run()
+        size = next_size(size, slots, self.p.tokens.shape[1], prompt)
+        self.keys = mark_dynamic(self.request.key_positions(size), 1)
+        for name, model in zip(("target", "draft"), models, strict=False):
+            setattr(self.p, name, model.grow(getattr(self.p, name), size))
 
     def release(self, finished: Tensor, models: Sequence[RuntimeModel], sizes: set[int]) -> None:
         """Give the answers of requests that have finished, and let their rows go, so that the others do not carry them.

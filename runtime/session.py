@@ -20,6 +20,7 @@ from .population import Population
 from .regions import Judged, State, choose, draw, is_end, judge, run_model, score, step, weigh
 from .request import Request
 from .resampling import keep_survivors
+from .room import first_size
 from .rules import Rules
 from .run import Run, drive, first_law, not_finite, require_law, ruled, stops
 from .settling import Watcher, settle_old
@@ -74,6 +75,7 @@ class SMCSession:
         return drive(self._begin(request), models, self._sizes, self._next_cycle, self._result)
 
     def _next_cycle(self, run: Run) -> None:
+        run.reserve(run.p.made + self._k, (self._target, self._draft))
         self._cycle(run, len(run.p.ess))
 
     def _begin(self, request: Request) -> Run:
@@ -83,8 +85,9 @@ class SMCSession:
         cycles = math.ceil((stats.new_tokens - 1) / (self._k + 1))
         capacity = max(cycles * (self._k + 1) + 1, 2)
         require_memory(request, self._n, capacity, self._k + 1, self._target, self._draft)
-        rows, context, target = self._target.begin(request, self._n, capacity)
-        draft_rows, draft_context, draft = self._draft.begin(request, self._n, capacity)
+        size = first_size(capacity, request.ids.shape[1])
+        rows, context, target = self._target.begin(request, self._n, size)
+        draft_rows, draft_context, draft = self._draft.begin(request, self._n, size)
         clock.prefilled()
         log_p = first_law(rows, request, self._law, self._rules)
         require_law(log_p, None)
@@ -96,7 +99,7 @@ class SMCSession:
         first = draw(log_p[:, None].expand(-1, self._n, -1), streams.first(), False)
         p.tokens[:, 0] = first.flatten()
         p.log_p[:, 0] = log_p.gather(1, first).flatten()
-        keys = mark_dynamic(request.key_positions(capacity), 1)
+        keys = mark_dynamic(request.key_positions(size), 1)
         watcher = Watcher(request.watch) if request.watch is not None else None
         run = Run(request, request, p, streams, [context, draft_context], keys, clock, stats, [], watcher)
         p.stopped = stops(run, run.nothing, 1)[:, 0]

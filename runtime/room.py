@@ -1,0 +1,23 @@
+"""How many slots the suffixes have: attention reads all that are allocated, so they grow with the text.
+
+A text of n tokens then reads at most half as much again as it holds, and one that ends early never pays for its cap.
+"""
+
+from __future__ import annotations
+
+FIRST = 128  # slots to begin with: below that a cycle does not feel them
+
+
+def first_size(capacity: int, prompt: int) -> int:
+    """Slots to begin with, of at most ``capacity``."""
+    return _apart(min(FIRST, capacity), capacity, prompt)
+
+
+def next_size(size: int, needed: int, capacity: int, prompt: int) -> int:
+    """Slots when ``size`` of them do not hold ``needed``."""
+    return _apart(min(max(needed, size + size // 2), capacity), capacity, prompt)
+
+
+def _apart(size: int, capacity: int, prompt: int) -> int:
+    """Sizes that are equal when a region is compiled count as one symbol, and would compile again when they differ."""
+    return size + 1 if size == prompt and size < capacity else size

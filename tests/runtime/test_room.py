@@ -1,0 +1,54 @@
+"""Suffixes grow with the text: what is drawn does not depend on it, nothing compiles again, and no slot is missing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import TinyTransformerLM, perturbed
+
+from smc_compile import generate
+from smc_compile.runtime import room
+from smc_compile.runtime.room import first_size, next_size
+
+IDS = torch.tensor([[1, 0, 2, 3]])
+
+
+@pytest.mark.parametrize("capacity", [2, 127, 128, 129, 1000])
+@pytest.mark.parametrize("prompt", [1, 127, 128, 192])
+def test_sizes_grow_up_to_the_capacity_and_hold_what_is_needed(capacity, prompt):
+    size = first_size(capacity, prompt)
+    assert 0 < size <= capacity
+    for needed in range(1, capacity + 1):
+        if needed > size:
+            grown = next_size(size, needed, capacity, prompt)
+            assert max(needed, size + 1) <= grown <= capacity
+            assert grown <= max(size + size // 2, needed) + 1
+            size = grown
+    assert size <= capacity
+
+
+def test_a_size_is_not_that_of_the_prompt_unless_nothing_else_is_left():
+    assert first_size(1000, room.FIRST) == room.FIRST + 1
+    assert first_size(room.FIRST, room.FIRST) == room.FIRST
+    assert next_size(128, 129, 1000, 192) == 193
+
+
+@pytest.mark.parametrize("method", ["smc", "autoregressive"])
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+def test_growing_changes_nothing_and_compiles_nothing(method, compiler, monkeypatch):
+    target = TinyTransformerLM(5, max_positions=64).double().eval()
+    draft = perturbed(target, 0.5)
+    options = {
+        "max_new_tokens": 40,
+        "n_particles": 3,
+        "lookahead": 3,
+        "seed": 4,
+        "method": method,
+        "compiler": compiler,
+    }
+    whole = generate(target, draft, IDS, **options)
+    monkeypatch.setattr(room, "FIRST", 5)  # grows six times
+    small = generate(target, draft, IDS, **options)
+    assert torch.equal(small.particles, whole.particles)
+    torch.testing.assert_close(small.log_weights, whole.log_weights)
+    assert small.stats.compile_seconds == 0
