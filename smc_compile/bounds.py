@@ -48,13 +48,15 @@ class Costs:
 def measure_ceilings(dtype: torch.dtype, device: torch.device) -> Ceilings:
     """The best of several rounds. A narrow type that the device multiplies more slowly than float32 can be widened."""
     product = min(product_seconds(kind, device) for kind in {dtype, torch.float32})
-    return Ceilings(READ / reading_seconds(device), 2 * ROWS * SIDE * SIDE / product)
+    height, side = PRODUCT[device.type]
+    return Ceilings(READ[device.type] / reading_seconds(device), 2 * height * side * side / product)
 
 
 def reading_seconds(device: torch.device) -> float:
-    """For READ bytes, by the fastest of what reads everything once: a sum, and products of a row and of a few rows."""
-    values = torch.ones(READ // (4 * SIDE), SIDE, device=device)
-    row, rows = torch.ones(1, SIDE, device=device), torch.ones(2, SIDE, device=device)
+    """By the fastest of what reads everything once: a sum, and products of a row and of two."""
+    side = PRODUCT[device.type][1]
+    values = torch.ones(READ[device.type] // (4 * side), side, device=device)
+    row, rows = torch.ones(1, side, device=device), torch.ones(2, side, device=device)
     ways = (values.sum, lambda: nn.functional.linear(row, values), lambda: linear(rows, values))
     return min(best_seconds(way, device) for way in ways)
 
