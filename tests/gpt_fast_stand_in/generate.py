@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch._inductor.config
 from model import Transformer
 from tokenizer import get_tokenizer
 from torch import Tensor
+from torch._inductor import config
 
-torch._inductor.config.coordinate_descent_tuning = True
+config.coordinate_descent_tuning = True
 ASKED = [get_tokenizer]
 
 

@@ -55,7 +55,8 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(a.intermediate_size, a.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        gate = F.silu(self.w1(x))
+        return self.w2(gate * self.w3(x))
 
 
 class Layer(nn.Module):
