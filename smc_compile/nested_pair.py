@@ -3,10 +3,11 @@
 Random weights give laws that know nothing of each other, while speculative decoding is as fast as its draft is right.
 Here the target's residual stream is [the draft's coordinates x | others y]:
 
-- in its first layers some heads and hidden units act on x as the draft's do, with zeros elsewhere; the rest read
-  everything and write to y; later layers write to y only. So x stays what it is in the draft;
+- in its first layers some heads and hidden units act on x as the draft's do, with zeros elsewhere; the rest write to y;
+  later layers write to y only. So x stays what it is in the draft. Only the head reads y: nothing else would keep it
+  from growing, layer after layer;
 - y is kept EPSILON times as large as x, so that the root mean square over all D coordinates is that over the draft's d
-  times sqrt(d/D), which the weights of the norms make good (and divide y by EPSILON);
+  times sqrt(d/D), which the weights of the norms make good;
 - the tied head adds the two parts: target logits = draft logits + s * noise, and s is found by bisection so that the
   mean of sum_x min(p(x), q(x)), the share of drafted tokens that exact rejection accepts (Leviathan et al., 2023), is
   as asked.
@@ -165,7 +166,7 @@ def init_target(target: Llama, draft: Llama, generator: torch.Generator) -> None
         for parameter in block.parameters():
             fill_by_width(parameter, generator)
         for norm in (block.attention_norm, block.mlp_norm):
-            norm.weight[:d], norm.weight[d:] = ratio, ratio / EPSILON
+            norm.weight[:d], norm.weight[d:] = ratio, 0.0
         for out in (block.attention.wo.weight, block.w2.weight):
             out[:d], out[d:] = 0.0, EPSILON * out[d:]
         if index < draft.config.n_layers:

@@ -18,6 +18,7 @@ TARGETS = {
     "heads twice as wide": LlamaConfig(500, 128, 3, 4, 2, 160, 128),
     "smaller groups": LlamaConfig(500, 128, 2, 8, 8, 96, 128),
     "larger groups": LlamaConfig(500, 192, 3, 12, 2, 200, 128),
+    "as deep as models are": LlamaConfig(500, 128, 32, 8, 4, 160, 128),
 }
 
 
