@@ -44,6 +44,7 @@ READS = {"embedding", "index", "gather", "index_select", "take_along_dim"}  # so
 WRITES = {"index_copy_", "index_put_", "scatter_", "copy_"}  # the last tensor into some entries of the first
 INLINE = {"cat", "stack", "where", "masked_fill", "_to_copy", "clone", "constant_pad_nd", "flip", "roll", "tril",
           "triu", "repeat", "one_hot", "lift_fresh_copy"}  # fmt: skip  # as element-wise ones
+FILLS = ("new_", "empty", "full", "zeros", "ones")  # how names begin that only take the shape of what they are given
 
 
 @dataclass(frozen=True)
@@ -266,6 +267,8 @@ class _Recorder(TorchDispatchMode):
             self._kernel(name, "other", self._reads(inputs), outputs)
         elif name in READS:
             self._inline(outputs, {**self._reads(inputs[1:]), **self._reads(inputs[:1], _size(outputs[0]))})
+        elif name.startswith(FILLS):
+            self._inline(outputs, {})
         elif not inputs or torch.Tag.pointwise in op.tags or name in INLINE:
             self._inline(outputs, self._reads(inputs))
         elif not all(_storage(t) in held for t in outputs):  # else a view
