@@ -3,9 +3,9 @@
 A graph is run on tensors without data (device "meta") at a few sizes, and every number that its kernels are made of is
 interpolated: they are sums of products of the sizes (``TERMS``), and what is not is refused at sizes held back.
 
-What a compiler fuses is approximated. Element-wise operations and reads by index (embeddings, tables) are computed where
-they are used; a value is written where a product, a reduction or an operation of its own kind makes it or reads it, and
-at the end. A kernel reads each of its operands once. Views cost nothing.
+What a compiler fuses is approximated. Element-wise operations and reads by index (embeddings, tables) are computed
+where they are used; a value is written where a product, a reduction or an operation of its own kind makes it or reads
+it, and at the end. A kernel reads each of its operands once. Views cost nothing.
 """
 
 from __future__ import annotations
@@ -292,9 +292,11 @@ class _Recorder(TorchDispatchMode):
         left, right = inputs[-2:]
         for tensor in inputs:
             self._materialise(tensor)
-        linear = name in ("mm", "addmm") and self._values[_storage(right)].kind == "weights"
-        rows = out.shape[0] if linear else 0
+        held = self._values[_storage(right)]
+        linear = held.kind == "weights"
         operations = 2 * out.numel() * left.shape[-1]
+        # How often each number of the weight is used: a weight may come expanded, or as one for each expert.
+        rows = operations * right.itemsize // (2 * min(_size(right), held.size)) if linear else 0
         self._kernel(name, "linear" if linear else "batched", self._reads(inputs), [out], rows, operations)
 
     # -- kernels -----------------------------------------------------------------------------------------------------
@@ -385,9 +387,7 @@ def interpolate(run: Callable[[Sizes], list[_Record]]) -> Costs:
 
 
 def _kernel(kind: str, numbers: Sequence[Sequence[Any]], count: int, basis: Sequence[sympy.Expr]) -> Kernel:
-    rows, operations, *sizes = (
-        sympy.Add(*(c * term for c, term in zip(row, basis, strict=True))) for row in numbers
-    )
+    rows, operations, *sizes = (sympy.Add(*(c * term for c, term in zip(row, basis, strict=True))) for row in numbers)
     return Kernel(kind, count, rows, operations, dict(zip(KINDS, sizes, strict=True)))
 
 

@@ -167,8 +167,8 @@ def host_seconds(device: torch.device) -> tuple[float, float]:
     ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
 
     def seconds(lookahead: int) -> float:
-        model, law = StatefulModel(Nothing()), Law("logits")
-        session = SMCSession(model, model, law, law, 2, lookahead, 0.5, "systematic", "eager", Rules((), False, "eager"))
+        model, law, rules = StatefulModel(Nothing()), Law("logits"), Rules(compiler="eager")
+        session = SMCSession(model, model, law, law, 2, lookahead, 0.5, "systematic", "eager", rules)
         request = build_request(ids, TOKENS, request_seeds(0, ids))
         with torch.compiler.set_stance("force_eager"):
             runs = [session.run(request).stats for _ in range(3)]
@@ -177,4 +177,3 @@ def host_seconds(device: torch.device) -> tuple[float, float]:
     few, many = seconds(1), seconds(9)
     step = max(0.0, (many - few) / 8)
     return max(0.0, few - step), step
-

@@ -30,7 +30,6 @@ LOOKAHEADS = (1, 2, 3, 4, 6, 8, 10, 12, 16)
 PARTICLES = (2, 4, 8, 16, 32, 64)
 PILOT_PARTICLES, PILOT_LOOKAHEAD = 32, 4
 PILOT_TOKENS = {"smc": 21, "speculative": 61}  # a cycle of SMC has many particles to learn from
-SHOWN = 12  # candidates in a report
 
 
 @dataclass(frozen=True)
@@ -66,13 +65,13 @@ class Choice:
         candidates: all that were compared.
         chosen: one of them.
         reason: in a sentence.
-        pilot: what the pilot run found, or None.
+        pilot: what the pilot run found; empty where none ran.
     """
 
     candidates: tuple[Candidate, ...]
     chosen: Candidate
     reason: str
-    pilot: str | None = None
+    pilot: str = ""
 
     def applied(self, options: Options) -> Options:
         """The options with what was chosen; the floors have done their work."""
@@ -98,10 +97,9 @@ class Choice:
 
 def _row(c: Candidate, is_chosen: bool) -> str:
     ess = "" if c.ess is None else f"{c.ess:8.1f}"
-    return (
-        f"{'>' if is_chosen else ' '} {c.n_particles:3d} {c.lookahead:3d} {1e3 * c.cycle_seconds:9.2f} {c.tokens:13.2f} "
-        f"{1e3 * c.seconds_per_token:9.2f} {1 / c.seconds_per_token:9.1f}{ess}"
-    )
+    shape = f"{'>' if is_chosen else ' '} {c.n_particles:3d} {c.lookahead:3d}"
+    per_token = f"{1e3 * c.seconds_per_token:9.2f} {1 / c.seconds_per_token:9.1f}"
+    return f"{shape} {1e3 * c.cycle_seconds:9.2f} {c.tokens:13.2f} {per_token}{ess}"
 
 
 def choose(program: Program, request: Request) -> Choice:
@@ -117,15 +115,15 @@ def choose(program: Program, request: Request) -> Choice:
         rate = acceptance_rate(_pilot(program, request, program.rows).stats.accepted, PILOT_LOOKAHEAD)
         candidates = [_exact(costs, request, program.rows, k, rate) for k in LOOKAHEADS]
         chosen = fastest(candidates, options)
-        found = f"pilot: a drafted token is accepted with probability {rate:.2f}"
-        return Choice(tuple(candidates), chosen, _reason(options), found)
+        told = f"pilot: a drafted token is accepted with probability {rate:.2f}"
+        return Choice(tuple(candidates), chosen, _reason(options), told)
     spread = weight_variance(_pilot(program, request, PILOT_PARTICLES)) if options.ess_floor is not None else None
     counts = PARTICLES if options.n_particles == AUTO else (int(options.n_particles),)
     lookaheads = LOOKAHEADS if options.lookahead == AUTO else (int(options.lookahead),)
     candidates = [_weighted(costs, request, n, k, spread) for n in counts for k in lookaheads]
     chosen = fastest(candidates, options) if options.time_budget is None else best(candidates, options)
-    found = None if spread is None else f"pilot: the log weight of a particle varies by {spread:.3f} a token"
-    return Choice(tuple(candidates), chosen, _reason(options), found)
+    told = "" if spread is None else f"pilot: the log weight of a particle varies by {spread:.3f} a token"
+    return Choice(tuple(candidates), chosen, _reason(options), told)
 
 
 def fastest(candidates: Sequence[Candidate], options: Options) -> Candidate:
@@ -154,7 +152,8 @@ def _within(candidates: Sequence[Candidate], options: Options) -> list[Candidate
     told = []
     if options.time_budget is not None:
         c = min(candidates, key=lambda c: c.seconds_per_token)
-        told.append(f"the fastest (N={c.n_particles}, K={c.lookahead}) takes {1e3 * c.seconds_per_token:.2f} ms a token")
+        least = 1e3 * c.seconds_per_token
+        told.append(f"the fastest (N={c.n_particles}, K={c.lookahead}) takes {least:.2f} ms a token")
     if options.ess_floor is not None:
         c = max(candidates, key=lambda c: c.ess or 0.0)
         told.append(f"the best (N={c.n_particles}, K={c.lookahead}) leaves {c.ess:.1f} effective particles")
@@ -174,9 +173,7 @@ def _exact(costs: CycleModel, request: Request, n: int, k: int, rate: float) -> 
     return _candidate(costs, request, n, k, expected_tokens(rate, k), None)
 
 
-def _candidate(
-    costs: CycleModel, request: Request, n: int, k: int, tokens: float, ess: float | None
-) -> Candidate:
+def _candidate(costs: CycleModel, request: Request, n: int, k: int, tokens: float, ess: float | None) -> Candidate:
     """Every cycle is paid whole; the first token comes with the prompt."""
     prompt, new = request.ids.shape[1], int(request.new_tokens.max())
     cycles = math.ceil((new - 1) / tokens)
@@ -203,7 +200,7 @@ def acceptance_rate(accepted: float, lookahead: int) -> float:
     return low
 
 
-# ---- the pilot --------------------------------------------------------------------------------------------------------
+# ---- the pilot ------------------------------------------------------------------------------------------------------
 
 
 def weight_variance(pilot: Generation) -> float:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import sympy
 import torch
@@ -25,6 +26,7 @@ from smc_compile.runtime.models import CachedModel
 from smc_compile.runtime.regions import Ends, choose, judge
 
 META = torch.device("meta")
+_passes: WeakKeyDictionary[Any, dict[Law | Mixture, Pass]] = WeakKeyDictionary()
 SMALL_CALLS = 3  # compiled functions of a cycle that are no passes of a model: the weights and what moves particles
 
 
@@ -110,7 +112,7 @@ def cycle_model(target: Any, draft: Any) -> CycleModel:
         if not isinstance(model.runtime, CachedModel):
             raise OptionError(
                 "the cost of a cycle cannot be predicted",
-                f"the {name} carries a state of its own (step protocol), and the compiler does not see what it computes",
+                f"the {name} carries a state of its own (step protocol), and the compiler does not see its work",
                 "give n_particles and lookahead as numbers",
             )
     weight = next(w for w in target.runtime.weights() if w.is_floating_point() and w.dim() > 1)
@@ -123,7 +125,15 @@ def cycle_model(target: Any, draft: Any) -> CycleModel:
 
 
 def _pass(model: Any, every_position: bool) -> Pass:
+    """Counted once for a graph and a law."""
     cached: CachedLM = model.traced.cached
+    known = _passes.setdefault(cached.score if every_position else cached.advance, {})
+    if model.law not in known:
+        known[model.law] = _count(model, cached, every_position)
+    return known[model.law]
+
+
+def _count(model: Any, cached: CachedLM, every_position: bool) -> Pass:
     weights = model.runtime.weights()
     costs = pass_costs(cached, weights, every_position, _judging(model.law) if every_position else _choosing(model.law))
     graph: Any = cached.score if every_position else cached.advance
@@ -132,7 +142,7 @@ def _pass(model: Any, every_position: bool) -> Pass:
     return Pass(costs, 1, len(weights) + 2 * len(cached.sites) + len(cached.table_axes) + 4)
 
 
-# ---- what a region does with a model's rows, on tensors without data --------------------------------------------------
+# ---- what a region does with a model's rows, on tensors without data ------------------------------------------------
 
 
 def _choosing(law: Law | Mixture) -> Any:
@@ -153,9 +163,7 @@ def _judging(law: Law) -> Any:
         drafted = _reals(r, width - 1)
         stops = torch.zeros(r, width, dtype=torch.bool, device=META)
         ended, remaining = _flags(r), _ids(r)
-        return judged(
-            rows, _ids(r, width), drafted, ended, stops, _ends(r), remaining, _settings(law, r), _reals(r)
-        )
+        return judged(rows, _ids(r, width), drafted, ended, stops, _ends(r), remaining, _settings(law, r), _reals(r))
 
     return tail
 

@@ -65,17 +65,17 @@ def test_a_time_budget_buys_particles_in_a_loop_of_ones_own():
 
 
 def test_a_speculative_lookahead_follows_the_acceptance():
-    """A draft that is the target is always accepted: then tokens come for the price of the draft."""
+    """A draft that is the target is always accepted, but for the last cycle of the pilot, which the text cuts."""
+    rates = []
     for draft in (MODEL, DRAFT):
-        generate(
-            MODEL, draft, IDS, max_new_tokens=20, method="speculative", n_particles=1, lookahead="auto", **OPTIONS
-        )
+        generate(MODEL, draft, IDS, max_new_tokens=20, method="speculative", n_particles=1, lookahead="auto", **OPTIONS)
         choice = last_program().choice
         assert choice is not None
-        rate = float(choice.pilot.rpartition(" ")[2])
+        rates.append(float(choice.pilot.rpartition(" ")[2]))
         tokens = {c.lookahead: c.tokens for c in choice.candidates}
-        assert tokens[2] == pytest.approx(1 + rate + rate**2, abs=0.03)
-        assert (rate == 1.0) == (draft is MODEL)
+        assert tokens[2] == pytest.approx(1 + rates[-1] + rates[-1] ** 2, abs=0.03)
+    assert 0.95 < rates[0] <= 1
+    assert rates[1] < 0.9
 
 
 def test_a_loop_without_a_draft_has_nothing_to_choose():
@@ -96,34 +96,19 @@ def test_a_model_with_a_state_of_its_own_is_refused():
 
 
 def test_effective_particles_are_predicted():
-    """From weights of 32 particles that ran freely to the first cycles of 100 populations; log-normal within 15%."""
-    ids = IDS[:1].expand(100, -1)
-    free = {"n_particles": 32, "ess_threshold": 0.0, "compiler": "eager"}
-    pilot = generate(MODEL, DRAFT, ids, max_new_tokens=21, lookahead=4, seed=1, **free)
-    spread = weight_variance(pilot)
-    for lookahead in (1, 4):
-        measured = generate(MODEL, DRAFT, ids, max_new_tokens=lookahead + 2, lookahead=lookahead, seed=2, **free)
-        mean = measured.ess[:, 0].mean().item()
-        print(lookahead, mean, effective_particles(32, lookahead, spread))
-        assert effective_particles(32, lookahead, spread) == pytest.approx(mean, rel=0.15)
+    """From populations that run freely to the cycles of others that are resampled each time: the log-normal law is
+    near, within a tenth."""
+    ids, free = IDS[:1].expand(50, -1), {"n_particles": 32, "max_new_tokens": 21, "compiler": "eager"}
+    spread = weight_variance(generate(MODEL, DRAFT, ids, lookahead=4, seed=1, ess_threshold=0.0, **free))
+    measured = generate(MODEL, DRAFT, ids, lookahead=4, seed=2, ess_threshold=1.0, **free).ess.mean().item()
+    assert effective_particles(32, 4, spread) == pytest.approx(measured, rel=0.1)
 
 
-def test_transformers_hand_the_options_on():
-    library = pytest.importorskip("transformers")
-    config = library.LlamaConfig(
-        vocab_size=24, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
-    )
-    torch.manual_seed(0)
-    model = library.LlamaForCausalLM(config).eval()
-    found = model.generate(
-        IDS,
-        do_sample=True,
-        max_new_tokens=6,
-        custom_generate=smc_compile.transformers.generate,
-        draft_model=model,
-        lookahead="auto",
-        time_budget=1e5,
-        return_particles=True,
-        **OPTIONS,
-    )
-    assert (found.stats.n_particles, found.stats.lookahead) == (8, LOOKAHEADS[0])
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [({"n_particles": "auto"}, "how good"), ({"lookahead": "auto", "time_budget": -1}, "time_budget must lie")],
+)
+def test_transformers_hand_the_options_on(given, told):
+    pytest.importorskip("transformers")
+    with pytest.raises(OptionError, match=told):
+        smc_compile.transformers.generate(MODEL, IDS, **given)

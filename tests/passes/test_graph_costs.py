@@ -88,7 +88,8 @@ def test_every_weight_is_read_once_whatever_the_rows_and_tied_ones_too():
 @pytest.mark.parametrize("sizes", [(1, 1, 2, 3, 5), (2, 3, 4, 6, 9), (1, 5, 1, 11, 8)])
 def test_operations_are_those_that_torch_counts(name, sizes):
     found = model_named(name)
-    assert torch_counts(found, Sizes(*sizes)) == costs_named(name).operations.subs(dict(zip(SYMBOLS, sizes, strict=True)))
+    at = dict(zip(SYMBOLS, sizes, strict=True))
+    assert torch_counts(found, Sizes(*sizes)) == costs_named(name).operations.subs(at)
 
 
 @cache
@@ -118,7 +119,7 @@ def torch_counts(found: Traced, z: Sizes) -> int:
     return counter.get_total_flops()
 
 
-# ---- what a compiler fuses --------------------------------------------------------------------------------------------
+# ---- what a compiler fuses ------------------------------------------------------------------------------------------
 
 
 def kernels(function, *inputs: Tensor, weights: tuple[Tensor, ...] = ()) -> list[tuple[str, int]]:
