@@ -70,10 +70,10 @@ def product_seconds(dtype: torch.dtype, device: torch.device) -> float:
     return best_seconds(lambda: rows @ weight.t(), device)
 
 
-def best_seconds(function: Callable[[], object], device: torch.device) -> float:
+def best_seconds(function: Callable[[], object], device: torch.device, rounds: int = ROUNDS) -> float:
     """Least wall-clock of a few calls after one that warms up."""
     seconds = []
-    for _ in range(ROUNDS + 1):
+    for _ in range(rounds + 1):
         start = time.perf_counter()
         function()
         if device.type == "cuda":

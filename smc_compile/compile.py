@@ -6,12 +6,13 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from smc_compile.choice import Choice, choose
 from smc_compile.errors import InputError, OptionError
 from smc_compile.logits import logits_of, traceable
 from smc_compile.options import Options, is_stateful
@@ -54,6 +55,7 @@ class Program:
     Attributes:
         rules: logits processors that read the text and compile.
         by_hand: whether requests bring processors that do not.
+        choice: how N and K were chosen, where the options leave it to us; ``options`` then hold what was chosen.
     """
 
     target: Model
@@ -62,6 +64,7 @@ class Program:
     rules: tuple[Rule, ...] = ()
     by_hand: bool = False
     analysis_seconds: float = 0.0
+    choice: Choice | None = None
     _session: Session | None = None
 
     @property
@@ -72,7 +75,11 @@ class Program:
     def rows(self) -> int:
         """Rows of a request: particles or chains."""
         alone = self.method == "autoregressive" or self.target.law.kind == "greedy"
-        return 1 if alone else self.options.n_particles
+        return 1 if alone else int(self.options.n_particles)
+
+    @property
+    def lookahead(self) -> int:
+        return 0 if self.method == "autoregressive" else int(self.options.lookahead)
 
     def run(self, ids: Tensor, new_tokens: int, seeds: Tensor | None = None) -> Generation:
         """Generate ``new_tokens`` after each prompt of ``ids [B, P]``.
@@ -86,13 +93,32 @@ class Program:
         return self.answer(build_request(ids, new_tokens, seeds, ends=self.options.eos_token_id))
 
     def answer(self, request: Request) -> Generation:
-        """As ``run``, for requests that differ."""
+        """As ``run``, for requests that differ. The first one is what N and K are chosen for, where that is left open.
+
+        Raises:
+            OptionError: nothing that could be chosen keeps to the floors that the options set.
+        """
         check_request(request, self.target, self.draft)
+        if self.options.is_auto and self.method != "autoregressive":
+            self.choice = choose(self, request)
+            self.options = self.choice.applied(self.options)
         result = self.session.run(request)
+        result.stats.n_particles, result.stats.lookahead = self.rows, self.lookahead
         result.stats.warnings += beyond_training(request, self.target, self.draft)
         for warning in result.stats.warnings:
             log.warning(warning)
         return result
+
+    def like(self, options: Options) -> Program:
+        """The same pair with other options, and a session of its own."""
+        return replace(self, options=options, choice=None, _session=None)
+
+    def room(self, request: Request, wanted: int) -> int:
+        """How many new tokens, up to ``wanted``, the positions of both models leave."""
+        prompt = int(request.lengths.max())
+        models = [self.target] if self.draft is None else [self.target, self.draft]
+        limits = (position_limit(model, prompt + wanted) for model in models)
+        return min([wanted, *(limit - prompt for limit in limits if limit is not None)])
 
     @property
     def session(self) -> Session:
@@ -111,14 +137,14 @@ class Program:
             assert isinstance(target, CachedModel)
             assert isinstance(draft, CachedModel)
             laws = self.target.law, self.draft.law
-            return SpeculativeSession(target, draft, *laws, o.n_particles, o.lookahead, o.compiler, rules)
+            return SpeculativeSession(target, draft, *laws, int(o.n_particles), self.lookahead, o.compiler, rules)
         return SMCSession(
             self.target.runtime,
             self.draft.runtime,
             self.target.law,
             self.draft.law,
-            o.n_particles,
-            o.lookahead,
+            self.rows,
+            self.lookahead,
             o.ess_threshold,
             o.resampling_method,
             o.compiler,

@@ -127,6 +127,7 @@ def _sections(
     return {
         **found,
         "method": [f"{program.method}{method_note(program, result)}"],
+        "choice": program.choice.report() if program.choice is not None else [],
         "target": _model(program.target, batch, n, length),
         "draft": _model(program.draft, batch, n, length) if program.draft is not None else [],
         "regions": _regions(program),

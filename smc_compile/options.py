@@ -14,6 +14,7 @@ from smc_compile.errors import OptionError
 RESAMPLING_METHODS = ("systematic", "stratified", "multinomial", "residual")
 METHODS = ("smc", "autoregressive", "speculative")
 COMPILERS = ("inductor", "aot_eager", "eager")
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,11 @@ class Options:
 
     Attributes:
         draft: the draft model, ``ids [B, S] -> logits [B, S, V]``, or one that follows the step protocol.
-        n_particles: N, particles per request; for "speculative" the chains that are drafted and tried in turn.
-        lookahead: K, draft tokens per cycle; a cycle commits K+1 tokens ("speculative": 1 to K+1).
+        n_particles: N, particles per request; for "speculative" the chains that are drafted and tried in turn. "auto"
+            chooses for "smc" when the program is first called, by the floors below (see ``smc_compile.choice``).
+        lookahead: K, draft tokens per cycle; a cycle commits K+1 tokens ("speculative": 1 to K+1). "auto" chooses, too.
+        ess_floor: for "auto": effective particles that must be left at the end of a cycle.
+        time_budget: for "auto": milliseconds that a token of a request may take, prefill apart.
         ess_threshold: resample when the effective sample size falls below this share of N (0 never, 1 nearly always).
         resampling_method: "systematic", "stratified", "multinomial" or "residual".
         method: "smc"; "autoregressive" for the exact cached one-token loop; "speculative" for exact rejection
@@ -36,8 +40,10 @@ class Options:
     """
 
     draft: Any = None
-    n_particles: int = 8
-    lookahead: int = 6
+    n_particles: int | str = 8
+    lookahead: int | str = 6
+    ess_floor: float | None = None
+    time_budget: float | None = None
     ess_threshold: float = 0.5
     resampling_method: str = "systematic"
     method: str = "smc"
@@ -65,14 +71,16 @@ class Options:
         return options
 
     def _check(self) -> None:
-        _integer("n_particles", self.n_particles, 1)
-        _integer("lookahead", self.lookahead, 1)
+        for name in ("n_particles", "lookahead"):
+            if getattr(self, name) != AUTO:
+                _integer(name, getattr(self, name), 1)
         _number("ess_threshold", self.ess_threshold, 0.0, 1.0)
         _choice("resampling_method", self.resampling_method, RESAMPLING_METHODS)
         _choice("method", self.method, METHODS)
         _choice("compiler", self.compiler, COMPILERS)
         if self.draft_temperature is not None:
             _number("draft_temperature", self.draft_temperature, 1e-6, 1e6)
+        self._check_auto()
         if self.eos_token_id is not None:
             _integer("eos_token_id", self.eos_token_id, 0)
         if self.seed is not None:
@@ -86,6 +94,35 @@ class Options:
                 "draft must be a model",
                 f"got {type(self.draft).__name__}",
                 "pass an nn.Module mapping ids [B, S] to logits [B, S, V], or an object with step and initial_state",
+            )
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether N or K is still to be chosen."""
+        return AUTO in (self.n_particles, self.lookahead)
+
+    def _check_auto(self) -> None:
+        floors = [name for name in ("ess_floor", "time_budget") if getattr(self, name) is not None]
+        for name in floors:
+            _number(name, getattr(self, name), 1e-6, 1e6)
+        if floors and not self.is_auto:
+            raise OptionError(
+                f"{floors[0]} has no effect",
+                "it bounds what is chosen, and n_particles and lookahead are both given",
+                'pass lookahead="auto" or n_particles="auto", or leave it out',
+            )
+        if self.method == "speculative" and (self.n_particles == AUTO or self.ess_floor is not None):
+            name = 'n_particles="auto"' if self.n_particles == AUTO else "ess_floor"
+            raise OptionError(
+                f'{name} is for method="smc"',
+                "exact rejection sampling carries no weights: more chains cost time and change no law",
+                'give n_particles as a number (1 is one chain), and choose the lookahead with "auto"',
+            )
+        if self.n_particles == AUTO and not floors:
+            raise OptionError(
+                'n_particles="auto" needs to know how good the answer must be',
+                "fewer particles are always faster, and always worse",
+                "pass ess_floor=4 (effective particles at the end of a cycle) or time_budget=20 (milliseconds a token)",
             )
 
 

@@ -15,6 +15,8 @@ class Stats:
 
     method: str
     new_tokens: int  # the longest request's
+    n_particles: int = 1  # N and K as given or chosen; a one-token loop has one particle and looks ahead at nothing
+    lookahead: int = 0
     cycles: int = 0
     resamplings: int = 0  # (request, cycle) pairs whose population was resampled
     retries: int = 0  # (request, cycle) pairs drawn again because every particle had weight zero

@@ -128,3 +128,26 @@ def test_good_options_are_taken_as_they_are():
     parsed = Options.parse(given)
     assert {name: getattr(parsed, name) for name in given} == given
     assert Options.parse(None) == Options.parse({}) == Options()
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"n_particles": "auto"}, "how good the answer must be"),
+        ({"n_particles": "Auto"}, "n_particles must be an integer"),
+        ({"ess_floor": 4}, "ess_floor has no effect"),
+        ({"lookahead": "auto", "ess_floor": 0}, "ess_floor must lie between"),
+        ({"lookahead": "auto", "time_budget": "10"}, "time_budget must be a number"),
+        ({"method": "speculative", "n_particles": "auto", "time_budget": 9}, 'n_particles="auto" is for method="smc"'),
+        ({"method": "speculative", "lookahead": "auto", "ess_floor": 4}, 'ess_floor is for method="smc"'),
+    ],
+)
+def test_a_choice_is_asked_for_with_what_bounds_it(given, told):
+    with pytest.raises(OptionError, match=told):
+        Options.parse(given)
+
+
+def test_what_is_to_be_chosen_is_told_from_what_is_given():
+    assert Options.parse({"lookahead": "auto"}).is_auto
+    assert Options.parse({"n_particles": "auto", "ess_floor": 4}).is_auto
+    assert not Options.parse({"lookahead": 3}).is_auto

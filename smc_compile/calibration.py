@@ -1,0 +1,179 @@
+"""What this machine takes for the pieces of a pass, measured once in a process: in about a second and a half."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from smc_compile.bounds import best_seconds
+from smc_compile.passes.few_rows import linear
+from smc_compile.requests import build_request, request_seeds
+from smc_compile.runtime.law import Law
+from smc_compile.runtime.models import StatefulModel
+from smc_compile.runtime.rules import Rules
+from smc_compile.runtime.session import SMCSession
+
+ROWS = (1, 2, 3, 4, 8, 16, 32, 48, 49, 96, 192, 384)  # with both sides of where products change kernels
+SMALL, RESIDENT = 2**16, 2**18  # numbers in one weight, which stays in a core's cache
+STREAMED, SIDE = 2**24, 1024  # numbers in weights of SIDE x SIDE that pass by, on a GPU four times as many
+ENOUGH = 2**31  # operations that measure a product of many rows well
+TOKENS = 61  # of a generation that costs nothing but the host's part
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds of the pieces of a pass on one device, in one dtype, with one number of threads.
+
+    Attributes:
+        small, resident, streamed: seconds for each number of a weight, at ``ROWS`` rows: of weights of at most
+            ``SMALL`` numbers, of larger ones in a core's cache, and of those that come from memory.
+        batched_byte, batched_operation: of attention's many small products.
+        element_byte: of element-wise operations and reductions, for each byte read or written.
+        launch: of a kernel that does nothing.
+        call, argument: of a compiled function that does nothing, and for each tensor it is given.
+        cycle, step: what the host does in a cycle beside its regions, and for each draft step.
+    """
+
+    small: tuple[float, ...]
+    resident: tuple[float, ...]
+    streamed: tuple[float, ...]
+    batched_byte: float
+    batched_operation: float
+    element_byte: float
+    launch: float
+    call: float
+    argument: float
+    cycle: float
+    step: float
+
+    def product(self, numbers: int, rows: float, working_set: float, itemsize: int) -> float:
+        """Seconds of ``rows`` rows times a weight of so many numbers, one of ``working_set`` bytes of weights."""
+        if numbers <= SMALL:
+            return numbers * float(np.interp(rows, ROWS, self.small)) * beyond(rows)
+        near, far = (float(np.interp(rows, ROWS, of)) * beyond(rows) for of in (self.resident, self.streamed))
+        bounds = np.log2([RESIDENT * itemsize, STREAMED * itemsize])
+        return numbers * float(np.interp(np.log2(working_set), bounds, [near, far]))
+
+
+def beyond(rows: float) -> float:
+    """Products of more rows than were measured grow with them."""
+    return max(1.0, rows / ROWS[-1])
+
+
+def rates(dtype: torch.dtype, device: torch.device) -> Rates:
+    """Those of this process: measured when first asked for."""
+    return _rates(dtype, device, torch.get_num_threads())
+
+
+@cache
+def _rates(dtype: torch.dtype, device: torch.device, threads: int) -> Rates:
+    with torch.no_grad():
+        return Rates(
+            product_seconds(dtype, device, SMALL, 1),
+            product_seconds(dtype, device, RESIDENT, 1),
+            product_seconds(dtype, device, SIDE * SIDE, STREAMED // SIDE**2 * (4 if device.type == "cuda" else 1)),
+            *batched_seconds(dtype, device),
+            element_seconds(device),
+            launch_seconds(dtype, device),
+            *call_seconds(dtype, device),
+            *host_seconds(device),
+        )
+
+
+def product_seconds(dtype: torch.dtype, device: torch.device, numbers: int, copies: int) -> tuple[float, ...]:
+    """Seconds a number of square weights, ``copies`` of them in turn, at ``ROWS`` rows: by the op that regions use."""
+    side = int(numbers**0.5)
+    weights = [torch.ones(side, side, dtype=dtype, device=device) for _ in range(copies)]
+    found = []
+    for rows in ROWS:
+        x = torch.ones(rows, side, dtype=dtype, device=device)
+        some = weights[: max(1, ENOUGH // (2 * rows * numbers))]
+        repeats = max(1, 2**19 // (numbers * len(some)))
+
+        def run(x: Tensor = x, some: list[Tensor] = some, repeats: int = repeats) -> None:
+            for _ in range(repeats):
+                for weight in some:
+                    linear(x, weight)
+
+        found.append(best_seconds(run, device, 2) / (numbers * len(some) * repeats))
+    return tuple(found)
+
+
+def batched_seconds(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
+    """Seconds a byte where few queries meet many keys, and an operation where many do."""
+
+    def seconds(queries: int, keys: int) -> float:
+        left = torch.ones(32, queries, 64, dtype=dtype, device=device)
+        right = torch.ones(32, keys, 64, dtype=dtype, device=device).transpose(1, 2)
+        return best_seconds(lambda: left @ right, device, 3)
+
+    return seconds(1, 1024) / (32 * 1024 * 64 * dtype.itemsize), seconds(32, 256) / (2 * 32 * 32 * 256 * 64)
+
+
+def element_seconds(device: torch.device) -> float:
+    """Seconds a byte of a softmax over a vocabulary."""
+    logits = torch.ones(64, 8192, device=device)
+    return best_seconds(lambda: torch.softmax(logits, -1), device, 3) / (2 * logits.nbytes)
+
+
+def launch_seconds(dtype: torch.dtype, device: torch.device) -> float:
+    """Of the smallest product into memory that is there."""
+    x = torch.ones(8, 8, dtype=dtype, device=device)
+    out = torch.empty_like(x)
+
+    def run() -> None:
+        for _ in range(100):
+            torch.mm(x, x, out=out)
+
+    return best_seconds(run, device, 5) / 100
+
+
+def call_seconds(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
+    """Of calling what torch.compile gives, and for each tensor that it is given."""
+
+    def seconds(count: int) -> float:
+        def joined(tensors: list[Tensor]) -> Tensor:
+            return torch.cat(tensors)
+
+        tensors = [torch.ones(1, dtype=dtype, device=device) for _ in range(count)]
+        compiled = torch.compile(joined, backend="aot_eager", dynamic=False)
+
+        def run() -> None:
+            for _ in range(20):
+                compiled(tensors)
+
+        return best_seconds(run, device, 3) / 20
+
+    few, many = seconds(2), seconds(66)
+    return few, max(0.0, (many - few) / 64)
+
+
+class Nothing(nn.Module):
+    """A model that costs nothing: tokens [R, T] and a state to logits of two tokens."""
+
+    def initial_state(self, batch: int) -> Tensor:
+        return torch.zeros(batch, 1)
+
+    def step(self, tokens: Tensor, pos: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros(*tokens.shape, 2, device=tokens.device), state
+
+
+def host_seconds(device: torch.device) -> tuple[float, float]:
+    """What a session does outside its regions: in a cycle, and in a draft step. The regions are not compiled here."""
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
+
+    def seconds(lookahead: int) -> float:
+        model, law, rules = StatefulModel(Nothing()), Law("logits"), Rules(compiler="eager")
+        session = SMCSession(model, model, law, law, 2, lookahead, 0.5, "systematic", "eager", rules)
+        request = build_request(ids, TOKENS, request_seeds(0, ids))
+        with torch.compiler.set_stance("force_eager"):
+            runs = [session.run(request).stats for _ in range(3)]
+        return min(stats.host_seconds / stats.cycles for stats in runs)
+
+    few, many = seconds(1), seconds(9)
+    step = max(0.0, (many - few) / 8)
+    return max(0.0, few - step), step
