@@ -203,10 +203,10 @@ def summary(regions: list[Region], seconds: float) -> str:
     unique = {source for region in regions for source in region.sources.values()}
     failed = [region.name for region in regions if not region.passes]
     codes = [kernel.code for kernel in kernels if kernel.code]
+    launches, calls = sum(k.launches for k in kernels), sum(sum(r.library.values()) for r in regions)
     parts = [
         f"{len(regions)} regions, {len(kernels)} kernels ({len(unique)} different), "
-        f"{sum(k.launches for k in kernels)} launches and {sum(sum(r.library.values()) for r in regions)} library calls "
-        "a cycle"
+        f"{launches} launches and {calls} library calls a cycle"
     ]
     if codes:
         parts.append(f"at most {max(c.registers for c in codes)} registers, {sum(c.spills > 0 for c in codes)} spill")

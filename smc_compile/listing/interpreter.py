@@ -169,7 +169,8 @@ def _run(module: dict[str, Any], names: Sequence[str], arguments: list[Any], lea
         unused = tuple(name for name in leave_out if not _matters(module, kernels[name], arguments, whole))
     finally:
         module.update({name: kernel.kernel for name, kernel in kernels.items()})
-    outputs, after = whole[: -len(arguments)], whole[-len(arguments) :]
+    count = len(whole) - len(arguments)
+    outputs, after = whole[:count], whole[count:]
     changed = {
         i: new
         for i, (old, new) in enumerate(zip(arguments, after, strict=True))

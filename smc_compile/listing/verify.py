@@ -104,5 +104,3 @@ def difference(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[float, float]:
     scale = b[finite].abs().max().double().clamp_min(1e-30) if finite.any() else torch.ones(())
     errors = torch.where(finite, (a.double() - b.double()).abs() / scale, 0.0)
     return float(errors.max()), float(((errors > tolerance) | ~alike).double().mean())
-
-
