@@ -6,6 +6,7 @@ reasons for a second one. Products and other ops of libraries run as their ATen 
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
 import pickle
@@ -13,7 +14,7 @@ import struct
 import subprocess
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import IO, Any
@@ -76,7 +77,7 @@ class Interpreter:
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None:
             environment = {**os.environ, "TRITON_INTERPRET": "1"}
-            command = [sys.executable, "-m", "smc_compile.listing.interpreter"]
+            command = [sys.executable, "-c", "from smc_compile.listing.interpreter import main; main()"]
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
             )
@@ -212,7 +213,29 @@ def same(a: Any, b: Any) -> bool:
     return bool(torch.equal(a, b) or ((a == b) | ((a != a) & (b != b))).all())
 
 
-if __name__ == "__main__":
+def patch_language_once() -> None:
+    """Triton replaces its language by the interpreter's at every call of a function, which takes longer than the call.
+
+    In a process that only interprets, once for each set of modules is enough.
+    """
+    from triton.runtime import interpreter
+
+    replace: Callable[[Any], Any] = interpreter._patch_lang
+    known: dict[frozenset[int], Any] = {}
+
+    def replace_once(function: Any) -> Any:
+        modules = frozenset(id(v) for v in function.__globals__.values() if inspect.ismodule(v))
+        if modules not in known:
+            known[modules] = replace(function)
+            known[modules].restore = lambda: None
+        return known[modules]
+
+    interpreter._patch_lang = replace_once
+
+
+def main() -> None:
+    """The other process."""
+    patch_language_once()
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what kernels print does not mix with the answers
     serve(sys.stdin.buffer, replies)
