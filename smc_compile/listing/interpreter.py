@@ -6,7 +6,6 @@ reasons for a second one. Products and other ops of libraries run as their ATen 
 
 from __future__ import annotations
 
-import inspect
 import io
 import os
 import pickle
@@ -14,7 +13,7 @@ import struct
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import IO, Any
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from smc_compile.errors import SMCError
 
+from . import quick_interpreter
 from .absent_device import Target, absent_device, device_memory_on_the_host
 from .generated import kernel_sources
 from .libdevice_on_host import install
@@ -70,7 +70,7 @@ class Interpreter:
             self._process = None
             raise SMCError("the interpreter of Triton kernels ended", f"exit status {process.wait()}") from error
         if isinstance(answer, str):
-            raise SMCError("the generated code cannot be interpreted", answer.strip().splitlines()[-1])
+            raise SMCError("the generated code cannot be interpreted", answer.strip().splitlines()[0])
         assert isinstance(answer, Ran)
         return answer
 
@@ -132,8 +132,8 @@ def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
                 if code not in modules:
                     modules[code] = _load(code)
                 answer = _run(modules[code], list(kernel_sources(code)), arguments, leave_out)
-        except Exception:
-            answer = traceback.format_exc()
+        except Exception as error:
+            answer = traceback.format_exception_only(error)[0]
         _send(answers, answer)
 
 
@@ -213,29 +213,9 @@ def same(a: Any, b: Any) -> bool:
     return bool(torch.equal(a, b) or ((a == b) | ((a != a) & (b != b))).all())
 
 
-def patch_language_once() -> None:
-    """Triton replaces its language by the interpreter's at every call of a function, which takes longer than the call.
-
-    In a process that only interprets, once for each set of modules is enough.
-    """
-    from triton.runtime import interpreter
-
-    replace: Callable[[Any], Any] = interpreter._patch_lang
-    known: dict[frozenset[int], Any] = {}
-
-    def replace_once(function: Any) -> Any:
-        modules = frozenset(id(v) for v in function.__globals__.values() if inspect.ismodule(v))
-        if modules not in known:
-            known[modules] = replace(function)
-            known[modules].restore = lambda: None
-        return known[modules]
-
-    interpreter._patch_lang = replace_once
-
-
 def main() -> None:
     """The other process."""
-    patch_language_once()
+    quick_interpreter.install()
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what kernels print does not mix with the answers
     serve(sys.stdin.buffer, replies)

@@ -50,7 +50,10 @@ class Recording:
     def add(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         number, name = len(self.found), region_name(graph)
         same = sum(other.name.partition(" ")[0] == name for other in self.found)
-        recorded = Recorded(f"{name} ({same + 1})" if same else name, graph, list(inputs))
+        # What Dynamo hands over are real tensors; the sizes that may vary stand on the graph's own placeholders.
+        places = graph.graph.find_nodes(op="placeholder")
+        fakes = [node.meta.get("example_value", given) for node, given in zip(places, inputs, strict=True)]
+        recorded = Recorded(f"{name} ({same + 1})" if same else name, graph, fakes)
         self.found.append(recorded)
 
         def call(*arguments: Any) -> Any:

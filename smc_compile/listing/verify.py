@@ -21,6 +21,7 @@ from .interpreter import Interpreter
 from .record import Recorded, copy_of
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+SMALLEST = 0.1  # a tensor with smaller entries only, such as log-probabilities near 0, is compared with this
 NARROW_SHARE = 0.05  # of the entries; in 16 bits eager rounds between ops that a kernel fuses, and draws can turn
 
 
@@ -101,6 +102,6 @@ def difference(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[float, float]:
     tolerance = max(TOLERANCE[dtype], TOLERANCE[a.dtype])
     finite = a.isfinite() & b.isfinite()
     alike = torch.where(finite, True, (a == b) | (a.isnan() & b.isnan()))
-    scale = b[finite].abs().max().double().clamp_min(1e-30) if finite.any() else torch.ones(())
+    scale = b[finite].abs().max().double().clamp_min(SMALLEST) if finite.any() else SMALLEST
     errors = torch.where(finite, (a.double() - b.double()).abs() / scale, 0.0)
     return float(errors.max()), float(((errors > tolerance) | ~alike).double().mean())
