@@ -43,6 +43,9 @@ PRESETS: dict[str, tuple[int, tuple[int, int, int, int], tuple[int, int, int, in
 }
 
 
+NAME = 46  # columns of a kernel's name
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``kernels``."""
     parser.add_argument("--target", metavar="SM", help=f"a GPU, there or not: {', '.join(TARGETS)}")
@@ -57,7 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     request.add_argument("--n-particles", type=int, default=4, metavar="N", help="particles, or chains")
     request.add_argument("--lookahead", type=int, default=3, metavar="K", help="draft tokens a cycle")
     request.add_argument("--temperature", type=float, default=0.8, metavar="T", help="temperature")
-    request.add_argument("--top-k", type=int, default=50, metavar="K", help="0 leaves its kernels out")
+    request.add_argument(
+        "--top-k", type=int, metavar="K", help="default: 4/5 of the vocabulary; 0 leaves its kernels out"
+    )
     request.add_argument("--top-p", type=float, default=0.95, metavar="P", help="1 leaves its kernels out")
     check = parser.add_argument_group("checks")
     check.add_argument("--sessions", type=int, default=3, metavar="S", help="sessions, each of other lengths and seeds")
@@ -100,13 +105,15 @@ def pair_of(arguments: argparse.Namespace) -> Pair:
     for name in ("layers", "draft_layers", "prompt_length", "n_particles", "lookahead", "sessions"):
         if getattr(a, name) < 1:
             raise OptionError(f"--{name.replace('_', '-')} must be at least 1.", f"got {getattr(a, name)}")
-    if a.temperature <= 0 or a.top_k < 0 or not 0 < a.top_p <= 1:
+    vocab, target, draft = PRESETS[a.preset]
+    # Random models agree on little: a cut that keeps few tokens would leave none that both can draw.
+    top_k = 4 * vocab // 5 if a.top_k is None else a.top_k
+    if a.temperature <= 0 or top_k < 0 or not 0 < a.top_p <= 1:
         raise OptionError(
             "the law is out of range",
-            f"temperature {a.temperature}, top-k {a.top_k}, top-p {a.top_p}",
+            f"temperature {a.temperature}, top-k {top_k}, top-p {a.top_p}",
             "use a temperature above 0, a top-k of 0 or more, a top-p above 0 and up to 1",
         )
-    vocab, target, draft = PRESETS[a.preset]
     longest = positions(a.prompt_length, a.lookahead)
 
     def config(layers: int, shape: tuple[int, int, int, int]) -> LlamaConfig:
@@ -121,7 +128,7 @@ def pair_of(arguments: argparse.Namespace) -> Pair:
         a.lookahead,
         a.prompt_length,
         a.temperature,
-        a.top_k,
+        top_k,
         a.top_p,
         DTYPES[a.dtype],
     )
@@ -168,10 +175,10 @@ def table_of(region: Region) -> Table:
         table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     for name in ("regs", "spills", "shared", "loads", "stores") if compiled else ():
         table.add_column(name, justify="right")
-    table.add_column("launched, used")
+    table.add_column("used")
     for kernel in region.kernels:
         numbers = machine_numbers(kernel) if compiled else []
-        table.add_row(short_name(kernel.name, 40), str(kernel.launches), *numbers, checked(kernel))
+        table.add_row(short_name(kernel.name, NAME), str(kernel.launches), *numbers, checked(kernel))
     for name, count in region.library.items():
         table.add_row(f"library  {name}", str(count), *([""] * 5 if compiled else []), "")
     return table
@@ -188,13 +195,13 @@ def checked(kernel: Kernel) -> str:
     if kernel.problem:
         return "[red]does not compile[/red]"
     if kernel.launches == 0:
-        return "not in every cycle" if kernel.used else "[red]never launched[/red]"
+        return "first cycle" if kernel.used else "[red]never launched[/red]"
     return "yes" if kernel.used else "[red]output unused[/red]"
 
 
 def notes(region: Region) -> list[str]:
     """Why a kernel did not compile."""
-    return [f"{short_name(k.name, 40)}: {k.problem}" for k in region.kernels if k.problem]
+    return [f"{short_name(k.name, NAME)}: {k.problem}" for k in region.kernels if k.problem]
 
 
 def summary(regions: list[Region], seconds: float) -> str:

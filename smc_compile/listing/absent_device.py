@@ -118,8 +118,8 @@ def _interface(base: Any, target: Target) -> Any:
         "get_compute_capability": target.capability,
         "get_raw_stream": 0,
     }
-    worker = type("Worker", (), {n: staticmethod(_always(answers[n])) for n in ("current_device", "set_device")})
-    worker.get_device_properties = staticmethod(_always(target))
+    names = ("current_device", "set_device", "get_device_properties")
+    worker = type("Worker", (), {n: staticmethod(_always(answers[n])) for n in names})
     return type("AbsentCuda", (base,), {n: staticmethod(_always(a)) for n, a in answers.items()} | {"Worker": worker})
 
 

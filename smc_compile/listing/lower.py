@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from smc_compile.errors import SMCError
 from smc_compile.kernels import few_rows, thresholds
@@ -35,8 +36,8 @@ def lower(recorded: Recorded, target: Target | None, execute: Execute) -> tuple[
         raise _other_internals(error) from error
     codes: list[str] = []
 
-    def compile_graph(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        code = _generate(graph, list(inputs), target)
+    def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        code = _generate(gm, list(example_inputs), target)
         codes.append(code)
 
         def run(arguments: list[Any]) -> list[Any]:
@@ -75,7 +76,7 @@ def _generate(graph: fx.GraphModule, inputs: list[Any], target: Target | None) -
         from torch._inductor.virtualized import V
     except ImportError as error:
         raise _other_internals(error) from error
-    mode = next(value.fake_mode for value in inputs if isinstance(value, Tensor))
+    mode: Any = next(value.fake_mode for value in inputs if isinstance(value, FakeTensor))
     with torch.no_grad(), V.set_debug_handler(DebugContext()), V.set_fake_mode(mode):
         _recursive_joint_graph_passes(graph)  # its patterns are made from real tensors: of the CPU
         with absent_device(target) if target is not None else nullcontext():

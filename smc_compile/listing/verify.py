@@ -84,8 +84,8 @@ def compare(recorded: Recorded, compiled: Callable[..., Any], observed: Observed
         want = recorded.graph(*eager)
         for a, b in zip([*pytree.tree_leaves(got), *mine], [*pytree.tree_leaves(want), *eager], strict=True):
             if isinstance(a, Tensor) and a.numel():
-                error, beyond = difference(a, b, dtype)
-                verdict.error, verdict.beyond = max(verdict.error, error), max(verdict.beyond, beyond)
+                largest, share = difference(a, b, dtype)
+                verdict.error, verdict.beyond = max(verdict.error, largest), max(verdict.beyond, share)
         verdict.runs += 1
     return verdict
 
