@@ -1,4 +1,4 @@
-"""The command line: ``smc-compile demo``, ``smc-compile bench`` and ``smc-compile models``."""
+"""The command line: ``smc-compile demo``, ``bench``, ``models`` and ``kernels``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from smc_compile import bench, demo, models
+from smc_compile import bench, demo, list_kernels, models
 from smc_compile.errors import SMCError
 
 DESCRIPTION = """\
@@ -17,6 +17,7 @@ Turn a plain decode loop into Sequential Monte Carlo speculative decoding.
   smc-compile demo     see it write Python on the shipped pair of models, and how fast
   smc-compile bench    measure its cost on random weights of any shape
   smc-compile models   try which decoders of the transformers library compile
+  smc-compile kernels  list the kernels that a session runs, and check them
 """
 
 
@@ -25,8 +26,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="smc-compile", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(title="commands", metavar="{demo,bench,models}", required=True)
-    for module, name in ((demo, "demo"), (bench, "bench"), (models, "models")):
+    commands = parser.add_subparsers(title="commands", metavar="{demo,bench,models,kernels}", required=True)
+    for module, name in ((demo, "demo"), (bench, "bench"), (models, "models"), (list_kernels, "kernels")):
         first_line = (module.HELP.strip().splitlines() or [""])[0]
         command = commands.add_parser(
             name,
@@ -61,20 +62,20 @@ def show_error(error: SMCError, console: Console) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return the exit code: 0 done, 2 a user's error, 130 interrupted."""
+    """Run one subcommand and return the exit code: 0 done, 1 a check failed, 2 a user's error, 130 interrupted."""
     arguments = build_parser().parse_args(argv)
     output, errors = Console(), Console(stderr=True)
     if not output.is_terminal:
         output.width = 100
     try:
-        arguments.run(arguments, output)
+        status = arguments.run(arguments, output)
     except SMCError as error:
         show_error(error, errors)
         return 2
     except KeyboardInterrupt:
         errors.print("interrupted")
         return 130
-    return 0
+    return status or 0
 
 
 if __name__ == "__main__":

@@ -35,3 +35,6 @@ def _shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 _library.impl("few_rows", _few_rows, "CPU")
 torch.library.register_fake("smc_compile::few_rows", _shape, lib=_library)
+
+# What the op is in tensor code, for a device that has no kernel for it.
+IN_TENSOR_CODE = {torch.ops.smc_compile.few_rows.default: torch.ops.aten.linear.default}

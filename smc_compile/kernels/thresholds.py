@@ -1,9 +1,12 @@
-"""Where top-k and top-p cut the rows of a vocabulary, as ops: on a CPU without sorting (thresholds.cpp).
+"""Where top-k and top-p cut the rows of a vocabulary, without sorting: on a CPU as ops (thresholds.cpp), elsewhere in
+tensor code, which the compiler generates kernels for.
 
 Their twins sort. Tokens exactly as likely as the last one kept are kept too.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,12 +23,55 @@ _library.define("least_of_mass(Tensor probs, Tensor p) -> Tensor")
 
 def kth_largest(scores: Tensor, k: Tensor) -> Tensor:
     """The k-th largest of each row, k clamped to 1 .. V: [R, V], [R, 1] -> [R, 1]."""
-    return torch.ops.smc_compile.kth_largest(scores, k)
+    return (torch.ops.smc_compile.kth_largest if scores.is_cpu else kth_by_bisection)(scores, k)
 
 
 def least_of_mass(probs: Tensor, p: Tensor) -> Tensor:
     """The least probability among the fewest likeliest that hold ``p`` of the mass: [R, V], [R, 1] -> [R, 1]."""
-    return torch.ops.smc_compile.least_of_mass(probs, p)
+    return (torch.ops.smc_compile.least_of_mass if probs.is_cpu else mass_by_bisection)(probs, p)
+
+
+def kth_by_bisection(scores: Tensor, k: Tensor) -> Tensor:
+    """``kth_largest`` in tensor code, float32 or float64; exact."""
+    k = k.to(torch.int64).clamp(1, scores.shape[-1])
+    keys = _keys(scores)
+    return _numbers(_bisect(keys, lambda key: (keys >= key).sum(-1, keepdim=True) >= k), scores.dtype)
+
+
+def mass_by_bisection(probs: Tensor, p: Tensor) -> Tensor:
+    """``least_of_mass`` in tensor code, float32 or float64; exact up to the rounding of the sum."""
+    rest = (1 - p).to(probs.dtype)
+    keys = _keys(probs)
+    least = _bisect(keys, lambda key: torch.where(keys < key, probs, 0.0).sum(-1, keepdim=True) <= rest)
+    return _numbers(torch.minimum(least, keys.amax(-1, keepdim=True)), probs.dtype)  # the likeliest stays
+
+
+def _keys(numbers: Tensor) -> Tensor:
+    """Integers of the same width that compare as the numbers do."""
+    integer = torch.int32 if numbers.dtype == torch.float32 else torch.int64
+    return _ordered(numbers.contiguous().view(integer))
+
+
+def _numbers(keys: Tensor, dtype: torch.dtype) -> Tensor:
+    return _ordered(keys).view(dtype)
+
+
+def _ordered(bits: Tensor) -> Tensor:
+    """Bit patterns of negative numbers turned around; its own inverse."""
+    return bits ^ ((bits >> (8 * bits.dtype.itemsize - 1)) & torch.iinfo(bits.dtype).max)
+
+
+def _bisect(keys: Tensor, holds: Callable[[Tensor], Tensor]) -> Tensor:
+    """The largest key [R, 1] that ``holds``, which does for all keys up to some one: two bits with each pass over the
+    row, as many passes as a key has bits, halved."""
+    found = torch.full_like(keys[..., :1], torch.iinfo(keys.dtype).min)
+    for low_bit in range(8 * keys.dtype.itemsize - 2, -1, -2):
+        first = found + (1 << low_bit)
+        second = first + (1 << low_bit)
+        third = second + (1 << low_bit)
+        lower = torch.where(holds(first), first, found)
+        found = torch.where(holds(third), third, torch.where(holds(second), second, lower))
+    return found
 
 
 def kth_by_sorting(scores: Tensor, k: Tensor) -> Tensor:
@@ -53,7 +99,12 @@ def _shape(rows: Tensor, at: Tensor) -> Tensor:
     return rows.new_empty(*rows.shape[:-1], 1)
 
 
-for _name, _mass, _twin in (("kth_largest", False, kth_by_sorting), ("least_of_mass", True, mass_by_sorting)):
+for _name, _mass in (("kth_largest", False), ("least_of_mass", True)):
     _library.impl(_name, lambda rows, at, mass=_mass: _on_cpu(rows, at, mass), "CPU")
-    _library.impl(_name, _twin, "CUDA")
     torch.library.register_fake(f"smc_compile::{_name}", _shape, lib=_library)
+
+# What each op is in tensor code, for a device that has no kernel for it.
+IN_TENSOR_CODE = {
+    torch.ops.smc_compile.kth_largest.default: kth_by_bisection,
+    torch.ops.smc_compile.least_of_mass.default: mass_by_bisection,
+}

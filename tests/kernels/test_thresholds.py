@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from smc_compile.kernels import thresholds
-from smc_compile.kernels.thresholds import kth_by_sorting, kth_largest, least_of_mass, mass_by_sorting
+from smc_compile.kernels.thresholds import (
+    kth_by_bisection,
+    kth_by_sorting,
+    kth_largest,
+    least_of_mass,
+    mass_by_bisection,
+    mass_by_sorting,
+)
 
 
 def scores(rows: int, vocab: int, dtype: torch.dtype) -> torch.Tensor:
@@ -19,7 +26,8 @@ def scores(rows: int, vocab: int, dtype: torch.dtype) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("vocab", [1, 2, 17, 1000])
-def test_the_kth_largest_is_the_one_found_by_sorting(vocab, dtype):
+@pytest.mark.parametrize("kth_largest", [kth_largest, kth_by_bisection])
+def test_the_kth_largest_is_the_one_found_by_sorting(kth_largest, vocab, dtype):
     rows = scores(9, vocab, dtype)
     for k in (0, 1, 2, 5, vocab // 2, vocab, vocab + 3):
         at = torch.full((9, 1), k)
@@ -28,7 +36,8 @@ def test_the_kth_largest_is_the_one_found_by_sorting(vocab, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("vocab", [1, 2, 17, 1000])
-def test_the_least_probability_kept_leaves_too_little_below_it(vocab, dtype):
+@pytest.mark.parametrize("least_of_mass", [least_of_mass, mass_by_bisection])
+def test_the_least_probability_kept_leaves_too_little_below_it(least_of_mass, vocab, dtype):
     """What stands below holds at most 1 - p, and with the tokens at the threshold more: to the rounding of a sum."""
     probs = scores(9, vocab, dtype).softmax(-1)
     slack = 1e-6 if dtype == torch.float32 else 1e-14
@@ -44,6 +53,15 @@ def test_the_least_probability_kept_leaves_too_little_below_it(vocab, dtype):
         assert ((least == by_sorting) | ((through - (1 - at)).abs() < slack) | ((below - (1 - at)).abs() < slack)).all()
 
 
+def test_only_a_cpu_has_the_ops():
+    """Elsewhere the regions hold tensor code: the compiler has to find something to generate kernels from."""
+    for op, where in ((kth_largest, thresholds.kth_by_bisection), (least_of_mass, thresholds.mass_by_bisection)):
+        rows, at = torch.empty(2, 8, device="meta"), torch.empty(2, 1, device="meta")
+        assert op(rows, at).shape == where(rows, at).shape == (2, 1)
+        graph = torch.fx.experimental.proxy_tensor.make_fx(op)(rows, at)
+        assert not any("smc_compile" in str(node.target) for node in graph.graph.nodes)
+
+
 def test_rows_have_thresholds_of_their_own():
     rows = scores(3, 50, torch.float32)
     together = kth_largest(rows, torch.tensor([[1], [4], [50]]))
@@ -51,7 +69,10 @@ def test_rows_have_thresholds_of_their_own():
         assert together[i] == kth_largest(rows[i : i + 1], torch.tensor([[k]]))
 
 
-def test_rows_that_are_not_numbers_end():
+@pytest.mark.parametrize(
+    ("kth_largest", "least_of_mass"), [(kth_largest, least_of_mass), (kth_by_bisection, mass_by_bisection)]
+)
+def test_rows_that_are_not_numbers_end(kth_largest, least_of_mass):
     rows = torch.full((2, 8), torch.nan)
     assert kth_largest(rows, torch.tensor([[1], [8]])).isnan().all()
     assert least_of_mass(-rows, torch.tensor([[0.5], [1.0]])).shape == (2, 1)

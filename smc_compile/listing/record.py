@@ -1,0 +1,110 @@
+"""What a session's regions are: graphs as Dynamo hands them to a compiler, with the arguments that they met."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo import register_backend
+
+BACKEND = "smc_record"  # the name under which sessions are asked to compile
+END_OF_CYCLE = ("weigh", "conclude")
+_recordings: list[Recording] = []
+
+
+@dataclass
+class Recorded:
+    """One graph of a region.
+
+    Attributes:
+        inputs: its fake inputs, with symbols for the sizes that vary.
+        calls: the arguments of one call in each session that ran.
+        a_cycle: how often the last whole cycle called it.
+    """
+
+    name: str
+    graph: fx.GraphModule
+    inputs: list[Any]
+    calls: list[list[Any]] = field(default_factory=list)
+    a_cycle: int = 0
+
+
+class Recording:
+    """All graphs that sessions compiled while it was open, with one call of each for each session."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.found: list[Recorded] = []
+        self._random = torch.Generator().manual_seed(seed)
+        self._log: list[int] = []  # calls of this session, by number in ``found``
+        self._seen: dict[int, int] = {}
+
+    def new_session(self) -> None:
+        """What is called from here on belongs to another session."""
+        self._log, self._seen = [], {}
+
+    def add(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        number, name = len(self.found), region_name(graph)
+        same = sum(other.name.partition(" ")[0] == name for other in self.found)
+        # What Dynamo hands over are real tensors; the sizes that may vary stand on the graph's own placeholders.
+        places = graph.graph.find_nodes(op="placeholder")
+        fakes = [node.meta.get("example_value", given) for node, given in zip(places, inputs, strict=True)]
+        recorded = Recorded(f"{name} ({same + 1})" if same else name, graph, fakes)
+        self.found.append(recorded)
+
+        def call(*arguments: Any) -> Any:
+            self._log.append(number)
+            self._keep(number, arguments)
+            return graph(*arguments)
+
+        return call
+
+    def end_session(self) -> None:
+        """Count the calls of the last whole cycle."""
+        ends = [i for i, n in enumerate(self._log) if self.found[n].name.partition(" ")[0] in END_OF_CYCLE]
+        if len(ends) > 1:
+            last = self._log[ends[-2] + 1 : ends[-1] + 1]
+            for number, recorded in enumerate(self.found):
+                recorded.a_cycle = last.count(number)
+
+    def _keep(self, number: int, arguments: Sequence[Any]) -> None:
+        """Each call of a session is as likely as any other to be the one that is kept."""
+        calls, count = self.found[number].calls, self._seen.get(number, 0) + 1
+        self._seen[number] = count
+        if int(torch.randint(count, (), generator=self._random)):
+            return
+        if count > 1:
+            calls.pop()
+        calls.append([copy_of(a) for a in arguments])
+
+
+def copy_of(value: Any) -> Any:
+    """A tensor's copy; weights, which nothing changes, as they are."""
+    return value.clone() if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) else value
+
+
+def region_name(graph: fx.GraphModule) -> str:
+    """The region whose function Dynamo traced: regions run as functions called smc_<name>."""
+    for node in graph.graph.nodes:
+        if found := re.search(r"in smc_(\w+)", node.meta.get("stack_trace") or ""):
+            return found[1]
+    return "unnamed"
+
+
+@contextmanager
+def recording(seed: int = 0) -> Iterator[Recording]:
+    """Regions compiled inside with the compiler ``BACKEND`` are recorded, and run eagerly."""
+    _recordings.append(Recording(seed))
+    try:
+        yield _recordings[-1]
+    finally:
+        _recordings.pop()
+
+
+@register_backend(name=BACKEND)
+def _record(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    return _recordings[-1].add(graph, inputs)

@@ -1,0 +1,109 @@
+"""Kernels generated for a GPU that is not there, in Triton's interpreter, against eager."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from smc_compile.kernels.thresholds import kth_largest, least_of_mass
+from smc_compile.listing.absent_device import TARGETS
+from smc_compile.listing.generated import kernel_sources, library_calls
+from smc_compile.listing.interpreter import Interpreter
+from smc_compile.listing.lower import lower
+from smc_compile.listing.machine_code import compile_kernel
+from smc_compile.listing.record import BACKEND, Recorded, recording
+from smc_compile.listing.verify import Observed, compare, difference
+from smc_compile.passes.few_rows import linear
+from smc_compile.runtime.sampling import sample_inverse_cdf
+
+TARGET = TARGETS["sm_90"]
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Interpreter]:
+    made = Interpreter(TARGET)
+    yield made
+    made.close()
+
+
+def smc_draw(scores: Tensor, k: Tensor, p: Tensor, u: Tensor) -> Tensor:
+    """Truncation and a draw, as in a region."""
+    scores = scores.masked_fill(scores < kth_largest(scores, k), -torch.inf)
+    probs = torch.softmax(scores, -1)
+    return sample_inverse_cdf(probs.masked_fill(probs < least_of_mass(probs, p), 0.0), u)
+
+
+@pytest.fixture(scope="module")
+def recorded() -> Recorded:
+    """The function as Dynamo sees it, called in four sessions."""
+    generator = torch.Generator().manual_seed(0)
+    with recording() as record:
+        compiled = torch.compile(smc_draw, backend=BACKEND, fullgraph=True, dynamic=False)
+        for _ in range(4):
+            record.new_session()
+            scores = torch.randn(6, 150, generator=generator)
+            k = torch.randint(1, 40, (6, 1), generator=generator)
+            compiled(scores, k, torch.rand(6, 1, generator=generator), torch.rand(6, generator=generator).double())
+            record.end_session()
+    (found,) = record.found
+    return found
+
+
+def test_a_graph_knows_its_region_and_keeps_a_call_of_each_session(recorded):
+    assert recorded.name == "draw"
+    assert len(recorded.calls) == 4
+
+
+def test_the_same_uniforms_give_the_same_tokens_and_a_wrong_kernel_does_not(recorded, interpreter):
+    """Eager runs our C++ kernels, the target's code their twins in tensor code."""
+    observed = Observed(interpreter)
+    code, compiled = lower(recorded, TARGET, observed)
+    verdict = compare(recorded, compiled, observed, torch.float32)
+    assert verdict.problem == ""
+    assert verdict.runs == 4
+    assert verdict.agrees(torch.float32)
+    sources = kernel_sources(code)
+    assert sources
+    assert set(verdict.launches) == set(sources)
+    assert all(verdict.used(name) for name in sources)
+    assert "smc_compile" not in code.partition("class Runner")[2], "no op of ours is left to call"
+
+    name, source = next((n, s) for n, s in sources.items() if " > " in s or ">=" in s)
+    used = compile_kernel(name, source, TARGET)
+    assert 8 <= used.registers <= 255
+    assert used.loads > 0
+    assert used.stores > 0
+
+    wrong = Observed(interpreter)
+    assert ">=" in "".join(sources.values())
+
+    def execute(code: str, arguments: list[object]) -> object:
+        return wrong(code.replace(">=", "<"), arguments)
+
+    assert not compare(recorded, lower(recorded, TARGET, execute)[1], wrong, torch.float32).agrees(torch.float32)
+
+
+def test_products_of_a_few_rows_are_the_librarys_on_a_gpu():
+    """The graph was traced on a CPU, where they are an op of ours."""
+    x, weight = torch.randn(8, 512), torch.nn.Parameter(torch.randn(512, 512), requires_grad=False)
+    with recording() as record:
+        torch.compile(lambda *args: linear(*args) + 1, backend=BACKEND, fullgraph=True)(x, weight)
+    (found,) = record.found
+    assert "few_rows" in found.graph.code
+    code, _ = lower(found, TARGET, lambda *_: [])
+    assert "few_rows" not in code.partition("class Runner")[2]
+    assert sum(library_calls(code).values()) == 1
+
+
+def test_differences_are_relative_and_infinities_have_their_places():
+    a = torch.tensor([100.0, -torch.inf, torch.nan])
+    assert difference(a, a.clone(), torch.float32) == (0.0, 0.0)
+    error, beyond = difference(a, torch.tensor([101.0, -torch.inf, torch.nan]), torch.float32)
+    assert error == pytest.approx(1 / 101)
+    assert beyond == pytest.approx(1 / 3)
+    assert difference(a, torch.tensor([100.0, torch.inf, torch.nan]), torch.float32)[1] == pytest.approx(1 / 3)
+    assert difference(torch.tensor([1, 2]), torch.tensor([1, 3]), torch.float32) == (0.0, 0.5)
+    assert difference(a, a.double(), torch.float32)[1] == 1.0

@@ -1,0 +1,102 @@
+"""``smc-compile kernels``: what runs is what is listed, and what is wrong gives another exit status."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from smc_compile import list_kernels
+from smc_compile.__main__ import main
+from smc_compile.listing.machine_code import MachineCode
+from smc_compile.listing.rows import Kernel, Region
+from smc_compile.listing.verify import Verdict
+
+
+def region(**changes: object) -> Region:
+    code = MachineCode(registers=40, spills=0, shared=16, loads=3, stores=1, configurations=2, size=5000)
+    kernel = Kernel("triton_poi_fused_add_mul_0", launches=3, used=True, code=code)
+    verdict = Verdict(runs=2, error=3e-7, launches={kernel.name: 1})
+    fields = {"kernels": [kernel], "library": {"mm": 4}, "verdict": verdict, "agrees": True, **changes}
+    return Region("score", 1, sources={kernel.name: "source"}, **fields)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def listed(monkeypatch):
+    """Run the command on regions that are given, not generated."""
+
+    def command(*regions: Region, options: tuple[str, ...] = ()) -> int:
+        answers = iter(regions)
+        monkeypatch.setattr(list_kernels, "record_sessions", lambda *_: list(regions))
+        monkeypatch.setattr(list_kernels, "examine", lambda *_: next(answers))
+        return main(["kernels", "--target", "sm_90", *options])
+
+    return command
+
+
+def test_a_table_for_each_region_within_a_hundred_columns(listed, capsys):
+    assert listed(region(), region()) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 100
+    assert out.count("as eager in 2 runs, largest error 3e-07") == 2
+    row = next(line for line in out.splitlines() if line.startswith("poi 0"))
+    assert row.split() == ["poi", "0", "add", "mul", "3", "40", "0", "16", "3", "1", "yes"]
+    assert "2 regions, 2 kernels (1 different), 6 launches and 8 library calls a cycle" in " ".join(out.split())
+    assert "all checks pass" in out
+
+
+@pytest.mark.parametrize(
+    ("bad", "told"),
+    [
+        ({"agrees": False}, "differs from eager"),
+        ({"verdict": Verdict(problem="no such op"), "agrees": False}, "not run: no such op"),
+        ({"kernels": [Kernel("triton_poi_fused_add_0", 2, used=False)]}, "output unused"),
+        ({"kernels": [Kernel("triton_poi_fused_add_0", 0, used=False)]}, "never launched"),
+        ({"kernels": [Kernel("triton_poi_fused_add_0", 2, used=True, problem="ptxas: no")]}, "ptxas: no"),
+    ],
+)
+def test_whatever_fails_is_told_and_gives_status_1(listed, capsys, bad, told):
+    assert listed(region(), region(**bad)) == 1
+    out = capsys.readouterr().out
+    assert told in out
+    assert "failed: score" in out
+
+
+def test_rows_are_kept(listed, tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    assert listed(region(), options=("--json", str(path))) == 0
+    stored = json.loads(path.read_text())
+    assert stored["options"]["target"] == "sm_90"
+    assert stored["regions"][0]["passes"] is True
+    assert stored["regions"][0]["kernels"][0]["code"]["registers"] == 40
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--target", "sm_12"), "known are"),
+        (("--lookahead", "0"), "--lookahead must be at least 1"),
+        (("--top-p", "0"), "top-p 0.0"),
+    ],
+)
+def test_bad_options_are_told(options, told, capsys):
+    assert main(["kernels", *options]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_session_for_a_gpu_that_is_not_there(capsys, tmp_path):
+    """The whole command, on the shortest cycle without truncation."""
+    path = tmp_path / "rows.json"
+    options = "--target sm_80 --lookahead 1 --layers 1 --sessions 1 --top-k 0 --top-p 1 --n-particles 2"
+    status = main(["kernels", *options.split(), "--json", str(path)])
+    out = capsys.readouterr().out
+    regions = {r["name"]: r for r in json.loads(path.read_text())["regions"]}
+    assert set(regions) == {"draft_step", "draft_head", "score", "weigh"}
+    assert [regions[name]["calls"] for name in ("draft_step", "draft_head", "score", "weigh")] == [0, 1, 1, 1]
+    for name, found in regions.items():
+        assert found["agrees"], f"{name}\n{out}"
+        assert found["kernels"], name
+        assert all(kernel["code"]["registers"] > 0 for kernel in found["kernels"])
+    assert regions["score"]["library"]["mm"] >= 8
+    assert status == (0 if all(r["passes"] for r in regions.values()) else 1)
+    assert max(map(len, out.splitlines())) <= 100
