@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from smc_compile.passes.early_choice import early_choice
 from smc_compile.passes.export_lm import OwnedWeights, export_lm
 from smc_compile.passes.few_rows import few_rows
 from smc_compile.passes.ir import CachedLM, CausalLM
@@ -54,7 +55,7 @@ def trace_model(step: nn.Module, ids: Tensor, weights: Sequence[Tensor], check: 
     if sampled:
         lm, sampler = match_sampler(lm)
         lap("match_sampler")
-    cached = few_rows(synthesize_cache(lm))
+    cached = few_rows(early_choice(synthesize_cache(lm)))
     lap("synthesize_cache")
     error = None
     if check:

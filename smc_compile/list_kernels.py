@@ -19,7 +19,7 @@ from smc_compile.listing.interpreter import Interpreter
 from smc_compile.listing.rows import Kernel, Region, examine, short_name
 from smc_compile.listing.sessions import Pair, positions, record_sessions
 from smc_compile.llama import LlamaConfig
-from smc_compile.measure import check_json_path
+from smc_compile.report import check_json_path
 
 HELP = """\
 List the kernels that a session runs, and check them.
