@@ -1,4 +1,4 @@
-"""The command line: ``smc-compile demo``, ``smc-compile bench`` and ``smc-compile models``."""
+"""The command line: ``smc-compile demo``, ``bench``, ``sweep`` and ``models``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from smc_compile import bench, demo, models
+from smc_compile import bench, demo, models, sweep
 from smc_compile.errors import SMCError
 
 DESCRIPTION = """\
@@ -16,6 +16,7 @@ Turn a plain decode loop into Sequential Monte Carlo speculative decoding.
 
   smc-compile demo     see it write Python on the shipped pair of models, and how fast
   smc-compile bench    measure its cost on random weights of any shape
+  smc-compile sweep    see how the cost of a cycle moves with N, K and lengths
   smc-compile models   try which decoders of the transformers library compile
 """
 
@@ -25,8 +26,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="smc-compile", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(title="commands", metavar="{demo,bench,models}", required=True)
-    for module, name in ((demo, "demo"), (bench, "bench"), (models, "models")):
+    commands = parser.add_subparsers(title="commands", metavar="{demo,bench,sweep,models}", required=True)
+    for module, name in ((demo, "demo"), (bench, "bench"), (sweep, "sweep"), (models, "models")):
         first_line = (module.HELP.strip().splitlines() or [""])[0]
         command = commands.add_parser(
             name,

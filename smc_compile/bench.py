@@ -14,7 +14,7 @@ from smc_compile.bench_options import add_arguments, check_arguments, pair_shape
 from smc_compile.bounds import Ceilings, Costs, costs, loop_passes, measure_ceilings, product_seconds
 from smc_compile.contest import contest
 from smc_compile.gpt_fast_peer import gpt_fast_loop
-from smc_compile.llama import Llama, LlamaConfig
+from smc_compile.llama import Llama, LlamaConfig, cache_numbers
 from smc_compile.measure import Contestant, Measurement, measure, reason
 from smc_compile.nested_pair import Tuned
 from smc_compile.passes.few_rows import EMULATED as EMULATED_BF16
@@ -89,15 +89,42 @@ def prepare(
     """
     fill_in(arguments)
     check_arguments(arguments)
-    device = torch.device(arguments.device)
+    settle_place(arguments)
+    target_config, draft_config = configs(arguments, lookahead)
+    held_again = weight_count(target_config) if arguments.gpt_fast else 0  # gpt-fast holds most of it
+    target, draft, tuned = build_pair(arguments, target_config, draft_config, held_again, console)
+    console.print(where(arguments), highlight=False, style="dim")
+    warn_of_emulation(arguments, console)
+    console.print()
+    ids = random_prompt(
+        target_config.vocab_size, arguments.prompt_length, target.embedding.weight.device, arguments.seed
+    )
+    return target, draft, ids, tuned
+
+
+def settle_place(arguments: argparse.Namespace) -> None:
+    """The type of weights for ``auto``, and torch's threads."""
     if arguments.dtype == "auto":
-        arguments.dtype = own_dtype(device)
+        arguments.dtype = own_dtype(torch.device(arguments.device))
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    dtype = DTYPES[arguments.dtype]
-    target_config, draft_config = configs(arguments, lookahead)
+
+
+def build_pair(
+    arguments: argparse.Namespace,
+    target_config: LlamaConfig,
+    draft_config: LlamaConfig,
+    held_again: int,
+    console: Console,
+) -> tuple[Llama, Llama, Tuned | None]:
+    """Build both models, if they and ``held_again`` numbers fit in memory, and say what they are.
+
+    Raises:
+        OptionError: where memory, shapes or the acceptance rate do not allow it.
+    """
+    device, dtype = torch.device(arguments.device), DTYPES[arguments.dtype]
     counts = weight_count(target_config), weight_count(draft_config)
-    check_memory(sum(counts) + (counts[0] if arguments.gpt_fast else 0), dtype, device)  # gpt-fast holds most again
+    check_memory(sum(counts) + held_again, dtype, device)
     target, draft, tuned = build_models(
         target_config,
         draft_config,
@@ -110,12 +137,12 @@ def prepare(
     console.print(describe("target", target_config, counts[0]), highlight=False)
     console.print(describe("draft ", draft_config, counts[1]), highlight=False)
     console.print(pair_line(tuned, arguments.temperature), highlight=False)
-    console.print(where(arguments), highlight=False, style="dim")
-    for line in emulated_dtype(dtype, device):
+    return target, draft, tuned
+
+
+def warn_of_emulation(arguments: argparse.Namespace, console: Console) -> None:
+    for line in emulated_dtype(DTYPES[arguments.dtype], torch.device(arguments.device)):
         console.print(line, highlight=False, style="yellow")
-    console.print()
-    ids = random_prompt(target_config.vocab_size, arguments.prompt_length, device, arguments.seed)
-    return target, draft, ids, tuned
 
 
 def all_contestants(
@@ -231,11 +258,6 @@ def where(arguments: argparse.Namespace) -> str:
 def own_dtype(device: torch.device) -> str:
     """bfloat16 where the device has instructions for it."""
     return "float32" if device.type == "cpu" and EMULATED_BF16 else "bfloat16"
-
-
-def cache_numbers(config: LlamaConfig) -> int:
-    """Numbers of keys and values that a token leaves in the cache."""
-    return 2 * config.n_layers * config.n_kv_heads * (config.dim // config.n_heads)
 
 
 def ceilings_line(ceilings: Ceilings) -> str:
