@@ -20,7 +20,7 @@ from smc_compile.nested_pair import Tuned
 from smc_compile.passes.few_rows import EMULATED as EMULATED_BF16
 from smc_compile.presets import DTYPES, check_memory, configs, fill_in, weight_count
 from smc_compile.random_pair import build_models, parameter_count, random_prompt
-from smc_compile.report import check_json_path, cpu_name, write_json
+from smc_compile.report import check_json_path, device_name, write_json
 from smc_compile.rows import Row, make_rows
 from smc_compile.table import compile_line, range_line, rows_table
 from smc_compile.transformers_peer import assisted_loop, library_loop
@@ -248,7 +248,7 @@ def pair_line(tuned: Tuned | None, temperature: float) -> str:
 
 def where(arguments: argparse.Namespace) -> str:
     """One line about the run."""
-    device = cpu_name() if torch.device(arguments.device).type == "cpu" else torch.cuda.get_device_name()
+    device = device_name(torch.device(arguments.device))
     return (
         f"{arguments.dtype}, prompt of {arguments.prompt_length} tokens, {arguments.new_tokens} new tokens, "
         f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
@@ -262,10 +262,14 @@ def own_dtype(device: torch.device) -> str:
 
 def ceilings_line(ceilings: Ceilings) -> str:
     """What the bound is made of."""
+    return f"{rates(ceilings)}: bandwidth and arithmetic are shares of that, for what a step must read and multiply"
+
+
+def rates(ceilings: Ceilings) -> str:
+    """What was measured of this machine."""
     return (
         f"this machine reads {ceilings.bytes_per_second / 1e9:.0f} GB/s and multiplies "
-        f"{ceilings.operations_per_second / 1e9:.0f} GFLOP/s: bandwidth and arithmetic are shares of that, for what a "
-        "step must read and multiply"
+        f"{ceilings.operations_per_second / 1e9:.0f} GFLOP/s"
     )
 
 

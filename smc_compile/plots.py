@@ -51,7 +51,7 @@ def draw(rows: Sequence[Row], over: Sequence[str], path: str | Path, title: str,
     """Write the picture of a sweep over one axis or, where ``over`` names two, of the grid."""
     from matplotlib import rc_context
 
-    style = {
+    style: Any = {
         "font.family": "sans-serif",
         "font.size": 10,
         "text.color": INK,
@@ -103,10 +103,10 @@ def draw_speed(panel: Any, rows: Sequence[Row], name: str) -> None:
     loop = [row["loop_tokens_per_second"] for row in rows]
     below = [row["tokens_per_second"] - row["tokens_per_second_min"] for row in rows]
     above = [row["tokens_per_second_max"] - row["tokens_per_second"] for row in rows]
-    panel.plot(x, bound, color=INK, lw=1.2, marker="_", ms=7)
+    panel.plot(x, bound, color=INK, lw=1.3)
     panel.errorbar(x, speed, yerr=[below, above], color=ALIVE, lw=2.2, marker="o", ms=5.5, elinewidth=1, capsize=0)
     labels = [(bound[-1], "bound", INK), (speed[-1], "SMC", ALIVE)]
-    drawn = [*speed, *bound]
+    drawn = [*bound, *(row[f"tokens_per_second_{end}"] for row in rows for end in ("min", "max"))]
     if None not in loop:
         panel.plot(x, loop, color=RETURNED, lw=1.4, ls=(0, (5, 3)))
         labels.append((loop[-1], "one-token loop", RETURNED))
@@ -153,11 +153,11 @@ def panels(count: int) -> tuple[Any, Sequence[Any]]:
     figure = Figure(figsize=(11.5, 4.8) if count == 2 else (8.5, 5.2))
     axes = figure.subplots(1, count, squeeze=False)[0]
     figure.subplots_adjust(
-        left=0.06 if count == 2 else 0.08, right=0.93 if count == 2 else 0.9, top=0.76, bottom=0.13, wspace=0.36
+        left=0.06 if count == 2 else 0.08, right=0.93 if count == 2 else 0.9, top=0.76, bottom=0.13, wspace=0.42
     )
     for panel in axes:
         panel.spines[["top", "right", "left"]].set_visible(False)
-        panel.tick_params(length=0)
+        panel.tick_params(which="both", length=0)
         panel.grid(axis="y", color=RULE, lw=0.8)
         panel.set_axisbelow(True)
     return figure, axes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from statistics import median, median_low
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
-from smc_compile.bench import build_pair, ceilings_line, settle_place, warn_of_emulation
+from smc_compile.bench import build_pair, rates, settle_place, warn_of_emulation
 from smc_compile.bench_options import add_pair_arguments, check_arguments
 from smc_compile.bounds import Ceilings, Costs, costs, cycle_passes, least_seconds, measure_ceilings
 from smc_compile.errors import OptionError
@@ -241,7 +242,8 @@ def show(
 ) -> None:
     """The table, what is not in it, and how to read it."""
     if measured.interrupted:
-        text = f"interrupted: {len(rows)} points measured, the last ones in fewer than {arguments.repeats} rounds"
+        wanted = math.prod(len(axis.values) for axis in axes)
+        text = f"interrupted: {len(rows)} of {wanted} points measured, some in fewer rounds than {arguments.repeats}"
         console.print(text, style="yellow", highlight=False)
     if rows:
         console.print(sweep_table(rows, {axis.name: LETTERS[axis.name] for axis in axes}))
@@ -250,7 +252,7 @@ def show(
         console.print(f"{name}: not measured: {why}", markup=False, highlight=False)
     if not rows and not measured.interrupted:
         raise OptionError("No point of the sweep could be measured.", "each is named above with its reason")
-    for line in [*footnotes(rows), ceilings_line(ceilings)] if rows else []:
+    for line in [*footnotes(rows), bound_line(ceilings)] if rows else []:
         console.print(line, style="dim", markup=False, highlight=False)
 
 
@@ -261,9 +263,13 @@ def footnotes(rows: Sequence[Row]) -> list[str]:
         f"medians of {max(row['repeats'] for row in rows)} rounds, decoding alone; the fastest round of a point is up "
         f"to {spread:.2f}x its slowest; compiled once, not in the table: "
         f"{sum(row['compile_seconds'] for row in rows):.0f} s",
-        "read: weights and caches that a cycle must read, at half of the new tokens; caches: as allocated, one for each "
-        "prompt and one suffix for each particle",
+        "read: weights and caches, at half of the new tokens; prompt, suffixes: the caches as they were allocated",
     ]
+
+
+def bound_line(ceilings: Ceilings) -> str:
+    """What the bound is made of."""
+    return f"{rates(ceilings)}: the bound is what a cycle must read and multiply at these rates"
 
 
 def base_line(axes: Sequence[Axis], arguments: argparse.Namespace) -> str:
@@ -286,11 +292,17 @@ def standing(axes: Sequence[Axis], arguments: argparse.Namespace) -> str:
 def place_line(arguments: argparse.Namespace) -> str:
     """Type, machine and version."""
     device = device_name(torch.device(arguments.device))
-    return f"{arguments.dtype}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    threads = torch.get_num_threads()
+    return f"{arguments.dtype}, {device}, {threads} thread{'s' if threads > 1 else ''}, torch {torch.__version__}"
 
 
 def headings(axes: Sequence[Axis], arguments: argparse.Namespace) -> tuple[str, str]:
     """Title and second line of a plot."""
     target, draft = (weight_count(config) for config in configs(arguments, arguments.lookahead))
-    pair = f"{target / 1e6:.3g}M target, {draft / 1e6:.3g}M draft"
-    return f"SMC speculative decoding: {pair}", f"{standing(axes, arguments)}  ·  {place_line(arguments)}"
+    pair = f"{millions(target)} target, {millions(draft)} draft"
+    return f"Speed and cost of an SMC cycle: {pair}", f"{standing(axes, arguments)}  ·  {place_line(arguments)}"
+
+
+def millions(count: int) -> str:
+    """Parameters, in two or three digits."""
+    return f"{count / 1e6:.0f}M" if count >= 1e7 else f"{count / 1e6:.2f}M"

@@ -105,12 +105,14 @@ def time_or_refuse(point: Point, time_point: TimePoint, seed: int, measured: Mea
     if point in measured.failures:
         return
     try:
-        measured.timings.setdefault(point, []).append(time_point(point, seed))
+        timing = time_point(point, seed)
     except (SMCError, MemoryError, RuntimeError) as error:
         if not isinstance(error, SMCError) and not out_of_memory(error):
             raise
         measured.failures[point] = reason(error)
         measured.timings.pop(point, None)
+    else:
+        measured.timings.setdefault(point, []).append(timing)
 
 
 def out_of_memory(error: Exception) -> bool:

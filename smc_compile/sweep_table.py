@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from rich.table import Table
 
 from smc_compile.rows import Row
-from smc_compile.sweep_points import PARTS
 from smc_compile.table import number, percent
 
 Cell = Callable[[Row], str | None]
@@ -21,23 +20,26 @@ def megabytes(name: str) -> Cell:
     return lambda row: number(row[name] / 1e6)
 
 
-COLUMNS: list[tuple[str, Cell]] = [
-    ("tokens/s", lambda row: number(row["tokens_per_second"])),
-    ("over\nloop", lambda row: over_loop(row)),
-    ("of\nbound", lambda row: percent(row["share_of_bound"])),
-    ("ms per\ncycle", milliseconds("ms_per_cycle")),
-    *((f"{'resam-' if part == 'resample' else part}\n{'ple' if part == 'resample' else 'ms'}", milliseconds(f"{part}_ms")) for part in PARTS),
-    ("bound\nms", milliseconds("bound_ms_per_cycle")),
-    ("read\nMB", megabytes("bytes_per_cycle")),
-    ("prompt\nMB", megabytes("prompt_cache_bytes")),
-    ("suffixes\nMB", megabytes("suffix_cache_bytes")),
-]  # fmt: skip
-
-
 def over_loop(row: Row) -> str | None:
     """Speed beside the one-token loop's on the same requests."""
     loop = row["loop_tokens_per_second"]
     return None if loop is None else number(row["tokens_per_second"] / loop, "x")
+
+
+COLUMNS: list[tuple[str, Cell]] = [
+    ("tokens/s", lambda row: number(row["tokens_per_second"])),
+    ("over\nloop", over_loop),
+    ("of\nbound", lambda row: percent(row["share_of_bound"])),
+    ("ms per\ncycle", milliseconds("ms_per_cycle")),
+    ("draft\nms", milliseconds("draft_ms")),
+    ("score\nms", milliseconds("score_ms")),
+    ("resam-\nple", milliseconds("resample_ms")),
+    ("host\nms", milliseconds("host_ms")),
+    ("bound\nms", milliseconds("bound_ms_per_cycle")),
+    ("read\nMB", megabytes("bytes_per_cycle")),
+    ("prompt\nMB", megabytes("prompt_cache_bytes")),
+    ("suffixes\nMB", megabytes("suffix_cache_bytes")),
+]
 
 
 def sweep_table(rows: Sequence[Row], axes: Mapping[str, str]) -> Table:
