@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from smc_compile.result import Generation, Stats
@@ -16,7 +18,7 @@ from .regions import choose, draw, is_end, run_model, step
 from .request import Request
 from .room import first_size
 from .rules import Rules
-from .run import Run, drive, first_law, not_finite, require_law, ruled, stops
+from .run import Run, cycles, drive, first_law, not_finite, require_law, ruled, stops
 from .settling import Watcher
 from .streams import Streams
 
@@ -42,6 +44,14 @@ class AutoregressiveSession:
     def run(self, request: Request) -> Generation:
         """Generate; raises GenerationError with the partial result when the target's logits are not finite."""
         return drive(self._begin(request), (self._target,), self._sizes, self._token, self._result)
+
+    @torch.no_grad()
+    def cycles(self, request: Request) -> Iterator[Run]:
+        """As ``run``, token by token: the run before the first one and after each. Whoever asks may stop at any."""
+        run = self._begin(request)
+        yield run
+        for _ in cycles(run, (self._target,), self._sizes, self._token):
+            yield run
 
     def _begin(self, request: Request) -> Run:
         clock = Clock(self.regions)

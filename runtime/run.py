@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,6 +127,19 @@ class Run:
         return assemble([*self.outcomes, *now], self.asked, width, self.clock.fill(self.stats))
 
 
+def cycles(run: Run, models: Sequence[RuntimeModel], sizes: set[int], advance: Callable[[Run], None]) -> Iterator[None]:
+    """Advance cycle by cycle until every request has finished; ``sizes`` learns the batch sizes that have run."""
+    begin_run()
+    run.release(run.p.finished(run.request, run.ends), models, sizes)
+    while len(run.gone) < run.asked.batch:
+        advance(run)
+        sizes.add(run.request.batch)
+        if run.watcher is not None:
+            run.watcher.cycle(run.p, run.request, run.ends, run.gone)
+        run.release(run.p.finished(run.request, run.ends), models, sizes)
+        yield
+
+
 def drive(
     run: Run,
     models: Sequence[RuntimeModel],
@@ -134,19 +147,13 @@ def drive(
     advance: Callable[[Run], None],
     result: Callable[[Run, bool], Generation],
 ) -> Generation:
-    """Advance until every request has finished, and give all answers; ``sizes`` learns the batch sizes that have run.
+    """Advance until every request has finished, and give all answers; ``sizes`` as for ``cycles``.
 
     Whatever is raised on the way, by us, a model or the compiler, carries the result so far as ``error.partial``.
     """
-    begin_run()
     try:
-        run.release(run.p.finished(run.request, run.ends), models, sizes)
-        while len(run.gone) < run.asked.batch:
-            advance(run)
-            sizes.add(run.request.batch)
-            if run.watcher is not None:
-                run.watcher.cycle(run.p, run.request, run.ends, run.gone)
-            run.release(run.p.finished(run.request, run.ends), models, sizes)
+        for _ in cycles(run, models, sizes, advance):
+            pass
     except Exception as error:
         error.partial = result(run, False)  # type: ignore[attr-defined]
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from .request import Request
 from .resampling import keep_survivors
 from .room import first_size
 from .rules import Rules
-from .run import Run, drive, first_law, not_finite, require_law, ruled, stops
+from .run import Run, cycles, drive, first_law, not_finite, require_law, ruled, stops
 from .settling import Watcher, settle_old
 from .streams import Streams
 
@@ -73,6 +74,14 @@ class SMCSession:
         """Generate; raises GenerationError, with the partial result, on logits not finite or a dead population."""
         models = (self._target, self._draft)
         return drive(self._begin(request), models, self._sizes, self._next_cycle, self._result)
+
+    @torch.no_grad()
+    def cycles(self, request: Request) -> Iterator[Run]:
+        """As ``run``, cycle by cycle: the run before the first one and after each. Whoever asks may stop at any."""
+        run = self._begin(request)
+        yield run
+        for _ in cycles(run, (self._target, self._draft), self._sizes, self._next_cycle):
+            yield run
 
     def _next_cycle(self, run: Run) -> None:
         run.reserve(run.p.made + self._k, (self._target, self._draft))

@@ -1,4 +1,4 @@
-"""The command line: ``smc-compile demo``, ``bench``, ``models`` and ``kernels``."""
+"""The command line: ``smc-compile demo``, ``bench``, ``sweep``, ``models`` and ``kernels``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from smc_compile import bench, demo, list_kernels, models
+from smc_compile import bench, demo, list_kernels, models, sweep
 from smc_compile.errors import SMCError
 
 DESCRIPTION = """\
@@ -16,6 +16,7 @@ Turn a plain decode loop into Sequential Monte Carlo speculative decoding.
 
   smc-compile demo     see it write Python on the shipped pair of models, and how fast
   smc-compile bench    measure its cost on random weights of any shape
+  smc-compile sweep    see how the cost of a cycle moves with N, K and lengths
   smc-compile models   try which decoders of the transformers library compile
   smc-compile kernels  list the kernels that a session runs, and check them
 """
@@ -26,8 +27,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="smc-compile", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(title="commands", metavar="{demo,bench,models,kernels}", required=True)
-    for module, name in ((demo, "demo"), (bench, "bench"), (models, "models"), (list_kernels, "kernels")):
+    commands = parser.add_subparsers(title="commands", metavar="{demo,bench,sweep,models,kernels}", required=True)
+    listed = (demo, "demo"), (bench, "bench"), (sweep, "sweep"), (models, "models"), (list_kernels, "kernels")
+    for module, name in listed:
         first_line = (module.HELP.strip().splitlines() or [""])[0]
         command = commands.add_parser(
             name,

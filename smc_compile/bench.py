@@ -14,13 +14,13 @@ from smc_compile.bench_options import add_arguments, check_arguments, pair_shape
 from smc_compile.bounds import Ceilings, Costs, costs, loop_passes, measure_ceilings, product_seconds
 from smc_compile.contest import contest
 from smc_compile.gpt_fast_peer import gpt_fast_loop
-from smc_compile.llama import Llama, LlamaConfig
+from smc_compile.llama import Llama, LlamaConfig, cache_numbers
 from smc_compile.measure import Contestant, Measurement, measure, reason
 from smc_compile.nested_pair import Tuned
 from smc_compile.passes.few_rows import EMULATED as EMULATED_BF16
 from smc_compile.presets import DTYPES, check_memory, configs, fill_in, weight_count
 from smc_compile.random_pair import build_models, parameter_count, random_prompt
-from smc_compile.report import check_json_path, cpu_name, write_json
+from smc_compile.report import check_json_path, device_name, write_json
 from smc_compile.rows import Row, make_rows
 from smc_compile.table import compile_line, range_line, rows_table
 from smc_compile.transformers_peer import assisted_loop, library_loop
@@ -89,15 +89,42 @@ def prepare(
     """
     fill_in(arguments)
     check_arguments(arguments)
-    device = torch.device(arguments.device)
+    settle_place(arguments)
+    target_config, draft_config = configs(arguments, lookahead)
+    held_again = weight_count(target_config) if arguments.gpt_fast else 0  # gpt-fast holds most of it
+    target, draft, tuned = build_pair(arguments, target_config, draft_config, held_again, console)
+    console.print(where(arguments), highlight=False, style="dim")
+    warn_of_emulation(arguments, console)
+    console.print()
+    ids = random_prompt(
+        target_config.vocab_size, arguments.prompt_length, target.embedding.weight.device, arguments.seed
+    )
+    return target, draft, ids, tuned
+
+
+def settle_place(arguments: argparse.Namespace) -> None:
+    """The type of weights for ``auto``, and torch's threads."""
     if arguments.dtype == "auto":
-        arguments.dtype = own_dtype(device)
+        arguments.dtype = own_dtype(torch.device(arguments.device))
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    dtype = DTYPES[arguments.dtype]
-    target_config, draft_config = configs(arguments, lookahead)
+
+
+def build_pair(
+    arguments: argparse.Namespace,
+    target_config: LlamaConfig,
+    draft_config: LlamaConfig,
+    held_again: int,
+    console: Console,
+) -> tuple[Llama, Llama, Tuned | None]:
+    """Build both models, if they and ``held_again`` numbers fit in memory, and say what they are.
+
+    Raises:
+        OptionError: where memory, shapes or the acceptance rate do not allow it.
+    """
+    device, dtype = torch.device(arguments.device), DTYPES[arguments.dtype]
     counts = weight_count(target_config), weight_count(draft_config)
-    check_memory(sum(counts) + (counts[0] if arguments.gpt_fast else 0), dtype, device)  # gpt-fast holds most again
+    check_memory(sum(counts) + held_again, dtype, device)
     target, draft, tuned = build_models(
         target_config,
         draft_config,
@@ -110,12 +137,12 @@ def prepare(
     console.print(describe("target", target_config, counts[0]), highlight=False)
     console.print(describe("draft ", draft_config, counts[1]), highlight=False)
     console.print(pair_line(tuned, arguments.temperature), highlight=False)
-    console.print(where(arguments), highlight=False, style="dim")
-    for line in emulated_dtype(dtype, device):
+    return target, draft, tuned
+
+
+def warn_of_emulation(arguments: argparse.Namespace, console: Console) -> None:
+    for line in emulated_dtype(DTYPES[arguments.dtype], torch.device(arguments.device)):
         console.print(line, highlight=False, style="yellow")
-    console.print()
-    ids = random_prompt(target_config.vocab_size, arguments.prompt_length, device, arguments.seed)
-    return target, draft, ids, tuned
 
 
 def all_contestants(
@@ -221,7 +248,7 @@ def pair_line(tuned: Tuned | None, temperature: float) -> str:
 
 def where(arguments: argparse.Namespace) -> str:
     """One line about the run."""
-    device = cpu_name() if torch.device(arguments.device).type == "cpu" else torch.cuda.get_device_name()
+    device = device_name(torch.device(arguments.device))
     return (
         f"{arguments.dtype}, prompt of {arguments.prompt_length} tokens, {arguments.new_tokens} new tokens, "
         f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
@@ -233,17 +260,16 @@ def own_dtype(device: torch.device) -> str:
     return "float32" if device.type == "cpu" and EMULATED_BF16 else "bfloat16"
 
 
-def cache_numbers(config: LlamaConfig) -> int:
-    """Numbers of keys and values that a token leaves in the cache."""
-    return 2 * config.n_layers * config.n_kv_heads * (config.dim // config.n_heads)
-
-
 def ceilings_line(ceilings: Ceilings) -> str:
     """What the bound is made of."""
+    return f"{rates(ceilings)}: bandwidth and arithmetic are shares of that, for what a step must read and multiply"
+
+
+def rates(ceilings: Ceilings) -> str:
+    """What was measured of this machine."""
     return (
         f"this machine reads {ceilings.bytes_per_second / 1e9:.0f} GB/s and multiplies "
-        f"{ceilings.operations_per_second / 1e9:.0f} GFLOP/s: bandwidth and arithmetic are shares of that, for what a "
-        "step must read and multiply"
+        f"{ceilings.operations_per_second / 1e9:.0f} GFLOP/s"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 import torch
 
@@ -109,11 +110,11 @@ def pair_shapes(n_particles: list[int], lookahead: list[int]) -> list[tuple[int,
     return list(zip(n_particles, lookahead, strict=True))
 
 
-def check_arguments(arguments: argparse.Namespace) -> None:
-    """Refuse shapes no model can have. What concerns generation is left to the library."""
+def check_arguments(arguments: argparse.Namespace, counts: Sequence[str] = ("chains", "assistant_tokens")) -> None:
+    """Refuse shapes no model can have, and ``counts`` below 1. What else concerns generation is left to the library."""
     sizes = ("layers", "dim", "heads", "kv_heads", "hidden", "vocab")
     names = [*sizes, *(f"draft_{size}" for size in sizes if size != "vocab"), "prompt_length", "new_tokens", "repeats"]
-    for name in (*names, "chains", "assistant_tokens", "threads"):
+    for name in (*names, *counts, "threads"):
         value = getattr(arguments, name)
         least = min(value) if isinstance(value, list) else value
         if least is not None and least < 1:

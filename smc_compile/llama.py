@@ -26,6 +26,11 @@ class LlamaConfig:
     rope_base: float = 10000.0
 
 
+def cache_numbers(config: LlamaConfig) -> int:
+    """Numbers of keys and values that a token leaves in the cache."""
+    return 2 * config.n_layers * config.n_kv_heads * (config.dim // config.n_heads)
+
+
 def rotary_table(positions: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines, each [positions, head_dim] (Su et al., 2021, halves rotated)."""
     frequencies = base ** (-torch.arange(0, head_dim, 2).float() / head_dim)

@@ -29,6 +29,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+def device_name(device: torch.device) -> str:
+    """What the vendor calls it."""
+    return cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
 def cpu_name() -> str:
     """The processor's own name where Linux tells it."""
     try:

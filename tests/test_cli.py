@@ -38,14 +38,16 @@ def uncompiled(monkeypatch):
 # ---- arguments and errors -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["bench", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["bench", "--help"], ["sweep", "--help"]])
 def test_help_fits_and_names_the_options(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 120
-    assert all(word in text for word in (["demo", "bench"] if len(arguments) == 1 else ["--n-particles", "--json"]))
+    assert all(
+        word in text for word in (["demo", "bench", "sweep"] if len(arguments) == 1 else ["--n-particles", "--json"])
+    )
 
 
 @pytest.mark.parametrize(
