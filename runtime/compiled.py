@@ -104,6 +104,11 @@ def _own_code(function: Callable[..., Any], name: str) -> types.FunctionType:
     return copy
 
 
+def packed(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy with the strides of its shape: compiled code is guarded by strides, even those of axes of size one."""
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
 def mark_dynamic(tensor: torch.Tensor, *dims: int) -> torch.Tensor:
     """Let these dimensions vary without recompilation."""
     for dim in dims:

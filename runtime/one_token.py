@@ -9,7 +9,7 @@ import torch
 from smc_compile.result import Generation, Stats
 
 from .clock import Clock
-from .compiled import Region, mark_dynamic
+from .compiled import Region, mark_dynamic, packed
 from .law import Law
 from .memory import require_memory
 from .models import RuntimeModel
@@ -88,7 +88,7 @@ class AutoregressiveSession:
     def _token(self, run: Run) -> None:
         run.reserve(run.p.made, (self._target,))
         p, last = run.p, run.p.made - 1
-        tokens, u = p.tokens[:, last:].narrow(1, 0, 1).clone(), run.streams.token(p.made)
+        tokens, u = packed(p.tokens[:, last:].narrow(1, 0, 1)), run.streams.token(p.made)
         ended, places = p.ended | p.stopped, run.places(last, 1)
         given = (tokens, ended, run.ends, run.settings, u)
         if self._rules:

@@ -13,7 +13,7 @@ from smc_compile.errors import GenerationError
 from smc_compile.result import Generation, Stats
 
 from .clock import Clock
-from .compiled import Region, mark_dynamic
+from .compiled import Region, mark_dynamic, packed
 from .law import Law, Mixture
 from .memory import require_memory
 from .models import RuntimeModel
@@ -164,13 +164,13 @@ class SMCSession:
         p, last = run.p, run.p.made - 1
         # The draft has not seen x_K of the cycle before: it enters with the bonus, as a block of two.
         first = last - 1 if last > 0 else last
-        tokens, state, ended = p.tokens[:, first : last + 1].clone(), p.draft, p.ended | p.stopped
+        tokens, state, ended = packed(p.tokens[:, first : last + 1]), p.draft, p.ended | p.stopped
         chosen, log_q = [p.tokens[:, last]], []
         settings = self._draft_law.at_try(run.settings, tries.repeat_interleave(self._n))
         for k in range(self._k):
             region = self._draft_head if tokens.shape[1] == 2 else self._draft_step
             places = run.places(last + k + 1 - tokens.shape[1], tokens.shape[1])
-            uniform = u[:, k].clone()
+            uniform = packed(u[:, k])
             if self._rules:
                 rows, new = region(tokens, places, state, run.contexts[1])
                 live = ~(ended | is_end(tokens[:, -1:], run.ends)[:, 0]) & (run.remaining > k)

@@ -12,7 +12,7 @@ from smc_compile.result import Generation, Stats
 
 from .acceptance import Verdict, accept_drafted, conclude, draft, propose, set_out
 from .clock import Clock
-from .compiled import Region
+from .compiled import Region, packed
 from .law import Law
 from .memory import require_memory
 from .models import CachedModel
@@ -201,7 +201,7 @@ class SpeculativeSession:
             count = tokens.shape[1]
             places = run.slots.places(run.slots.draft, run.positions(k + 1 - count, count), k + 2 - count)
             region = self._step if k else self._head
-            uniform = u[:, k].clone()
+            uniform = packed(u[:, k])
             if self._rules:
                 rows, _ = region(tokens, places, p.draft, run.contexts[1])
                 so_far = torch.stack(drafted, 1) if k else run.nothing
@@ -237,7 +237,7 @@ class SpeculativeSession:
         u = run.uniforms.accept(run.cycle)
         for k in range(self._k if self._law.kind != "greedy" else 0):
             q = log_q[k].view(batch, self._n, -1)
-            walk = self._accept(walk, rows, q, drafted[:, :, k].clone(), settings, u[:, :, k].clone())
+            walk = self._accept(walk, rows, q, packed(drafted[:, :, k]), settings, packed(u[:, :, k]))
         u_last = run.uniforms.last(run.cycle)
         verdict: Verdict = self._conclude(walk, rows, drafted, run.request_ends, wanted, settings, u_last)
         return verdict

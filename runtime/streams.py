@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import philox
+from .compiled import packed
 
 ATTEMPT = 8  # purposes of the random streams repeat with this period, one set for every try
 
@@ -32,15 +33,15 @@ class Streams:
             later = ATTEMPT * (tries - 1)  # [B]
             draft = philox.uniforms(self._seeds, self._n, steps[:-1], philox.PROPOSE + later)
             bonus = philox.uniforms(self._seeds, self._n, steps[-1:], philox.TARGET + later)
-        return draft.flatten(0, 1), bonus.flatten().clone()
+        return draft.flatten(0, 1), packed(bonus.flatten())
 
     def token(self, made: int) -> Tensor:
         """For generated token number ``made`` of the one-token loop: [R]."""
-        return self._target[:, :, made].flatten().clone()
+        return packed(self._target[:, :, made].flatten())
 
     def resample(self, cycle: int) -> Tensor:
         """For the ancestors of a cycle: [B, N]."""
-        return self._resample[:, :, cycle].clone()
+        return packed(self._resample[:, :, cycle])
 
     def settle(self, cycle: int) -> Tensor:
         """For the ancestor that is drawn for old tokens: [B]."""
@@ -85,7 +86,7 @@ class RejectionStreams:
 
     def last(self, cycle: int) -> Tensor:
         """For the token behind the accepted ones: [B]."""
-        return self._target[:, cycle + 1].clone()
+        return packed(self._target[:, cycle + 1])
 
     def take(self, keep: Tensor) -> RejectionStreams:
         """The streams of these requests."""
