@@ -172,7 +172,7 @@ def middle(new_tokens: int, width: int, cycles: int) -> tuple[int, int]:
 
 
 def time_cycles(session: SMCSession | AutoregressiveSession, request: Request, begin: int, timed: int) -> Timing:
-    """Prefill, go to ``begin`` tokens made, run one cycle that compiles where that is still to do, and time what follows."""
+    """Prefill, go to ``begin`` tokens made, run one cycle, which compiles what is not yet, and time the next."""
     compiled = sum(region.compile_seconds for region in session.regions)
     running = session.cycles(request)
     run = next(running)

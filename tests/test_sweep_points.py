@@ -93,11 +93,8 @@ def test_a_timing_tells_where_the_time_of_a_cycle_goes(pair, point):
 
 def test_memory_grows_with_n_in_the_suffixes_alone(pair):
     time_point = point_timer(*pair, 1.0, cycles=1)
-    for change in (
-        {"n_particles": 3, "requests": 2},
-        {"n_particles": 3, "requests": 2, "prompt_length": 9, "new_tokens": 33},
-    ):
-        point = BASE._replace(**change)
+    many = BASE._replace(n_particles=3, requests=2)
+    for point in (many, many._replace(prompt_length=9, new_tokens=33)):
         timing = time_point(point, 0)
         assert (timing.prompt_bytes, timing.suffix_bytes) == cache_bytes(point, PER_TOKEN)
     one, four = (cache_bytes(BASE._replace(n_particles=n), PER_TOKEN) for n in (1, 4))
