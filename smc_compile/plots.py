@@ -174,12 +174,12 @@ def scale_x(panel: Any, values: Sequence[int]) -> None:
 def scale_speed(panel: Any, values: Sequence[float]) -> None:
     """From zero, or logarithmic where the values lie far apart."""
     if max(values) > WIDE_RANGE * min(values):
-        panel.set_yscale("log")
+        panel.set_yscale("log", subs=[2, 5])
         panel.set_ylim(min(values) / 1.5, max(values) * 1.5)
     else:
         panel.set_ylim(0, 1.08 * max(values))
     panel.yaxis.set_major_formatter(lambda value, _: short(value))
-    panel.yaxis.set_minor_formatter(lambda value, _: "")
+    panel.yaxis.set_minor_formatter(lambda value, _: short(value))
 
 
 def label_ends(panel: Any, labels: Sequence[tuple[float, str, str]]) -> None:

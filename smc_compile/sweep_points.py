@@ -127,6 +127,7 @@ def point_timer(target: Llama, draft: Llama, temperature: float, cycles: int) ->
     programs: dict[tuple[int, int], Program] = {}
 
     def time_point(point: Point, seed: int) -> Timing:
+        span = middle(point.new_tokens, point.lookahead + 1, cycles)
         key = point.n_particles, point.lookahead
         if key not in programs:
             programs[key] = program_of(point, target, draft)
@@ -138,7 +139,7 @@ def point_timer(target: Llama, draft: Llama, temperature: float, cycles: int) ->
         check_request(request, program.target, program.draft)
         session = program.session
         assert isinstance(session, (SMCSession, AutoregressiveSession))
-        return time_cycles(session, request, point.lookahead + 1, cycles)
+        return time_cycles(session, request, *span)
 
     return time_point
 
@@ -170,9 +171,8 @@ def middle(new_tokens: int, width: int, cycles: int) -> tuple[int, int]:
     return max(2, (new_tokens - (1 + timed) * width) // 2), timed
 
 
-def time_cycles(session: SMCSession | AutoregressiveSession, request: Request, width: int, cycles: int) -> Timing:
-    """Prefill, go to the middle, run one cycle that compiles where that is still to do, and time what follows."""
-    begin, timed = middle(int(request.new_tokens.max()), width, cycles)
+def time_cycles(session: SMCSession | AutoregressiveSession, request: Request, begin: int, timed: int) -> Timing:
+    """Prefill, go to ``begin`` tokens made, run one cycle, which compiles what is not yet, and time the next."""
     compiled = sum(region.compile_seconds for region in session.regions)
     running = session.cycles(request)
     run = next(running)

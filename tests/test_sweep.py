@@ -110,14 +110,14 @@ def test_a_sweep_shows_writes_and_draws_its_points(tmp_path, capsys, uncompiled,
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(sweep, "free_bytes", lambda device: 3_000_000)
     stored, picture = tmp_path / "rows.json", tmp_path / "sweep.svg"
-    options = f"--values 1 2 4 4096 --repeats 2 --json {stored} --plot {picture}"
+    options = f"--values 1 3 4096 --repeats 2 --json {stored} --plot {picture}"
     assert main([*TINY, *options.split()]) == 0
     report = json.loads(stored.read_text())
     assert (report["command"], report["interrupted"]) == ("sweep", False)
-    assert report["axes"] == {"n_particles": [1, 2, 4, 4096]}
+    assert report["axes"] == {"n_particles": [1, 3, 4096]}
     rows = report["rows"]
-    assert [row["n_particles"] for row in rows] == [1, 2, 4]
-    assert [row["suffix_cache_bytes"] for row in rows] == [n * rows[0]["suffix_cache_bytes"] for n in (1, 2, 4)]
+    assert [row["n_particles"] for row in rows] == [1, 3]
+    assert [row["suffix_cache_bytes"] for row in rows] == [n * rows[0]["suffix_cache_bytes"] for n in (1, 3)]
     assert {row["prompt_cache_bytes"] for row in rows} == {rows[0]["prompt_cache_bytes"]}
     assert all(row["repeats"] == 2 and row["loop_tokens_per_second"] > 0 for row in rows)
     assert list(report["not_measured"]) == ["N=4096"]

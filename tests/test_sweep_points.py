@@ -81,7 +81,7 @@ def test_a_session_gives_the_same_tokens_cycle_by_cycle(pair, lookahead):
 # ---- one point ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("point", [BASE, BASE._replace(lookahead=1), BASE.loop])
+@pytest.mark.parametrize("point", [BASE, BASE.loop])
 def test_a_timing_tells_where_the_time_of_a_cycle_goes(pair, point):
     timing = point_timer(*pair, 1.0, cycles=2)(point, 0)
     assert timing.cycles == 2
@@ -93,8 +93,8 @@ def test_a_timing_tells_where_the_time_of_a_cycle_goes(pair, point):
 
 def test_memory_grows_with_n_in_the_suffixes_alone(pair):
     time_point = point_timer(*pair, 1.0, cycles=1)
-    for change in ({}, {"n_particles": 4}, {"requests": 3}, {"prompt_length": 9}, {"new_tokens": 33}):
-        point = BASE._replace(**change)
+    many = BASE._replace(n_particles=3, requests=2)
+    for point in (many, many._replace(prompt_length=9, new_tokens=33)):
         timing = time_point(point, 0)
         assert (timing.prompt_bytes, timing.suffix_bytes) == cache_bytes(point, PER_TOKEN)
     one, four = (cache_bytes(BASE._replace(n_particles=n), PER_TOKEN) for n in (1, 4))
@@ -103,7 +103,7 @@ def test_memory_grows_with_n_in_the_suffixes_alone(pair):
 
 def test_what_does_not_fit_is_told_before_with_the_most_particles_that_do():
     big = BASE._replace(n_particles=64)
-    free = 1_000_000
+    free = 300_000
     why = too_large(big, TARGET, DRAFT, 4, free)
     assert why is not None
     fits = int(why.rpartition("N=")[2].split()[0])
