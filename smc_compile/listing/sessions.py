@@ -14,6 +14,7 @@ from smc_compile.requests import build_request, settings_of
 
 from .record import BACKEND, Recorded, recording
 
+ESS_THRESHOLD = 0.9  # a constant of the kernels: most cycles resample, so that results show it, and some do not
 CYCLES = 3  # of a session at least: the first cycle differs from later ones
 
 
@@ -49,6 +50,7 @@ def record_sessions(pair: Pair, sessions: int, seed: int) -> list[Recorded]:
         n_particles=pair.n_particles,
         lookahead=pair.lookahead,
         method=pair.method,
+        ess_threshold=ESS_THRESHOLD,
         compiler=BACKEND,
         validate=False,
     )
