@@ -69,8 +69,8 @@ def record_sessions(pair: Pair, sessions: int, seed: int) -> list[Recorded]:
 
 
 def _random_model(config: LlamaConfig, dtype: torch.dtype) -> Llama:
-    """Logits of a standard deviation of one half, which do not favour the token that was read although embeddings are tied:
-    models that disagree, so that truncation cuts, weights degenerate and particles are resampled."""
+    """Logits of a standard deviation of one half, which do not favour the token that was read although embeddings are
+    tied: models that disagree, so that truncation cuts, weights degenerate and particles are resampled."""
     model = Llama(config)
     torch.nn.init.normal_(model.embedding.weight, std=0.5 * config.dim**-0.5)
     torch.nn.init.normal_(model.norm.weight)
