@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     request.add_argument(
         "--top-k", type=int, metavar="K", help="default: 4/5 of the vocabulary; 0 leaves its kernels out"
     )
-    request.add_argument("--top-p", type=float, default=0.95, metavar="P", help="1 leaves its kernels out")
+    request.add_argument("--top-p", type=float, default=0.99, metavar="P", help="1 leaves its kernels out")
     check = parser.add_argument_group("checks")
     check.add_argument("--sessions", type=int, default=3, metavar="S", help="sessions, each of other lengths and seeds")
     check.add_argument("--seed", type=int, default=0, metavar="S", help="seed of weights, prompts and sampling")
@@ -106,8 +106,8 @@ def pair_of(arguments: argparse.Namespace) -> Pair:
         if getattr(a, name) < 1:
             raise OptionError(f"--{name.replace('_', '-')} must be at least 1.", f"got {getattr(a, name)}")
     vocab, target, draft = PRESETS[a.preset]
-    # Random models agree on little: a cut that keeps few tokens would leave none that both can draw.
-    top_k = 4 * vocab // 5 if a.top_k is None else a.top_k
+    # Random models agree on little: a cut that keeps few tokens would leave hardly a particle with any weight.
+    top_k = 49 * vocab // 50 if a.top_k is None else a.top_k
     if a.temperature <= 0 or top_k < 0 or not 0 < a.top_p <= 1:
         raise OptionError(
             "the law is out of range",

@@ -13,9 +13,11 @@ import struct
 import subprocess
 import sys
 import traceback
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import IO, Any
 
 import torch
@@ -37,8 +39,8 @@ class Ran:
         outputs: of the code.
         changed: arguments that it changed, by their places, with their new values.
         launches: of each kernel.
-        unused: kernels that were left out one at a time without any change of outputs and arguments, whether zeros or
-            ones stood where they write, and that could write other numbers without any.
+        unused: kernels that were left out one at a time without any change of outputs, of arguments, and of what a
+            kernel that is used writes, whether zeros or ones stood in fresh memory.
     """
 
     outputs: list[Any]
@@ -117,7 +119,7 @@ def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
     from torch._inductor.runtime import triton_helpers
 
     install(triton_helpers.libdevice)
-    modules: dict[str, dict[str, Any]] = {}
+    loaded: dict[str, _Generated] = {}
     while True:
         try:
             target, code, arguments, leave_out = _receive(requests)
@@ -129,89 +131,144 @@ def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
                 if target is not None:
                     stack.enter_context(absent_device(target))
                     stack.enter_context(device_memory_on_the_host())
-                if code not in modules:
-                    modules[code] = _load(code)
-                answer = _run(modules[code], list(kernel_sources(code)), arguments, leave_out)
+                if code not in loaded:
+                    loaded[code] = load(code)
+                answer = run(loaded[code], arguments, leave_out)
         except Exception as error:
             answer = traceback.format_exception_only(error)[0]
         _send(answers, answer)
 
 
-def _load(code: str) -> dict[str, Any]:
-    module: dict[str, Any] = {"__name__": "generated"}
-    exec(compile(code, "generated", "exec"), module)  # what Inductor wrote in the first process
-    module["device"] = lambda *_, **__: torch.device("cpu")
-    return module
+@dataclass(frozen=True)
+class _Launch:
+    """The tensors of a launch before it and after it."""
+
+    name: str
+    before: list[Tensor]
+    after: list[Tensor]
+
+    def written_alike(self, tensors: list[Tensor]) -> bool:
+        """Whether what this launch changed is the same in ``tensors``, after another one."""
+        triples = zip(tensors, self.before, self.after, strict=True)
+        return all(same(new, after) for new, before, after in triples if not same(before, after))
 
 
-class _Counted:
-    """A kernel that counts its launches. Kernels in C++ are called, others ``run``.
+class _Record:
+    """Launches as they happen."""
 
-    ``left_out`` it does nothing; ``spoiled`` it writes other numbers than it should, where their names tell.
+    def __init__(self) -> None:
+        self.log: list[_Launch] = []
+
+    def launch(self, name: str, run: Callable[[], Any], tensors: list[Tensor]) -> None:
+        before = [t.clone() for t in tensors]
+        run()
+        self.log.append(_Launch(name, before, [t.clone() for t in tensors]))
+
+
+class _Without:
+    """The launches of ``log`` again without one kernel; what finds its tensors as before is not computed again.
+
+    Raises:
+        _Changed: as soon as a kernel of ``used`` writes something else than before.
     """
 
-    def __init__(self, kernel: Any) -> None:
-        self.kernel, self.launches, self.left_out, self.spoiled = kernel, 0, False, False
+    def __init__(self, log: list[_Launch], left_out: str, used: set[str]) -> None:
+        self._log, self._left_out, self._used, self._place = log, left_out, used, 0
+
+    def launch(self, name: str, run: Callable[[], Any], tensors: list[Tensor]) -> None:
+        was = self._log[self._place]
+        self._place += 1
+        if name == self._left_out:
+            return
+        if _equal(tensors, was.before):
+            for tensor, value in zip(tensors, was.after, strict=True):
+                if not same(tensor, value):
+                    tensor.copy_(value)
+            return
+        run()
+        if name in self._used and not was.written_alike(tensors):
+            raise _Changed
+
+
+class _Changed(Exception):
+    pass
+
+
+class _Kernel:
+    """Stands in the place of a kernel of generated code. Kernels in C++ are called, others ``run``."""
+
+    def __init__(self, name: str, kernel: Any, way: _Record | _Without) -> None:
+        self._name, self._kernel, self._way = name, kernel, way
 
     def run(self, *arguments: Any, **options: Any) -> None:
-        self(*arguments, launch=self.kernel.run, **options)
+        tensors = [a for a in arguments if isinstance(a, Tensor)]
+        self._way.launch(self._name, partial(self._kernel.run, *arguments, **options), tensors)
 
-    def __call__(self, *arguments: Any, launch: Any = None, **options: Any) -> None:
-        self.launches += 1
-        if not self.left_out:
-            (launch or self.kernel)(*arguments, **options)
-        if self.spoiled:
-            names = getattr(getattr(self.kernel, "fn", None), "arg_names", ())
-            for name, value in zip(names, arguments, strict=False):
-                if "out_ptr" in name and isinstance(value, Tensor) and value.is_floating_point():
-                    value.mul_(1.5).add_(1.0)
+    def __call__(self, *arguments: Any) -> None:
+        tensors = [a for a in arguments if isinstance(a, Tensor)]
+        self._way.launch(self._name, partial(self._kernel, *arguments), tensors)
 
 
-def _run(module: dict[str, Any], names: Sequence[str], arguments: list[Any], leave_out: Sequence[str]) -> Ran:
-    kernels = {name: _Counted(module[name]) for name in names}
-    module.update(kernels)
-    try:
-        whole = _once(module, arguments, 0)
-        launches = {name: kernel.launches for name, kernel in kernels.items()}
-        if leave_out and not _equal(whole, _once(module, arguments, 1)):
+@dataclass(frozen=True)
+class _Generated:
+    """Generated code: what its text defines, and its kernels by name."""
+
+    module: dict[str, Any]
+    kernels: dict[str, Any]
+
+    def once(self, arguments: list[Any], fill: int, way: _Record | _Without) -> list[Any]:
+        """Outputs, and arguments afterwards, of a run in which fresh buffers hold ``fill``."""
+
+        def filled(size: Any, stride: Any, dtype: torch.dtype) -> Tensor:
+            return torch.empty_strided(size, stride, dtype=dtype).fill_(fill)
+
+        self.module.update({name: _Kernel(name, kernel, way) for name, kernel in self.kernels.items()})
+        self.module["empty_strided_cuda"] = self.module["empty_strided_cpu"] = filled
+        after = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
+        return [*self.module["call"](list(after)), *after]
+
+
+def load(code: str) -> _Generated:
+    """Execute what Inductor wrote in the first process."""
+    module: dict[str, Any] = {"__name__": "generated"}
+    exec(compile(code, "generated", "exec"), module)
+    module["device"] = lambda *_, **__: torch.device("cpu")
+    return _Generated(module, {name: module[name] for name in kernel_sources(code)})
+
+
+def run(code: _Generated, arguments: list[Any], leave_out: Sequence[str]) -> Ran:
+    """See ``Interpreter.run``."""
+    records = [_Record(), _Record()]
+    whole = code.once(arguments, 0, records[0])
+    launches = Counter(launch.name for launch in records[0].log)
+    unused: list[str] = []
+    if leave_out:
+        if not _equal(whole, code.once(arguments, 1, records[1])):
             raise SMCError("a kernel reads memory that nothing has written")
-        unused = tuple(name for name in leave_out if not _matters(module, kernels[name], arguments, whole))
-    finally:
-        module.update({name: kernel.kernel for name, kernel in kernels.items()})
+        used: set[str] = set()
+        order = [launch.name for launch in reversed(records[0].log)]
+        for name in sorted(leave_out, key=lambda name: order.index(name) if name in order else -1):  # from the last
+            if any(_matters(code, name, used, arguments, fill, records[fill].log, whole) for fill in (0, 1)):
+                used.add(name)
+            else:
+                unused.append(name)
     count = len(whole) - len(arguments)
-    outputs, after = whole[:count], whole[count:]
     changed = {
         i: new
-        for i, (old, new) in enumerate(zip(arguments, after, strict=True))
+        for i, (old, new) in enumerate(zip(arguments, whole[count:], strict=True))
         if isinstance(old, Tensor) and not same(old, new)
     }
-    return Ran(outputs, changed, launches, unused)
+    return Ran(whole[:count], changed, {name: launches[name] for name in code.kernels}, tuple(unused))
 
 
-def _once(module: dict[str, Any], arguments: list[Any], fill: int) -> list[Any]:
-    """Outputs and arguments after a run in which fresh buffers hold ``fill``."""
-
-    def filled(size: Any, stride: Any, dtype: torch.dtype) -> Tensor:
-        return torch.empty_strided(size, stride, dtype=dtype).fill_(fill)
-
-    module["empty_strided_cuda"] = module["empty_strided_cpu"] = filled
-    after = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
-    return [*module["call"](list(after)), *after]
-
-
-def _matters(module: dict[str, Any], kernel: _Counted, arguments: list[Any], whole: list[Any]) -> bool:
-    """Whether anything changes without the kernel, or with other numbers from it: one that rounds in place may change
-    none of them. An index out of bounds is a change."""
-    kernel.left_out = True
+def _matters(
+    code: _Generated, name: str, used: set[str], arguments: list[Any], fill: int, log: list[_Launch], whole: list[Any]
+) -> bool:
+    """Whether results change without the kernel, or what a kernel in ``used`` writes, or an index leaves its bounds."""
     try:
-        if not all(_equal(whole, _once(module, arguments, fill)) for fill in (0, 1)):
-            return True
-        kernel.left_out, kernel.spoiled = False, True
-        return not _equal(whole, _once(module, arguments, 0))
+        return not _equal(whole, code.once(arguments, fill, _Without(log, name, used)))
     except Exception:
         return True
-    finally:
-        kernel.left_out = kernel.spoiled = False
 
 
 def _equal(a: Sequence[Any], b: Sequence[Any]) -> bool:

@@ -14,6 +14,7 @@ from smc_compile.requests import build_request, settings_of
 
 from .record import BACKEND, Recorded, recording
 
+ESS_THRESHOLD = 0.9  # a constant of the kernels: most cycles resample, so that results show it, and some do not
 CYCLES = 3  # of a session at least: the first cycle differs from later ones
 
 
@@ -49,6 +50,7 @@ def record_sessions(pair: Pair, sessions: int, seed: int) -> list[Recorded]:
         n_particles=pair.n_particles,
         lookahead=pair.lookahead,
         method=pair.method,
+        ess_threshold=ESS_THRESHOLD,
         compiler=BACKEND,
         validate=False,
     )
@@ -67,9 +69,9 @@ def record_sessions(pair: Pair, sessions: int, seed: int) -> list[Recorded]:
 
 
 def _random_model(config: LlamaConfig, dtype: torch.dtype) -> Llama:
-    """Logits of a standard deviation of one, which do not favour the token that was read although embeddings are tied:
-    models that disagree, so that truncation cuts, weights degenerate and particles are resampled."""
+    """Logits of a standard deviation of one half, which do not favour the token that was read although embeddings are
+    tied: models that disagree, so that truncation cuts, weights degenerate and particles are resampled."""
     model = Llama(config)
-    torch.nn.init.normal_(model.embedding.weight, std=config.dim**-0.5)
+    torch.nn.init.normal_(model.embedding.weight, std=0.5 * config.dim**-0.5)
     torch.nn.init.normal_(model.norm.weight)
     return model.to(dtype).eval().requires_grad_(False)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from smc_compile.errors import SMCError
-from smc_compile.listing.interpreter import Interpreter, Ran, _run, same
+from smc_compile.listing import interpreter as file
+from smc_compile.listing.interpreter import Interpreter, Ran, same
 
 
 class Double:
@@ -19,19 +20,12 @@ class Double:
         out.copy_(2 * x)
 
 
-def module(body: Any) -> dict[str, Any]:
-    """Generated code with two kernels and a function ``call``."""
-    made: dict[str, Any] = {"first": Double(), "second": Double()}
-
-    def call(arguments: list[Any]) -> tuple[Any, ...]:
-        return body(arguments, made["first"], made["second"], made["empty_strided_cuda"])
-
-    made["call"] = call
-    return made
-
-
 def run(body: Any) -> Ran:
-    return _run(module(body), ["first", "second"], [torch.ones(3), 7], ["first", "second"])
+    """Generated code with two kernels and a function ``call``."""
+    made: dict[str, Any] = {}
+    made["call"] = lambda arguments: body(arguments, made["first"], made["second"], made["empty_strided_cuda"])
+    code = file._Generated(made, {"first": Double(), "second": Double()})
+    return file.run(code, [torch.ones(3), 7], ["first", "second"])
 
 
 def test_a_chain_of_kernels_is_used_and_arguments_change_in_the_answer_only():

@@ -38,15 +38,15 @@ def smc_draw(scores: Tensor, k: Tensor, p: Tensor, u: Tensor) -> Tensor:
 
 @pytest.fixture(scope="module")
 def recorded() -> Recorded:
-    """The function as Dynamo sees it, called in four sessions."""
+    """The function as Dynamo sees it, called in two sessions."""
     generator = torch.Generator().manual_seed(0)
     with recording() as record:
         compiled = torch.compile(smc_draw, backend=BACKEND, fullgraph=True, dynamic=False)
-        for _ in range(4):
+        for _ in range(2):
             record.new_session()
-            scores = torch.randn(6, 150, generator=generator)
-            k = torch.randint(1, 40, (6, 1), generator=generator)
-            compiled(scores, k, torch.rand(6, 1, generator=generator), torch.rand(6, generator=generator).double())
+            scores = torch.randn(3, 150, generator=generator)
+            k = torch.randint(1, 40, (3, 1), generator=generator)
+            compiled(scores, k, torch.rand(3, 1, generator=generator), torch.rand(3, generator=generator).double())
             record.end_session()
     (found,) = record.found
     return found
@@ -54,7 +54,7 @@ def recorded() -> Recorded:
 
 def test_a_graph_knows_its_region_and_keeps_a_call_of_each_session(recorded):
     assert recorded.name == "draw"
-    assert len(recorded.calls) == 4
+    assert len(recorded.calls) == 2
 
 
 def test_the_same_uniforms_give_the_same_tokens_and_a_wrong_kernel_does_not(recorded, interpreter):
@@ -63,13 +63,13 @@ def test_the_same_uniforms_give_the_same_tokens_and_a_wrong_kernel_does_not(reco
     code, compiled = lower(recorded, TARGET, observed)
     verdict = compare(recorded, compiled, observed, torch.float32)
     assert verdict.problem == ""
-    assert verdict.runs == 4
+    assert verdict.runs == 2
     assert verdict.agrees(torch.float32)
     sources = kernel_sources(code)
     assert sources
     assert set(verdict.launches) == set(sources)
     assert all(verdict.used(name) for name in sources)
-    assert "ops.smc_compile" not in code.partition("class Runner")[2], "no op of ours is left to call"
+    assert not library_calls(code), "no op of ours is left to call"
 
     name, source = next((n, s) for n, s in sources.items() if " > " in s or ">=" in s)
     used = compile_kernel(name, source, TARGET)
@@ -94,8 +94,7 @@ def test_products_of_a_few_rows_are_the_librarys_on_a_gpu():
     (found,) = record.found
     assert "few_rows" in found.graph.code
     code, _ = lower(found, TARGET, lambda *_: [])
-    assert "ops.smc_compile" not in code.partition("class Runner")[2]
-    assert sum(library_calls(code).values()) == 1
+    assert library_calls(code) == {"mm": 1}
 
 
 def test_differences_are_relative_and_infinities_have_their_places():
