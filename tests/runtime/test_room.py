@@ -34,7 +34,7 @@ def test_a_size_is_not_that_of_the_prompt_unless_nothing_else_is_left():
 
 
 @pytest.mark.parametrize("method", ["smc", "autoregressive"])
-@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 def test_growing_changes_nothing_and_compiles_nothing(method, compiler, monkeypatch):
     target = TinyTransformerLM(5, max_positions=64).double().eval()
     draft = perturbed(target, 0.5)
