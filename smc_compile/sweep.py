@@ -30,8 +30,8 @@ HELP = """\
 Show how the cost of a cycle moves with N, K, prompt length, new tokens and requests.
 
 One axis moves at a time, or two as a grid; everything else stays at the base point. At each point a few cycles in the
-middle of the new tokens are timed, with room for all of them, after a prefill that does not count: tokens/s are those
-of decoding. The bound is what the machine, measured on the spot, needs at least to read and multiply. Points take
+middle of the new tokens are timed, with caches as large as they are there, after a prefill that does not count:
+tokens/s are those of decoding. The bound is what the machine, measured on the spot, needs at least to read and multiply. Points take
 turns, so that a machine which slows down slows all. What does not fit in memory is named and left out; Ctrl-C keeps
 what was measured.
 
