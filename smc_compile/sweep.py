@@ -31,9 +31,9 @@ Show how the cost of a cycle moves with N, K, prompt length, new tokens and requ
 
 One axis moves at a time, or two as a grid; everything else stays at the base point. At each point a few cycles in the
 middle of the new tokens are timed, with caches as large as they are there, after a prefill that does not count:
-tokens/s are those of decoding. The bound is what the machine, measured on the spot, needs at least to read and multiply. Points take
-turns, so that a machine which slows down slows all. What does not fit in memory is named and left out; Ctrl-C keeps
-what was measured.
+tokens/s are those of decoding. The bound is what the machine, measured on the spot, needs at least to read and
+multiply. Points take turns, so that a machine which slows down slows all. What does not fit in memory is named and
+left out; Ctrl-C keeps what was measured.
 
   smc-compile sweep
   smc-compile sweep --over prompt_length --values 128 1024 8192 --plot prompt.svg
@@ -65,7 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     base.add_argument("--n-particles", type=int, default=8, metavar="N", help="particles")
     base.add_argument("--lookahead", type=int, default=4, metavar="K", help="draft tokens a cycle")
     base.add_argument("--prompt-length", type=int, default=128, metavar="P", help="tokens of the prompt")
-    base.add_argument("--new-tokens", type=int, default=64, metavar="T", help="tokens that the caches have room for")
+    base.add_argument(
+        "--new-tokens", type=int, default=64, metavar="T", help="tokens to generate; cycles in the middle are timed"
+    )
     base.add_argument("--requests", type=int, default=1, metavar="B", help="requests at once")
     base.add_argument("--temperature", type=float, default=0.8, metavar="T", help="temperature")
     add_pair_arguments(parser)
