@@ -1,7 +1,7 @@
 """The points of a sweep, and what a cycle costs at one: a few cycles in the middle of the suffix, timed.
 
-Cost depends on where a cycle stands, not on the values in the cache. So a run begins with the prompt, goes to the middle
-of the new tokens at once, where its suffixes grow as far as there, and stops after a few cycles.
+Cost depends on where a cycle stands, not on the values in the cache. So a run begins with the prompt, goes to the
+middle of the new tokens at once, where its suffixes grow as far as there, and stops after a few cycles.
 """
 
 from __future__ import annotations
