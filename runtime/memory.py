@@ -21,6 +21,19 @@ class Need(NamedTuple):
     shared: int  # caches of the prompts, whatever N is
     each: int  # for each particle, in all requests: caches of its suffix, tokens, logits
 
+    def of(self, n: int) -> int:
+        """Bytes with N = ``n``."""
+        return self.shared + n * self.each
+
+    def most(self, free: int) -> int:
+        """The largest N that fits into ``free`` bytes."""
+        return max((free - self.shared) // self.each, 0)
+
+
+def row_bytes(caches: int, capacity: int, width: int, logits: int) -> int:
+    """Of one row: its caches, the tokens of ``capacity`` slots, logits of ``width`` positions of ``logits`` bytes."""
+    return caches + OF_A_TOKEN * capacity + width * logits
+
 
 def need_of(
     request: Request, capacity: int, width: int, target: RuntimeModel, draft: RuntimeModel | None = None
@@ -29,7 +42,7 @@ def need_of(
     models = [model for model in (target, draft) if model is not None]
     batch, prompt = request.ids.shape
     caches = sum(model.state_bytes(capacity) for model in models)
-    row = caches + OF_A_TOKEN * capacity + width * target.logit_bytes()
+    row = row_bytes(caches, capacity, width, target.logit_bytes())
     return Need(batch * sum(model.state_bytes(prompt) for model in models), batch * row)
 
 
@@ -45,18 +58,17 @@ def require_memory(
     free = free_bytes(device)
     if free is None:
         return
-    shared, each = need_of(request, capacity, width, target, draft)
-    needed = shared + n * each
-    if needed <= free:
+    need = need_of(request, capacity, width, target, draft)
+    if need.of(n) <= free:
         return
-    fits = max((free - shared) // each, 0)
+    fits = need.most(free)
     batch, prompt = request.ids.shape
     requests = "1 request" if batch == 1 else f"{batch} requests"
     raise InputError(
         f"{n} particles a request do not fit into memory" if n > 1 else "this call does not fit into memory",
-        f"caches, tokens and logits take at least {readable(needed)}, and {readable(free)} are free on {device}: "
-        f"{readable(shared)} for prompts of {prompt} tokens ({requests}), {readable(each)} for each particle with "
-        f"{int(request.new_tokens.max())} new tokens",
+        f"caches, tokens and logits take at least {readable(need.of(n))}, and {readable(free)} are free on {device}: "
+        f"{readable(need.shared)} for prompts of {prompt} tokens ({requests}), {readable(need.each)} for each "
+        f"particle with {int(request.new_tokens.max())} new tokens",
         (f"pass n_particles={fits} at most for these lengths, or ask" if 0 < fits < n else "ask")
         + " for fewer new tokens or fewer requests at once",
     )

@@ -16,7 +16,7 @@ from .models import RuntimeModel
 from .population import Population
 from .regions import choose, draw, is_end, run_model, step
 from .request import Request
-from .room import first_size
+from .room import capacity_of, first_size
 from .rules import Rules
 from .run import Run, cycles, drive, first_law, not_finite, require_law, ruled, stops
 from .settling import Watcher
@@ -57,7 +57,7 @@ class AutoregressiveSession:
         clock = Clock(self.regions)
         self._rules.begin(request)
         n = int(request.new_tokens.max())
-        capacity = max(n, 2)
+        capacity = capacity_of(n, 1)
         require_memory(request, 1, capacity, 1, self._target)
         size = first_size(capacity, request.ids.shape[1])
         rows, context, state = self._target.begin(request, 1, size)

@@ -5,7 +5,19 @@ A text of n tokens then reads at most half as much again as it holds, and one th
 
 from __future__ import annotations
 
+import math
+
 FIRST = 128  # slots to begin with: below that a cycle does not feel them
+
+
+def cycles_of(new_tokens: int, width: int) -> int:
+    """Cycles of ``width`` tokens that an answer takes; its first token comes with the prompt."""
+    return math.ceil((new_tokens - 1) / width)
+
+
+def capacity_of(new_tokens: int, width: int) -> int:
+    """Slots of an answer in whole cycles."""
+    return max(cycles_of(new_tokens, width) * width + 1, 2)
 
 
 def first_size(capacity: int, prompt: int) -> int:

@@ -21,7 +21,7 @@ from .population import Population
 from .regions import Judged, State, choose, draw, is_end, judge, run_model, score, step, weigh
 from .request import Request
 from .resampling import keep_survivors
-from .room import first_size
+from .room import capacity_of, cycles_of, first_size
 from .rules import Rules
 from .run import Run, cycles, drive, first_law, not_finite, require_law, ruled, stops
 from .settling import Watcher, settle_old
@@ -91,8 +91,7 @@ class SMCSession:
         clock = Clock(self.regions)
         self._rules.begin(request)
         stats = Stats("smc", int(request.new_tokens.max()), rules=self._rules.told())
-        cycles = math.ceil((stats.new_tokens - 1) / (self._k + 1))
-        capacity = max(cycles * (self._k + 1) + 1, 2)
+        capacity = capacity_of(stats.new_tokens, self._k + 1)
         require_memory(request, self._n, capacity, self._k + 1, self._target, self._draft)
         size = first_size(capacity, request.ids.shape[1])
         rows, context, target = self._target.begin(request, self._n, size)
@@ -103,7 +102,7 @@ class SMCSession:
         log_q = first_law(draft_rows, request, self._draft_law, self._rules)
         require_law(log_q, None, "draft")
         report_support(log_p, log_q, stats)
-        streams = Streams(request.seeds, self._n, capacity, cycles)
+        streams = Streams(request.seeds, self._n, capacity, cycles_of(stats.new_tokens, self._k + 1))
         p = Population.start(request, self._n, capacity, target, draft)
         first = draw(log_p[:, None].expand(-1, self._n, -1), streams.first(), False)
         p.tokens[:, 0] = first.flatten()

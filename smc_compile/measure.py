@@ -18,7 +18,7 @@ from torch import Tensor
 
 from smc_compile.bounds import Pass
 from smc_compile.errors import SMCError
-from smc_compile.memory import peak_bytes, reset_peak
+from smc_compile.peak_memory import peak_bytes, reset_peak
 from smc_compile.result import Generation
 
 Answer = Tensor | Generation

@@ -13,6 +13,7 @@ from smc_compile.cost_model import cycle_model
 from smc_compile.generate import generate, program_for
 from smc_compile.options import Options
 from smc_compile.processors import sort_processors
+from smc_compile.runtime.room import capacity_of
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,7 @@ def predict(
     program = program_for(target, processors, temperature == 0, options, ids)
     costs = cycle_model(program.target, program.draft)
     batch, prompt = ids.shape
-    return [costs.cycle_seconds(n, k, prompt, suffix_slots(max_new_tokens, k), batch) for n, k in shapes]
-
-
-def suffix_slots(new_tokens: int, lookahead: int) -> int:
-    """Slots of a particle's cache: whole cycles for all tokens after the first."""
-    return max(math.ceil((new_tokens - 1) / (lookahead + 1)) * (lookahead + 1) + 1, 2)
+    return [costs.cycle_seconds(n, k, prompt, capacity_of(max_new_tokens, k + 1), batch) for n, k in shapes]
 
 
 def validate(
@@ -116,5 +112,5 @@ def validate(
                 torch.cuda.synchronize()
             if seed:
                 measured = min(measured, (stats.seconds - stats.prefill_seconds) / max(stats.cycles, 1))
-        rows.append(Row(n, k, ids.shape[1], suffix_slots(max_new_tokens, k), 1e3 * seconds, 1e3 * measured))
+        rows.append(Row(n, k, ids.shape[1], capacity_of(max_new_tokens, k + 1), 1e3 * seconds, 1e3 * measured))
     return Validation(tuple(rows))

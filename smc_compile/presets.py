@@ -10,7 +10,7 @@ import torch
 
 from smc_compile.errors import OptionError
 from smc_compile.llama import Llama, LlamaConfig
-from smc_compile.memory import free_bytes
+from smc_compile.runtime.memory import free_bytes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DEFAULT = "336m-31m"

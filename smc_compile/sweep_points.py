@@ -23,9 +23,10 @@ from smc_compile.options import Options
 from smc_compile.processors import sort_processors
 from smc_compile.random_pair import random_prompt
 from smc_compile.requests import build_request, request_seeds, settings_of
-from smc_compile.runtime.memory import OF_A_TOKEN, readable
+from smc_compile.runtime.memory import Need, readable, row_bytes
 from smc_compile.runtime.one_token import AutoregressiveSession
 from smc_compile.runtime.request import Request
+from smc_compile.runtime.room import capacity_of
 from smc_compile.runtime.run import Run
 from smc_compile.runtime.session import SMCSession
 
@@ -216,25 +217,22 @@ def now(request: Request) -> float:
 
 
 def cache_bytes(point: Point, bytes_per_token: int) -> tuple[int, int]:
-    """Of the prompts, and of the suffixes of all particles: whole cycles, as the session allocates them."""
-    width = point.lookahead + 1
-    capacity = max(-(-(point.new_tokens - 1) // width) * width + 1, 2)
-    rows = point.requests * point.n_particles
+    """Of the prompts, and of the suffixes of all particles once they hold the whole answer."""
+    rows, capacity = point.requests * point.n_particles, capacity_of(point.new_tokens, point.lookahead + 1)
     return point.requests * point.prompt_length * bytes_per_token, rows * capacity * bytes_per_token
 
 
 def too_large(point: Point, target: LlamaConfig, draft: LlamaConfig, itemsize: int, free: int | None) -> str | None:
     """Why a point cannot fit into ``free`` bytes, with the largest N that does; None where it may."""
-    per_token = itemsize * (cache_numbers(target) + cache_numbers(draft))
-    prompts, suffixes = cache_bytes(point, per_token)
-    rows = point.requests * point.n_particles
-    logits = rows * (point.lookahead + 1) * target.vocab_size * 4  # read in float32 at least
-    each = (suffixes + logits + rows * point.new_tokens * OF_A_TOKEN) // point.n_particles
-    if free is None or prompts + point.n_particles * each <= free:
+    per_token, width = itemsize * (cache_numbers(target) + cache_numbers(draft)), point.lookahead + 1
+    prompts, suffix = cache_bytes(point._replace(n_particles=1), per_token)
+    row = row_bytes(suffix // point.requests, capacity_of(point.new_tokens, width), width, 4 * target.vocab_size)
+    need = Need(prompts, point.requests * row)
+    if free is None or need.of(point.n_particles) <= free:
         return None
-    fits = max((free - prompts) // each, 0)
+    n, fits = point.n_particles, need.most(free)
     return (
-        f"caches, tokens and logits take at least {readable(prompts + point.n_particles * each)}, and {readable(free)} "
-        f"are free: {readable(prompts)} for the prompts, {readable(each)} for each of {point.n_particles} particles; "
+        f"caches, tokens and logits take at least {readable(need.of(n))}, and {readable(free)} are free: "
+        f"{readable(need.shared)} for the prompts, {readable(need.each)} for each of {n} particles; "
         + (f"N={fits} fits" if fits else "not even N=1 fits")
     )

@@ -1,6 +1,29 @@
-"""Settings of the whole suite."""
+"""Settings and fixtures of the whole suite."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
 import torch
 
 # Models here are tiny: threads would only spin, and wait for cores that other processes use.
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def interpreted() -> Iterator[None]:
+    """Regions run as they are written, untraced: tests of laws and states then start in a third of the time.
+
+    That compiled regions give the same is the subject of test_compiled_regions.py.
+    """
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def fresh_dynamo() -> Iterator[None]:
+    """What other files compiled is forgotten, and so is what this one compiles."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -15,7 +15,7 @@ from smc_compile.errors import OptionError
 from smc_compile.generate import compile_target, draft_law_for
 from smc_compile.options import Options
 from smc_compile.passes.graph_costs import SYMBOLS, pass_costs
-from smc_compile.predict import Row, Validation, predict, suffix_slots
+from smc_compile.predict import Row, Validation, predict
 from smc_compile.runtime.law import SETTINGS, Law
 
 FREE = Rates((0.0,) * len(ROWS), (0.0,) * len(ROWS), (0.0,) * len(ROWS), 0, 0, 0, 0, 0, 0, 0, 0)
@@ -113,8 +113,6 @@ def test_a_model_with_a_state_of_its_own_is_refused():
 def test_shapes_are_predicted_without_running_them():
     few, many = predict(MODEL, DRAFT, torch.zeros(1, 3, dtype=torch.int64), max_new_tokens=20, shapes=[(2, 1), (2, 8)])
     assert 0 < few < many
-    assert suffix_slots(20, 4) == 21
-    assert suffix_slots(1, 4) == 2
 
 
 def test_a_sweep_names_the_best_lookahead_of_each_number_of_particles():

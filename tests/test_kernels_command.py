@@ -10,7 +10,7 @@ from smc_compile import list_kernels
 from smc_compile.__main__ import main
 from smc_compile.listing.machine_code import MachineCode
 from smc_compile.listing.rows import Kernel, Region
-from smc_compile.listing.verify import Verdict
+from smc_compile.listing.verdict import Verdict
 
 
 def region(**changes: object) -> Region:

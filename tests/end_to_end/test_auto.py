@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from models import TinyTransformerLM, perturbed
@@ -15,17 +13,11 @@ from smc_compile.choice import LOOKAHEADS, PARTICLES, effective_particles, weigh
 from smc_compile.errors import OptionError
 from smc_compile.generate import last_program
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 MODEL = TinyTransformerLM()
 DRAFT = perturbed(MODEL)
 IDS = torch.tensor([[0, 1, 2], [3, 2, 0]])
 OPTIONS = {"compiler": "eager", "seed": 0}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def loop(model: nn.Module, ids: Tensor, n: int) -> Tensor:

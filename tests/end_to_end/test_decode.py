@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -17,17 +16,11 @@ import smc_compile
 from smc_compile import Generation, decode, generate
 from smc_compile.errors import InputError, LoopError, OptionError, SMCError
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 V, N = 5, 6
 MODEL, DRAFT = TableLM(V), TableLM(V, seed=1)
 IDS = torch.tensor([[0, 1, 2], [3, 4, 0]])
 OPTIONS = {"draft": DRAFT, "compiler": "eager", "n_particles": 4, "lookahead": 2, "seed": 0, "validate": False}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def draw(model: nn.Module, ids: Tensor) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from models import REFUSED, TableLM, TinyTransformerLM, perturbed
@@ -12,17 +10,11 @@ from torch import Tensor, nn
 from smc_compile import decode, explain, generate
 from smc_compile.errors import CacheError, LoopError, OptionError
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 MODEL = TinyTransformerLM()
 DRAFT = perturbed(MODEL)
 IDS = torch.tensor([[0, 1, 2], [3, 2, 0]])
 OPTIONS = {"draft": DRAFT, "compiler": "eager", "n_particles": 4, "lookahead": 2, "seed": 0}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def loop(model: nn.Module, ids: Tensor, n: int) -> Tensor:

@@ -8,7 +8,7 @@ from models import TinyTransformerLM, perturbed
 
 from smc_compile import generate
 from smc_compile.runtime import room
-from smc_compile.runtime.room import first_size, next_size
+from smc_compile.runtime.room import capacity_of, first_size, next_size
 
 IDS = torch.tensor([[1, 0, 2, 3]])
 
@@ -25,6 +25,11 @@ def test_sizes_grow_up_to_the_capacity_and_hold_what_is_needed(capacity, prompt)
             assert grown <= max(size + size // 2, needed) + 1
             size = grown
     assert size <= capacity
+
+
+def test_an_answer_has_slots_for_whole_cycles_after_its_first_token():
+    assert capacity_of(20, 5) == 21
+    assert capacity_of(1, 5) == 2
 
 
 def test_a_size_is_not_that_of_the_prompt_unless_nothing_else_is_left():

@@ -15,7 +15,7 @@ from smc_compile.listing.interpreter import Interpreter
 from smc_compile.listing.lower import lower
 from smc_compile.listing.machine_code import compile_kernel
 from smc_compile.listing.record import BACKEND, Recorded, recording
-from smc_compile.listing.verify import Observed, compare, difference
+from smc_compile.listing.verdict import Observed, compare, difference
 from smc_compile.passes.few_rows import linear
 from smc_compile.runtime.sampling import sample_inverse_cdf
 

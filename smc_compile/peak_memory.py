@@ -1,4 +1,4 @@
-"""Memory of a device: what is free, and the most that a call held."""
+"""The most memory that a call held."""
 
 from __future__ import annotations
 
@@ -6,15 +6,8 @@ from pathlib import Path
 
 import torch
 
-STATUS, CLEAR, FREE = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/meminfo")
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # sets the high-water mark of the resident set to what is resident now (proc(5))
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """What could be allocated now; None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return read_kilobytes(FREE, "MemAvailable")
 
 
 def reset_peak(device: torch.device) -> bool:

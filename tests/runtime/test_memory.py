@@ -21,12 +21,6 @@ OPTIONS = {"max_new_tokens": 9, "n_particles": 4, "lookahead": 3, "compiler": "e
 pytestmark = pytest.mark.usefixtures("interpreted")
 
 
-@pytest.fixture
-def interpreted():
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
 @pytest.fixture(scope="module")
 def pair():
     target = CACHEABLE["llama"](vocab=7)
