@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from smc_compile.cost_model import CycleModel, cycle_model
-from smc_compile.errors import OptionError
+from smc_compile.errors import GenerationError, OptionError
 from smc_compile.options import AUTO, Options
 from smc_compile.result import Generation
 from smc_compile.runtime.request import Request
@@ -234,4 +234,11 @@ def _pilot(program: Program, request: Request, n: int) -> Generation:
         request, new_tokens=torch.full_like(request.new_tokens, tokens), stop=None, max_lag=None, watch=None
     )
     with torch.compiler.set_stance("force_eager"):
-        return program.like(concrete).session.run(short)
+        try:
+            return program.like(concrete).session.run(short)
+        except GenerationError as error:
+            raise OptionError(
+                "the pilot that should tell how the weights spread broke off",
+                f"{error.what}: {error.why}",
+                "give n_particles and lookahead as numbers, or truncate less",
+            ) from error

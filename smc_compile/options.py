@@ -73,7 +73,7 @@ class Options:
     def _check(self) -> None:
         for name in ("n_particles", "lookahead"):
             if getattr(self, name) != AUTO:
-                _integer(name, getattr(self, name), 1)
+                _integer(name, getattr(self, name), 1, f'pass {name}=8 or {name}="{AUTO}"')
         _number("ess_threshold", self.ess_threshold, 0.0, 1.0)
         _choice("resampling_method", self.resampling_method, RESAMPLING_METHODS)
         _choice("method", self.method, METHODS)
@@ -131,11 +131,10 @@ def is_stateful(model: Any) -> bool:
     return callable(getattr(model, "step", None)) and callable(getattr(model, "initial_state", None))
 
 
-def _integer(name: str, value: Any, low: int) -> None:
+def _integer(name: str, value: Any, low: int, fix: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise OptionError(
-            f"{name} must be an integer", f"got {value!r} of type {type(value).__name__}", f"pass {name}=8"
-        )
+        why = f"got {value!r} of type {type(value).__name__}"
+        raise OptionError(f"{name} must be an integer", why, fix or f"pass {name}=8")
     if value < low:
         raise OptionError(f"{name} must be at least {low}", f"got {value}", f"raise {name}")
 

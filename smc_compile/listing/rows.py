@@ -16,7 +16,7 @@ from .interpreter import Interpreter
 from .lower import lower
 from .machine_code import MachineCode, compile_kernel
 from .record import Recorded
-from .verify import Observed, Verdict, compare
+from .verdict import Observed, Verdict, compare
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import TinyTransformerLM, perturbed
+from models import CACHEABLE, TinyTransformerLM, perturbed
 from torch import Tensor, nn
 
 import smc_compile
@@ -85,6 +85,13 @@ def test_a_model_with_a_state_of_its_own_is_refused():
 
     with pytest.raises(OptionError, match="state of its own"):
         generate(Stateful(), Stateful(), IDS, max_new_tokens=4, lookahead="auto", **OPTIONS)
+
+
+def test_a_pilot_in_which_every_particle_dies_says_so():
+    """Without resampling none of 32 particles keeps to a sampler that truncates, for five cycles."""
+    target = CACHEABLE["llama"](vocab=11)
+    with pytest.raises(OptionError, match=r"the pilot .* broke off(.|\n)*weight zero(.|\n)*truncate less"):
+        generate(target, perturbed(target), IDS, max_new_tokens=20, lookahead="auto", ess_floor=2.0, top_k=3, **OPTIONS)
 
 
 def test_effective_particles_are_predicted():
