@@ -239,7 +239,7 @@ def describe(name: str, config: LlamaConfig, count: int) -> str:
 def pair_line(tuned: Tuned | None, temperature: float) -> str:
     """One line about how the two models hang together."""
     if tuned is None:
-        return "[bold]pair[/bold]    unrelated random weights: exact speculation accepts next to nothing"
+        return "[bold]pair[/bold]    unrelated random weights, whatever share of drafted tokens that accepts"
     return (
         f"[bold]pair[/bold]    the target contains the draft: acceptance {tuned.acceptance:.2f} (--acceptance), "
         f"{tuned.entropy:.1f} nats at temperature {temperature:g}"
