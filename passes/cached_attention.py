@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from smc_compile.kernels import attend
 from smc_compile.passes.position_tables import to_rows
 
 
@@ -38,6 +39,32 @@ def mix_over_cache(probs: Tensor, prompt: Tensor, suffix: Tensor) -> Tensor:
     return shared + probs[..., p:] @ suffix
 
 
+def attention_over_cache(
+    query: Tensor,
+    prompt_keys: Tensor,
+    prompt_values: Tensor,
+    suffix_keys: Tensor,
+    suffix_values: Tensor,
+    hidden: Tensor,
+) -> Tensor:
+    """Scores, softmax and mix at once: shapes as ``smc_compile.kernels.attend``; the query is scaled."""
+    arguments = (query, prompt_keys, prompt_values, suffix_keys, suffix_values, hidden)
+    if attend.suits(query, suffix_values):
+        return torch.ops.smc_compile.attend(*arguments)
+    return attend.attend_in_tensor_code(*arguments)
+
+
+def hidden_later(positions: Tensor, keys: Tensor) -> Tensor:
+    """[B, T, L]: whether key l of a request, at ``keys[b, l]``, lies after its query t, at ``positions[b, t]``."""
+    return keys[:, None, :] > positions[:, :, None]
+
+
+def hidden_by(mask: Tensor, tokens: int) -> Tensor:
+    """[1 or B or R, T, L] from a mask [..., T or 1, L] that keeps, the same for all heads."""
+    hidden = ~mask.reshape(-1, *mask.shape[-2:])
+    return hidden.expand(-1, tokens, -1)
+
+
 def entries_over_cache(prompt: Tensor, suffix: Tensor) -> Tensor:
     """One number per head and position: prompt [B, H, P, 1] and suffix [R, H, S, 1] -> [R, H, P+S]."""
     b, h, p, _ = prompt.shape
@@ -52,7 +79,7 @@ def causal_mask(scores: Tensor, batch: int, inner: int, positions: Tensor, keys:
     Axis ``batch`` holds rows times ``inner`` heads; query t of request b stands at ``positions[b, t]``, key l at
     ``keys[b, l]``.
     """
-    later = keys[:, None, :] > positions[:, :, None]  # [B, T, L]
+    later = hidden_later(positions, keys)
     later = later.view(later.shape[0], *(1 for _ in range(scores.dim() - 1)), *later.shape[1:])  # parted: rank + 2
     rows = scores.shape[batch] // inner
     return scores.masked_fill(to_rows(later, batch, inner, rows, False), float("-inf"))

@@ -21,6 +21,11 @@ class HeadLayout:
         self.kv_heads = product(tuple(atom for atom in self.atoms if atom.kind == OTHER))
         self.groups = product(tuple(atom for atom in self.atoms if atom.kind == REPEAT))
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HeadLayout) and (self.atoms, self.order) == (other.atoms, other.order)
+
+    __hash__ = None  # type: ignore[assignment]
+
 
 def _common_split(query: Axis, key: Axis) -> list[Atom]:
     """A query axis split as the key's axis is, into heads and repeats; repeated or missing key heads are REPEAT."""

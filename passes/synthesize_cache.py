@@ -14,8 +14,11 @@ from torch._dynamo.utils import counters
 from smc_compile.errors import CacheError
 from smc_compile.passes.axis_helpers import arguments, axis_index, op_name
 from smc_compile.passes.cached_attention import (
+    attention_over_cache,
     causal_mask,
     entries_over_cache,
+    hidden_by,
+    hidden_later,
     masked,
     mix_over_cache,
     scores_over_cache,
@@ -145,6 +148,7 @@ class _Emitter:
         self._suffixes: list[fx.Node] = []
         self._written: dict[int, fx.Node] = {}
         self._aligned: dict[tuple[Any, ...], fx.Node] = {}
+        self._later: fx.Node | None = None
         self.module: fx.GraphModule
 
     # -- the walk ---------------------------------------------------------------------------------------------------
@@ -437,15 +441,20 @@ class _Emitter:
         return self._spread(node) if role == "spread" else self._sdpa(node)
 
     def _sdpa(self, node: fx.Node) -> fx.Node:
-        """Attention as scores, mask, softmax in float32 and mix: what the fused op computes, over the caches."""
+        """scaled_dot_product_attention over the caches: at once where one mask serves all heads, else step by step."""
         bound = arguments(node)
         query, key, value = bound["query"], bound["key"], bound["value"]
         axes = self.typing.of(query)
         scale = bound["scale"] or 1 / math.sqrt(query.meta["val"].shape[-1])
         scaled = self.call(aten.mul.Tensor, self.env[query], float(scale))
-        score_axes = (*axes[:-1], (K,))
         key_axes = self.typing.of(key)
         swapped = (*key_axes[:-2], key_axes[-1], key_axes[-2])
+        heads, theirs = (
+            HeadLayout(axes[:-2], axes[-2], padded(of, len(axes))[:-2]) for of in (swapped, self.typing.of(value))
+        )
+        if heads == theirs and self._serves_all_heads(bound["attn_mask"], axes):
+            return self._attend(node, bound, scaled, swapped, heads)
+        score_axes = (*axes[:-1], (K,))
         scores = self._scores(node, query, key, score_axes, scaled, swapped)
         dtype = torch.promote_types(query.meta["val"].dtype, torch.float32)
         scores = self.call(aten._to_copy.default, scores, dtype=dtype)
@@ -457,6 +466,45 @@ class _Emitter:
         probs = self.call(aten.softmax.int, scores, -1)
         probs = self.call(aten._to_copy.default, probs, dtype=value.meta["val"].dtype)
         return self._mix(probs, score_axes, value, self.typing.of(node))
+
+    def _attend(
+        self, node: fx.Node, bound: dict[str, Any], query: fx.Node, key_axes: Axes, heads: HeadLayout
+    ) -> fx.Node:
+        axes, value = self.typing.of(bound["query"]), bound["value"]
+        value_axes = self.typing.of(value)
+        keys = self._cache(bound["key"], self._canonical_keys(bound["key"], key_axes, True, True), ("key", True))
+        values = self._cache(value, self._canonical_keys(value, value_axes, False, False), ("value", False))
+        width = product(axes[-1])
+        grouped = self._ordered(query, heads, width)
+        grouped = self.call(
+            aten.reshape.default, grouped, [self.rows_in, heads.kv_heads, heads.groups, self.length, width]
+        )
+        hidden = self._hidden(node, bound["attn_mask"], (*axes[:-1], (K,)), keys)
+        mixed = self.call(attention_over_cache, grouped, keys[0], values[0], keys[1], values[1], hidden)
+        return self._from_canonical(mixed, heads, self.typing.of(node), product(value_axes[-1]))
+
+    def _hidden(self, node: fx.Node, mask: fx.Node | None, axes: Axes, keys: tuple[fx.Node, fx.Node]) -> fx.Node:
+        """[1 or B or R, T, P+S]: the keys that a query does not see."""
+        if mask is None:
+            if self._later is None:
+                self._later = self.call(hidden_later, self.positions, self.keys)
+            return self._later
+        prompt, suffix = (self.call(aten.sym_size.int, cache, 2) for cache in keys)
+        kept = (
+            self.env[mask]
+            if self.typing.is_dependent(mask)
+            else self._align(mask, axes, node, False, self.call(add, prompt, suffix))
+        )
+        return self.call(hidden_by, kept, self.length)
+
+    def _serves_all_heads(self, mask: fx.Node | None, axes: Axes) -> bool:
+        """Whether a mask keeps or hides keys for all heads alike; None stands for the causal one."""
+        if mask is None:
+            return True
+        value = mask.meta["val"]
+        lead = (1,) * (len(axes) - value.dim()) + tuple(value.shape[:-2])
+        alike = all(size == 1 for size in lead[1:]) and (lead[0] == 1 or axes[0] == (B,))
+        return bool(value.dtype == torch.bool and value.dim() > 1 and value.shape[-1] != 1 and alike)
 
     def _spread(self, node: fx.Node) -> fx.Node:
         """A value per position shown to each query: what the cache holds of it, along an axis of keys."""
@@ -571,14 +619,18 @@ class _Emitter:
 
     def _to_canonical(self, value: Any, heads: HeadLayout, width: Any) -> fx.Node:
         """[batch..., q, w] -> [R, H, G*T, w]: grouped query heads fold into rows."""
-        sizes = [self._size((atom,), None) for atom in heads.atoms]
-        value = self.call(aten.reshape.default, value, [*sizes, width])
-        value = self.call(aten.permute.default, value, [*heads.order, len(heads.atoms)])
+        value = self._ordered(value, heads, width)
         folded = self.call(multiply, self.length, heads.groups) if heads.groups != 1 else self.length
         return self.call(aten.reshape.default, value, [self.rows_in, heads.kv_heads, folded, width])
 
+    def _ordered(self, value: Any, heads: HeadLayout, width: Any) -> fx.Node:
+        """[batch..., q, w] -> the atoms in the order batch, key heads, repeats, positions, and w."""
+        sizes = [self._size((atom,), None) for atom in heads.atoms]
+        value = self.call(aten.reshape.default, value, [*sizes, width])
+        return self.call(aten.permute.default, value, [*heads.order, len(heads.atoms)])
+
     def _from_canonical(self, value: fx.Node, heads: HeadLayout, out: Axes, width: Any) -> fx.Node:
-        """[R, H, G*T, w] -> axes ``out``."""
+        """[R, H, G*T, w] or [R, H, G, T, w] -> axes ``out``."""
         ordered = [heads.atoms[i] for i in heads.order]
         value = self.call(aten.reshape.default, value, [*(self._size((atom,), None) for atom in ordered), width])
         inverse = [heads.order.index(i) for i in range(len(heads.order))]

@@ -18,13 +18,14 @@ NUMBERS = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "c10
 def cpp_kernel(name: str, arguments: Sequence[str], dtype: torch.dtype) -> Callable[..., None] | None:
     """``kernel`` of the file ``name.cpp`` beside this one, with NUMBER standing for ``dtype``.
 
-    ``arguments`` are the C++ types of its parameters. None, with a warning, where no compiler builds it: each kernel
-    has a twin in ATen.
+    ``arguments`` are the C++ types of its parameters; ``lanes.h`` is put in where it is included. None, with a
+    warning, where no compiler builds it: each kernel has a twin in ATen.
     """
     from torch._inductor.codecache import CppPythonBindingsCodeCache
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
-    source = Path(__file__).with_name(f"{name}.cpp").read_text()
+    folder = Path(__file__).parent
+    source = (folder / f"{name}.cpp").read_text().replace('#include "lanes.h"', (folder / "lanes.h").read_text())
     number = NUMBERS[dtype]
     types = [argument.replace("NUMBER", number) for argument in arguments]
     try:

@@ -5,21 +5,16 @@
 // the tile after the next is fetched into the second-level cache and the next one into the first, every line once and
 // evenly, so that reading the weight and multiplying go on at once. A narrow weight is widened tile by tile, and sums
 // are float32: rounded once, at the end. Blocks do not depend on the number of rows, so neither does a row's result.
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
+#include "lanes.h"
+
 #include <ATen/native/cpu/utils.h>
-#include <c10/util/BFloat16.h>
 
 #include <algorithm>
-#include <cstdint>
 #include <cstring>
-#include <type_traits>
 #include <vector>
 
 #include <omp.h>
 
-using Vec = at::vec::Vectorized<float>;
-constexpr int64_t LANES = Vec::size();
 constexpr int64_t PANEL = 4, BLOCK = 256, CHUNK = 64 * PANEL;
 constexpr int64_t ROWS = LANES >= 16 ? 6 : 2;  // 32 registers of 16 numbers, or 16 of 8
 constexpr int64_t GROUP = 36;  // rows of x whose block fits in the first-level cache beside two tiles
@@ -45,28 +40,6 @@ struct Ahead {
     }
   }
 };
-
-inline Vec add(const Vec& a, const Vec& b) { return a + b; }
-
-// to [O] += the sums of O vectors.
-template <int O>
-inline void add_sums(const Vec* acc, float* to) {
-#ifdef CPU_CAPABILITY_AVX512
-  if constexpr (O == 4) {
-    const __m512 a = acc[0], b = acc[1], c = acc[2], d = acc[3];
-    const __m512d ab = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
-    const __m512d cd = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
-    const __m512 quarters = _mm512_add_ps(
-        _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
-    const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
-    const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
-    _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), sums));
-    return;
-  }
-#endif
-#pragma GCC unroll 4
-  for (int o = 0; o < O; o++) to[o] += at::vec::vec_reduce_all<float>(add, acc[o]);
-}
 
 // sums [R, O] += x [R, n] w [O, n]^T, fetching LINES lines of the tiles ahead a step.
 template <int R, int O, int LINES, typename T>

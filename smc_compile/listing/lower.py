@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from smc_compile.errors import SMCError
-from smc_compile.kernels import few_rows, thresholds
+from smc_compile.kernels import attend, few_rows, thresholds
 
 from .absent_device import CUDA, Target, absent_device
 from .record import Recorded
@@ -50,7 +50,7 @@ def lower(recorded: Recorded, target: Target | None, execute: Execute) -> tuple[
 
     decompositions = dict(select_decomp_table())
     if target is not None:
-        decompositions |= few_rows.IN_TENSOR_CODE | thresholds.IN_TENSOR_CODE
+        decompositions |= attend.IN_TENSOR_CODE | few_rows.IN_TENSOR_CODE | thresholds.IN_TENSOR_CODE
     with torch.no_grad():
         compiled = aot_module_simplified(
             recorded.graph,

@@ -9,6 +9,7 @@ from torch import Tensor
 from traces import traced
 
 from smc_compile.passes.cached_attention import (
+    attention_over_cache,
     causal_mask,
     entries_over_cache,
     masked,
@@ -74,7 +75,7 @@ def test_masks_keep_where_true_and_add_where_float() -> None:
 def test_no_region_writes_a_cache_and_gather_copies_it(name: str, region: str) -> None:
     """An in-place write and a gather copy of one buffer in one Inductor graph is silently wrong (pytorch #198270).
 
-    So a suffix is taken by `write_cache`, once, and by nothing else but its size; what was written is only multiplied.
+    So a suffix is taken by `write_cache`, once, and by nothing else but its size; that is only multiplied.
     """
     cached = traced(name)[1]
     graph = getattr(cached, region).graph
@@ -84,7 +85,7 @@ def test_no_region_writes_a_cache_and_gather_copies_it(name: str, region: str) -
         (write,) = [user for user in suffix.users if user.target is not torch.ops.aten.sym_size.int]
         assert write.target is write_cache
         assert write.args[0] is suffix
-        assert {user.target for user in write.users} <= {scores_over_cache, mix_over_cache}
+        assert {user.target for user in write.users} <= {attention_over_cache, scores_over_cache, mix_over_cache}
     mutating = [n for n in graph.nodes if getattr(getattr(n.target, "_schema", None), "is_mutable", False)]
     assert not mutating
 

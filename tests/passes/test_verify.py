@@ -13,7 +13,7 @@ from torch import fx
 from traces import Last, export_then, model, tokens, traced
 
 from smc_compile.errors import CacheError, ValidationError
-from smc_compile.passes.cached_attention import causal_mask, write_cache
+from smc_compile.passes.cached_attention import attention_over_cache, hidden_later, write_cache
 from smc_compile.passes.export_lm import export_lm
 from smc_compile.passes.ir import CachedLM
 from smc_compile.passes.position_tables import at_positions
@@ -50,8 +50,10 @@ def shift_slots(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def lose_the_mask(graph: fx.Graph, node: fx.Node) -> None:
-    if node.target is causal_mask:
-        node.replace_all_uses_with(node.args[0])
+    if node.target is hidden_later:
+        with graph.inserting_before(node):
+            last = graph.call_function(operator.add, (node.args[0], 10**6))
+        node.args = (last, node.args[1])
 
 
 def shift_positions(graph: fx.Graph, node: fx.Node) -> None:
@@ -63,18 +65,17 @@ def shift_positions(graph: fx.Graph, node: fx.Node) -> None:
 
 def show_padding(graph: fx.Graph, node: fx.Node) -> None:
     """Keys of a shorter prompt's padding at positions that a query sees."""
-    if node.target is causal_mask:
+    if node.target is hidden_later:
         with graph.inserting_before(node):
-            seen = graph.call_function(torch.clamp, (node.args[4], None, 4))
-        node.args = (*node.args[:4], seen)
+            seen = graph.call_function(torch.clamp, (node.args[1], None, 4))
+        node.args = (node.args[0], seen)
 
 
 def swap_prompts(graph: fx.Graph, node: fx.Node) -> None:
-    for region in ("scores_over_cache", "mix_over_cache"):
-        if getattr(node.target, "__name__", "") == region:
-            prompts = [n for n in graph.nodes if n.name.startswith("prompt_")]
-            other = prompts[prompts.index(node.args[1]) - 2]  # of the other layer
-            node.args = (node.args[0], other, node.args[2])
+    if node.target is attention_over_cache:
+        prompts = [n for n in graph.nodes if n.name.startswith("prompt_")]
+        others = [prompts[prompts.index(mine) - 2] for mine in node.args[1:3]]  # of the other layer
+        node.args = (node.args[0], *others, *node.args[3:])
 
 
 @pytest.mark.parametrize("edit", [shift_slots, lose_the_mask, shift_positions, show_padding, swap_prompts])
