@@ -35,6 +35,7 @@ TABLE_LENGTH = 32
 INLINED = 4  # an expression of more tensors in memory is written down, so that none grows along the layers
 
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
+ATTEND = "attend"  # smc_compile.kernels.attend
 REDUCTIONS = {
     "sum", "mean", "amax", "amin", "any", "all", "argmax", "argmin", "max", "min", "prod", "var", "var_mean", "std",
     "_softmax", "_log_softmax", "logsumexp", "native_layer_norm", "native_group_norm", "linalg_vector_norm", "norm",
@@ -67,7 +68,8 @@ class Kernel:
     """Kernels that are alike; each expression is of one of them.
 
     Attributes:
-        kind: "linear" (rows times a weight), "batched" (many small products: attention) or "other".
+        kind: "linear" (rows times a weight), "attention" (scores, softmax and mix at once), "batched" (many small
+            products: attention written as such) or "other".
         rows: of a linear product, else 0.
         operations: of products: a multiplication and an addition are two.
         bytes: read and written, by what they belong to (``KINDS``).
@@ -263,6 +265,8 @@ class _Recorder(TorchDispatchMode):
             self._write(name, inputs)
         elif name in PRODUCTS:
             self._product(name, inputs, outputs[0])
+        elif name == ATTEND:
+            self._attend(name, inputs, outputs[0])
         elif name in REDUCTIONS:
             self._kernel(name, "other", self._reads(inputs), outputs)
         elif name in READS:
@@ -298,6 +302,13 @@ class _Recorder(TorchDispatchMode):
         # How often each number of the weight is used: a weight may come expanded, or as one for each expert.
         rows = operations * right.itemsize // (2 * min(_size(right), held.size)) if linear else 0
         self._kernel(name, "linear" if linear else "batched", self._reads(inputs), [out], rows, operations)
+
+    def _attend(self, name: str, inputs: list[Tensor], out: Tensor) -> None:
+        query, hidden = inputs[0], inputs[-1]
+        for tensor in inputs:
+            self._materialise(tensor)
+        operations = 2 * (query.numel() + out.numel()) * hidden.shape[-1]  # each of [R, H, G, T] with each key
+        self._kernel(name, "attention", self._reads(inputs), [out], 0, operations)
 
     # -- kernels -----------------------------------------------------------------------------------------------------
 

@@ -30,6 +30,18 @@ def next_size(size: int, needed: int, capacity: int, prompt: int) -> int:
     return _apart(min(max(needed, size + size // 2), capacity), capacity, prompt)
 
 
+def mean_slots(capacity: int, width: int, prompt: int) -> tuple[float, float]:
+    """Slots of a suffix that are allocated, and those that hold something after a cycle: means over an answer's
+    cycles of ``width`` tokens."""
+    size, sizes = first_size(capacity, prompt), []
+    held = range(width + 1, max(capacity, width + 1) + 1, width)
+    for needed in held:
+        if needed > size:
+            size = next_size(size, needed, capacity, prompt)
+        sizes.append(size)
+    return sum(sizes) / len(sizes), sum(held) / len(held)
+
+
 def _apart(size: int, capacity: int, prompt: int) -> int:
     """Sizes that are equal when a region is compiled count as one symbol, and would compile again when they differ."""
     return size + 1 if size == prompt and size < capacity else size

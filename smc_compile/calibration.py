@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from smc_compile.bounds import best_seconds
+from smc_compile.kernels.cpp_kernel import cpp_kernel
+from smc_compile.kernels.few_rows import SIGNATURE
+from smc_compile.passes.cached_attention import attention_over_cache
 from smc_compile.passes.few_rows import linear
 from smc_compile.requests import build_request, request_seeds
 from smc_compile.runtime.law import Law
@@ -21,6 +25,7 @@ ROWS = (1, 2, 3, 4, 8, 16, 32, 48, 49, 96, 192, 384)  # with both sides of where
 SMALL, RESIDENT = 2**16, 2**18  # numbers in one weight, which stays in a core's cache
 STREAMED, SIDE = 2**24, 1024  # numbers in weights of SIDE x SIDE that pass by, on a GPU four times as many
 ENOUGH = 2**31  # operations that measure a product of many rows well
+WIDTH = 64  # of a head
 TOKENS = 61  # of a generation that costs nothing but the host's part
 
 
@@ -31,9 +36,10 @@ class Rates:
     Attributes:
         small, resident, streamed: seconds for each number of a weight, at ``ROWS`` rows: of weights of at most
             ``SMALL`` numbers, of larger ones in a core's cache, and of those that come from memory.
-        batched_byte, batched_operation: of attention's many small products.
+        attention: of an attention over almost nothing; attention_byte, attention_operation: of a long one.
+        batched_byte, batched_operation: of attention written as many small products.
         element_byte: of element-wise operations and reductions, for each byte read or written.
-        launch: of a kernel that does nothing.
+        launch: of a kernel that does nothing, with its result's allocation.
         call, argument: of a compiled function that does nothing, and for each tensor it is given.
         cycle, step: what the host does in a cycle beside its regions, and for each draft step.
     """
@@ -41,6 +47,9 @@ class Rates:
     small: tuple[float, ...]
     resident: tuple[float, ...]
     streamed: tuple[float, ...]
+    attention: float
+    attention_byte: float
+    attention_operation: float
     batched_byte: float
     batched_operation: float
     element_byte: float
@@ -76,6 +85,7 @@ def _rates(dtype: torch.dtype, device: torch.device, threads: int) -> Rates:
             product_seconds(dtype, device, SMALL, 1),
             product_seconds(dtype, device, RESIDENT, 1),
             product_seconds(dtype, device, SIDE * SIDE, STREAMED // SIDE**2 * (4 if device.type == "cuda" else 1)),
+            *attention_seconds(dtype, device),
             *batched_seconds(dtype, device),
             element_seconds(device),
             launch_seconds(dtype, device),
@@ -120,16 +130,50 @@ def element_seconds(device: torch.device) -> float:
     return best_seconds(lambda: torch.softmax(logits, -1), device, 3) / (2 * logits.nbytes)
 
 
+def attention_seconds(dtype: torch.dtype, device: torch.device) -> tuple[float, float, float]:
+    """Seconds of an attention over almost nothing; for each byte where one query meets many keys, and for each
+    operation where many do."""
+
+    def seconds(particles: int, heads: int, queries: int, prompt: int, suffix: int, repeats: int) -> float:
+        def ones(*shape: int) -> Tensor:
+            return torch.ones(*shape, WIDTH, dtype=dtype, device=device)
+
+        hidden = torch.zeros(1, queries, prompt + suffix, dtype=torch.bool, device=device)
+        prompts, suffixes = ones(1, heads, prompt), ones(particles, heads, suffix)
+        query = ones(particles, heads, 1, queries)
+
+        def run() -> None:
+            for _ in range(repeats):
+                attention_over_cache(query, prompts, prompts, suffixes, suffixes, hidden)
+
+        return best_seconds(run, device, 3) / repeats
+
+    least = seconds(1, 1, 1, 2, 2, 50)
+    reading = seconds(1, 16, 1, 1024, 2, 3) - least
+    multiplying = seconds(4, 16, 8, 128, 128, 3) - least
+    moved, operations = 2 * 16 * 1026 * WIDTH * dtype.itemsize, 4 * 4 * 16 * 8 * 256 * WIDTH
+    return least, max(0.0, reading) / moved, max(0.0, multiplying) / operations
+
+
 def launch_seconds(dtype: torch.dtype, device: torch.device) -> float:
-    """Of the smallest product into memory that is there."""
+    """Of the smallest kernel, called as compiled code calls one: a result is allocated and views are taken."""
     x = torch.ones(8, 8, dtype=dtype, device=device)
-    out = torch.empty_like(x)
+    launched = smallest_kernel(dtype) if device.type == "cpu" else lambda x, out: torch.mm(x, x, out=out)
 
     def run() -> None:
         for _ in range(100):
-            torch.mm(x, x, out=out)
+            out = torch.empty_strided((8, 8), (8, 1), dtype=dtype, device=device)
+            launched(x.as_strided((8, 8), (8, 1)), out)
 
     return best_seconds(run, device, 5) / 100
+
+
+def smallest_kernel(dtype: torch.dtype) -> Callable[[Tensor, Tensor], object]:
+    """A C++ kernel of all threads; a product where none can be built."""
+    kernel = cpp_kernel("few_rows", SIGNATURE, dtype)
+    if kernel is None:
+        return lambda x, out: torch.mm(x, x, out=out)
+    return lambda x, out: kernel(x, x, x, out, 8, 8, 8, False, torch.get_num_threads())
 
 
 def call_seconds(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:

@@ -1,8 +1,8 @@
 """How long a cycle of N particles and K draft tokens takes: counted costs of its passes times the rates of the machine.
 
-A product with a weight is timed as it runs (``smc_compile.calibration``); every other kernel takes the longer of what
-its bytes and its operations need (the roofline model: Williams, Waterman and Patterson, 2009), or a launch if that is
-longer. Regions add the calls of what was compiled, and a cycle what the host does between them.
+Products with a weight and attention are timed as they run (``smc_compile.calibration``); every other kernel takes the
+longer of what its bytes and its operations need (the roofline model: Williams, Waterman and Patterson, 2009). Each is
+launched, regions add the calls of what was compiled, and a cycle what the host does between them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from smc_compile.passes.ir import CachedLM
 from smc_compile.runtime.law import SETTINGS, Law, Mixture
 from smc_compile.runtime.models import CachedModel
 from smc_compile.runtime.regions import Ends, choose, judge
+from smc_compile.runtime.room import mean_slots
 
 META = torch.device("meta")
 _passes: WeakKeyDictionary[Any, dict[Law | Mixture, Pass]] = WeakKeyDictionary()
@@ -62,38 +63,47 @@ class CycleModel:
 
     Attributes:
         target, draft: the passes of a cycle.
-        dtype: of the weights.
+        dtype, device: of the weights.
         rates: of the machine.
     """
 
     target: Pass
     draft: Pass
     dtype: torch.dtype
+    device: torch.device
     rates: Rates
 
-    def pass_seconds(self, of: Pass, batch: int, particles: int, tokens: int, prompt: int, suffix: int) -> float:
-        """Seconds of one pass over ``tokens`` new tokens a particle, with P prompt and S suffix positions."""
+    def pass_seconds(
+        self, of: Pass, batch: int, particles: int, tokens: int, prompt: int, suffix: float, held: float
+    ) -> float:
+        """Seconds of one pass over ``tokens`` new tokens a particle, with P prompt and S suffix positions.
+
+        ``held`` of the suffix positions hold something; on a CPU attention passes over the others.
+        """
         numbers = of.numbers(batch, particles, tokens, prompt, suffix)
+        seen = of.numbers(batch, particles, tokens, prompt, held) if self.device.type == "cpu" else numbers
         kernels = sum(
-            kernel.count * self._kernel_seconds(kernel, of.working_set, *found)
-            for kernel, found in zip(of.costs.kernels, numbers, strict=True)
+            kernel.count * self._kernel_seconds(kernel, of.working_set, *(few if kernel.kind == "attention" else all_))
+            for kernel, all_, few in zip(of.costs.kernels, numbers, seen, strict=True)
         )
         return kernels + of.calls * self.rates.call + of.arguments * self.rates.argument
 
     def _kernel_seconds(self, kernel: Kernel, working_set: int, rows: float, operations: float, moved: float) -> float:
         rate, size = self.rates, self.dtype.itemsize
         if kernel.kind == "linear":
-            return rate.product(kernel.weight_bytes // size, rows, working_set, size)
+            return rate.launch + rate.product(kernel.weight_bytes // size, rows, working_set, size)
+        if kernel.kind == "attention":
+            return rate.attention + max(moved * rate.attention_byte, operations * rate.attention_operation)
         if kernel.kind == "batched":
-            return max(rate.launch, moved * rate.batched_byte, operations * rate.batched_operation)
-        return max(rate.launch, moved * rate.element_byte)
+            return rate.launch + max(moved * rate.batched_byte, operations * rate.batched_operation)
+        return rate.launch + moved * rate.element_byte
 
-    def cycle_seconds(self, particles: int, lookahead: int, prompt: int, suffix: int, batch: int = 1) -> float:
+    def cycle_seconds(self, particles: int, lookahead: int, prompt: int, capacity: int, batch: int = 1) -> float:
         """Seconds of a cycle in which every particle drafts K tokens and the target judges K+1 positions.
 
-        ``suffix`` is what a pass reads of a particle's own cache: all of its slots, one for each new token.
+        The mean over an answer that fills ``capacity`` slots of its own: they are allocated as it grows.
         """
-        sizes = (prompt, suffix)
+        sizes = (prompt, *mean_slots(capacity, lookahead + 1, prompt))
         head = self.pass_seconds(self.draft, batch, particles, 2, *sizes)
         step = self.pass_seconds(self.draft, batch, particles, 1, *sizes)
         score = self.pass_seconds(self.target, batch, particles, lookahead + 1, *sizes)
@@ -120,6 +130,7 @@ def cycle_model(target: Any, draft: Any) -> CycleModel:
         _pass(target, every_position=True),
         _pass(draft, every_position=False),
         weight.dtype,
+        weight.device,
         rates(weight.dtype, weight.device),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from functools import cache
 
 import pytest
@@ -13,18 +14,19 @@ from smc_compile.compile import Program, build_program
 from smc_compile.cost_model import CycleModel, cycle_model
 from smc_compile.errors import OptionError
 from smc_compile.generate import compile_target, draft_law_for
+from smc_compile.llama import Llama, LlamaConfig
 from smc_compile.options import Options
 from smc_compile.passes.graph_costs import SYMBOLS, pass_costs
 from smc_compile.predict import Row, Validation, predict
 from smc_compile.runtime.law import SETTINGS, Law
 
-FREE = Rates((0.0,) * len(ROWS), (0.0,) * len(ROWS), (0.0,) * len(ROWS), 0, 0, 0, 0, 0, 0, 0, 0)
+FREE = Rates(*[(0.0,) * len(ROWS)] * 3, *[0.0] * (len(fields(Rates)) - 3))
 MODEL = TinyTransformerLM()
 DRAFT = perturbed(MODEL)
 
 
 def with_rates(**given: object) -> CycleModel:
-    return CycleModel(**{**vars(counted()), "rates": Rates(**{**vars(FREE), **given})})
+    return replace(counted(), rates=replace(FREE, **given))
 
 
 @cache
@@ -34,10 +36,14 @@ def counted() -> CycleModel:
 
 
 def pair() -> Program:
+    return program_of(MODEL, DRAFT)
+
+
+def program_of(model: torch.nn.Module, draft: torch.nn.Module) -> Program:
     stages = (SETTINGS["temperature"][0],)
-    options = Options.parse({"draft": DRAFT, "compiler": "eager", "validate": False})
+    options = Options.parse({"draft": draft, "compiler": "eager", "validate": False})
     ids = torch.zeros(1, 3, dtype=torch.int64)
-    target = compile_target(MODEL, Law("logits", stages=stages), options, ids)
+    target = compile_target(model, Law("logits", stages=stages), options, ids)
     return build_program(target, options, draft_law_for(stages, False, options), ids)
 
 
@@ -65,7 +71,18 @@ def test_products_are_timed_by_their_rows():
     model = with_rates(small=tuple(float(rows) for rows in ROWS))
     linear = [k for k in model.target.costs.kernels if k.kind == "linear"]
     numbers = sum(k.count * k.weight_bytes // 4 for k in linear)
-    assert model.pass_seconds(model.target, 2, 3, 4, 7, 9) == pytest.approx(numbers * 2 * 3 * 4)
+    assert model.pass_seconds(model.target, 2, 3, 4, 7, 9, 9) == pytest.approx(numbers * 2 * 3 * 4)
+
+
+def test_attention_on_a_cpu_passes_over_slots_that_hold_nothing():
+    target, draft = (Llama(LlamaConfig(17, 32, layers, 2, 1, 48)).eval() for layers in (2, 1))
+    program = program_of(target, draft)
+    free = replace(FREE, attention_operation=1.0)
+    model = replace(cycle_model(program.target, program.draft), rates=free)
+    queries, layers, width = 2 * 2 * 3, 2, 16  # particles, heads, tokens
+    assert model.pass_seconds(model.target, 1, 2, 3, 7, 100, 10) == layers * 2 * queries * 2 * width * (7 + 10)
+    elsewhere = replace(model, device=torch.device("cuda"))
+    assert elsewhere.pass_seconds(model.target, 1, 2, 3, 7, 100, 10) == layers * 2 * queries * 2 * width * (7 + 100)
 
 
 def test_a_vocabulary_is_counted_with_the_draw():
@@ -79,7 +96,7 @@ def test_a_vocabulary_is_counted_with_the_draw():
 
 def test_rates_are_interpolated_and_go_on_beyond_what_was_measured():
     near, far = tuple(1.0 * r for r in ROWS), tuple(3.0 * r for r in ROWS)
-    found = Rates(**{**vars(FREE), "small": near, "resident": near, "streamed": far})
+    found = replace(FREE, small=near, resident=near, streamed=far)
     assert found.product(SMALL, 5, 1e12, 4) == SMALL * 5
     assert found.product(SMALL + 1, 6, RESIDENT * 4, 4) == (SMALL + 1) * 6
     assert found.product(SMALL + 1, 6, STREAMED * 8, 4) == (SMALL + 1) * 18
@@ -91,7 +108,8 @@ def test_rates_are_interpolated_and_go_on_beyond_what_was_measured():
 def test_rates_are_measured_once():
     found = rates(torch.float32, torch.device("cpu"))
     assert rates(torch.float32, torch.device("cpu")) is found
-    assert min(found.batched_byte, found.batched_operation, found.element_byte, found.launch, found.call) > 0
+    assert min(found.attention, found.attention_byte, found.attention_operation, found.element_byte) > 0
+    assert min(found.batched_byte, found.batched_operation, found.launch, found.call) > 0
     assert all(1e-14 < seconds < 1e-5 for seconds in (*found.small, *found.resident, *found.streamed))
 
 

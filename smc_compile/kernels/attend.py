@@ -112,9 +112,9 @@ def _shape(
 
 
 def suits(query: Tensor, values: Tensor) -> bool:
-    """Whether the kernel takes them: on a CPU, of widths that fill its registers."""
-    on_cpu = query.device.type == "cpu" and query.dtype in TYPES and query.dtype == values.dtype
-    return on_cpu and query.shape[-1] % LANES == 0 and values.shape[-1] % LANES == 0
+    """Whether the kernel takes them: of widths that fill its registers, on a CPU, or without data to be counted."""
+    counted = query.device.type in ("cpu", "meta") and query.dtype in TYPES and query.dtype == values.dtype
+    return counted and query.shape[-1] % LANES == 0 and values.shape[-1] % LANES == 0
 
 
 _library.impl("attend", _attend, "CPU")

@@ -51,6 +51,19 @@ def test_operations_are_those_counted_by_hand(layers, kv_heads):
     assert sympy.expand(counted(layers, kv_heads).operations - B * N * T * (2 * (body + head) + attention)) == 0
 
 
+def test_attention_at_once_is_one_kernel_a_layer():
+    """Heads of 16 numbers fill the kernel's registers: scores, softmax and mixture, and every cache read once."""
+    found = traced(Llama(LlamaConfig(VOCAB, 64, 2, HEADS, 2, HIDDEN, 64)))
+    kernels = pass_costs(found.cached, found.owned(), True).kernels
+    (kernel,) = [k for k in kernels if k.kind == "attention"]
+    assert kernel.count == 2
+    assert not any(k.kind == "batched" for k in kernels)
+    assert sympy.expand(kernel.operations - B * N * T * 2 * 2 * 64 * (P + S)) == 0
+    key_and_value = 4 * 2 * 2 * 16  # bytes of two heads
+    assert kernel.bytes["prompts"] == key_and_value * B * P
+    assert kernel.bytes["suffixes"] == key_and_value * B * N * S
+
+
 def test_a_head_on_the_last_position_alone_has_a_row_for_each_particle():
     """Where the model selects before its head; one that selects afterwards computes the head everywhere."""
 

@@ -8,7 +8,7 @@ from models import TinyTransformerLM, perturbed
 
 from smc_compile import generate
 from smc_compile.runtime import room
-from smc_compile.runtime.room import capacity_of, first_size, next_size
+from smc_compile.runtime.room import capacity_of, first_size, mean_slots, next_size
 
 IDS = torch.tensor([[1, 0, 2, 3]])
 
@@ -36,6 +36,13 @@ def test_a_size_is_not_that_of_the_prompt_unless_nothing_else_is_left():
     assert first_size(1000, room.FIRST) == room.FIRST + 1
     assert first_size(room.FIRST, room.FIRST) == room.FIRST
     assert next_size(128, 129, 1000, 192) == 193
+
+
+def test_mean_slots_of_an_answer_of_six_cycles():
+    """After cycles of 50 tokens, 51, 101, .. 301 slots hold something; 128, 192 and 288 are allocated on the way."""
+    allocated, held = mean_slots(301, 50, 7)
+    assert allocated == (128 + 128 + 192 + 288 + 288 + 301) / 6
+    assert held == (51 + 301) / 2
 
 
 @pytest.mark.parametrize("method", ["smc", "autoregressive"])
