@@ -103,7 +103,14 @@ class CycleModel:
 
         The mean over an answer that fills ``capacity`` slots of its own: they are allocated as it grows.
         """
-        sizes = (prompt, *mean_slots(capacity, lookahead + 1, prompt))
+        suffix, held = mean_slots(capacity, lookahead + 1, prompt)
+        return self.seconds_at(particles, lookahead, prompt, suffix, held, batch)
+
+    def seconds_at(
+        self, particles: int, lookahead: int, prompt: int, suffix: float, held: float, batch: int = 1
+    ) -> float:
+        """As ``cycle_seconds``, of one cycle: with S slots of which ``held`` hold something."""
+        sizes = (prompt, suffix, held)
         head = self.pass_seconds(self.draft, batch, particles, 2, *sizes)
         step = self.pass_seconds(self.draft, batch, particles, 1, *sizes)
         score = self.pass_seconds(self.target, batch, particles, lookahead + 1, *sizes)

@@ -219,6 +219,7 @@ def make_row(point: Point, timings: dict[Point, list[Timing]], sizes: tuple[Cost
         "bound_tokens_per_second": tokens / bound,
         "loop_tokens_per_second": loop,
         "ms_per_cycle": 1e3 * middle,
+        "predicted_ms_per_cycle": None if typical.predicted is None else 1e3 * typical.predicted,
         **{f"{part}_ms": 1e3 * typical.parts[part] for part in PARTS},
         "bound_ms_per_cycle": 1e3 * bound,
         "share_of_bound": bound / middle,
@@ -266,6 +267,37 @@ def footnotes(rows: Sequence[Row]) -> list[str]:
         f"to {spread:.2f}x its slowest; compiled once, not in the table: "
         f"{sum(row['compile_seconds'] for row in rows):.0f} s",
         "read: weights and caches, at half of the new tokens; prompt, suffixes: the caches as they were allocated",
+        prediction_line(rows),
+    ]
+
+
+def prediction_line(rows: Sequence[Row]) -> str:
+    """How far the model that chooses "auto" is off."""
+    errors = sorted(abs(row["predicted_ms_per_cycle"] / row["ms_per_cycle"] - 1) for row in rows)
+    line = (
+        "predicted: by counted costs and rates measured before, as for n_particles or lookahead 'auto'; off by "
+        f"{median(errors):.0%} in the middle, {errors[-1]:.0%} at most"
+    )
+    picks = best_lookaheads(rows)
+    return line + (f"; fastest K, predicted and measured: {', '.join(picks)}" if picks else "")
+
+
+def best_lookaheads(rows: Sequence[Row]) -> list[str]:
+    """The K with the most tokens a second as predicted and as measured, for each set of rows with several K."""
+
+    def fastest(mine: Sequence[Row], milliseconds: str) -> int:
+        return int(max(mine, key=lambda row: (row["lookahead"] + 1) / row[milliseconds])["lookahead"])
+
+    others = [name for name in Point._fields if name != "lookahead"]
+    moving = [name for name in others if len({row[name] for row in rows}) > 1]
+    groups: dict[tuple[int, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in moving), []).append(row)
+    return [
+        " ".join(f"{LETTERS[name]}={value}" for name, value in zip(moving, key, strict=True))
+        + f"{' ' if key else ''}{fastest(mine, 'predicted_ms_per_cycle')} and {fastest(mine, 'ms_per_cycle')}"
+        for key, mine in groups.items()
+        if len(mine) > 1 and len({row["lookahead"] for row in mine}) > 1
     ]
 
 

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 
 from smc_compile.compile import Program, check_request
+from smc_compile.cost_model import CycleModel, cycle_model
 from smc_compile.errors import InputError, SMCError
 from smc_compile.generate import program_for
 from smc_compile.llama import Llama, LlamaConfig, cache_numbers
@@ -61,6 +62,7 @@ class Timing:
     compile_seconds: float
     prompt_bytes: int  # once a request
     suffix_bytes: int  # of all particles
+    predicted: float | None  # seconds by the cost model; None of the one-token loop
 
 
 TimePoint = Callable[[Point, int], Timing]  # point, seed
@@ -126,6 +128,7 @@ def point_timer(target: Llama, draft: Llama, temperature: float, cycles: int) ->
     """How to time ``cycles`` cycles at a point. Sessions, and what they compiled, stay for the next round."""
     device = target.embedding.weight.device
     programs: dict[tuple[int, int], Program] = {}
+    models: list[CycleModel] = []  # counted and calibrated once
 
     def time_point(point: Point, seed: int) -> Timing:
         span = middle(point.new_tokens, point.lookahead + 1, cycles)
@@ -140,9 +143,18 @@ def point_timer(target: Llama, draft: Llama, temperature: float, cycles: int) ->
         check_request(request, program.target, program.draft)
         session = program.session
         assert isinstance(session, (SMCSession, AutoregressiveSession))
-        return time_cycles(session, request, *span)
+        if point.lookahead and not models:
+            models.append(cycle_model(program.target, program.draft))
+        return time_cycles(session, request, *span, predictor(models[0], point) if point.lookahead else None)
 
     return time_point
+
+
+def predictor(model: CycleModel, point: Point) -> Callable[[float, float], float]:
+    """Slots of a suffix, and those that hold something, to seconds of a cycle."""
+    return lambda slots, held: model.seconds_at(
+        point.n_particles, point.lookahead, point.prompt_length, slots, held, point.requests
+    )
 
 
 def program_of(point: Point, target: Llama, draft: Llama) -> Program:
@@ -172,14 +184,20 @@ def middle(new_tokens: int, width: int, cycles: int) -> tuple[int, int]:
     return max(2, (new_tokens - (1 + timed) * width) // 2), timed
 
 
-def time_cycles(session: SMCSession | AutoregressiveSession, request: Request, begin: int, timed: int) -> Timing:
+def time_cycles(
+    session: SMCSession | AutoregressiveSession,
+    request: Request,
+    begin: int,
+    timed: int,
+    predict: Callable[[float, float], float] | None,
+) -> Timing:
     """Prefill, go to ``begin`` tokens made, run one cycle, which compiles what is not yet, and time the next."""
     compiled = sum(region.compile_seconds for region in session.regions)
     running = session.cycles(request)
     run = next(running)
     run.p.made = begin
     next(running)
-    before, resamplings, start = spent(session, run), run.stats.resamplings, now(request)
+    first, before, resamplings, start = run.p.made, spent(session, run), run.stats.resamplings, now(request)
     for _ in range(timed):
         next(running)
     seconds = now(request) - start
@@ -195,6 +213,7 @@ def time_cycles(session: SMCSession | AutoregressiveSession, request: Request, b
         compile_seconds=sum(region.compile_seconds for region in session.regions) - compiled,
         prompt_bytes=sum(cache.nbytes for prompts, *_ in run.contexts for cache in prompts),
         suffix_bytes=sum(cache.nbytes for cache in [*run.p.target, *run.p.draft]),
+        predicted=predict and predict(run.p.target[0].shape[2], (first + run.p.made) / 2),
     )
 
 

@@ -71,7 +71,7 @@ def test_a_grid_has_every_combination_and_the_base_point_elsewhere():
 
 def timing(seconds: float) -> Timing:
     parts = dict(zip(PARTS, (0.4 * seconds, 0.3 * seconds, 0.2 * seconds, 0.1 * seconds), strict=True))
-    return Timing(seconds, parts, 2, 1, 5.0, 1000, 2000)
+    return Timing(seconds, parts, 2, 1, 5.0, 1000, 2000, 1.1 * seconds)
 
 
 def test_a_row_is_the_median_round_beside_what_a_cycle_must_read_and_multiply():
@@ -90,6 +90,20 @@ def test_a_row_is_the_median_round_beside_what_a_cycle_must_read_and_multiply():
     assert row["loop_tokens_per_second"] == pytest.approx(3 / 0.06)
     assert sum(row[f"{part}_ms"] for part in PARTS) == pytest.approx(row["ms_per_cycle"]) == pytest.approx(200)
     assert (row["repeats"], row["cycles"], row["resamplings_per_cycle"]) == (3, 2, 0.5)
+
+
+def test_predictions_stand_beside_what_was_measured():
+    def row(n: int, k: int, measured: float, predicted: float) -> dict:
+        point = {"n_particles": n, "lookahead": k, "prompt_length": 5, "new_tokens": 9, "requests": 1}
+        return {**point, "ms_per_cycle": measured, "predicted_ms_per_cycle": predicted}
+
+    rows = [row(2, 1, 10, 10), row(2, 4, 20, 30), row(8, 1, 10, 9), row(8, 4, 30, 30)]
+    assert sweep.best_lookaheads(rows) == ["N=2 1 and 4", "N=8 1 and 1"]
+    assert sweep.best_lookaheads(rows[:2]) == ["1 and 4"]
+    assert sweep.best_lookaheads(rows[::2]) == []
+    line = sweep.prediction_line(rows)
+    assert "off by 5% in the middle, 50% at most" in line
+    assert line.endswith("predicted and measured: N=2 1 and 4, N=8 1 and 1")
 
 
 def test_the_table_fits_where_every_figure_is_wide():

@@ -118,7 +118,7 @@ def test_what_does_not_fit_is_told_before_with_the_most_particles_that_do():
 
 
 def fake_timing(seconds: float) -> Timing:
-    return Timing(seconds, dict.fromkeys(sweep_points.PARTS, seconds / 4), 1, 0, 0.0, 10, 20)
+    return Timing(seconds, dict.fromkeys(sweep_points.PARTS, seconds / 4), 1, 0, 0.0, 10, 20, None)
 
 
 def measured_with(time_point, count: int = 3, repeats: int = 2) -> tuple[list[Point], Measured]:
