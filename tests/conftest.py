@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
+from importlib import import_module
 
 import pytest
 import torch
+
+from smc_compile.runtime import compiled, models
 
 # Models here are tiny: threads would only spin, and wait for cores that other processes use.
 torch.set_num_threads(1)
@@ -19,6 +23,15 @@ def interpreted() -> Iterator[None]:
     """
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+@pytest.fixture
+def untraced_regions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same where a loop must be traced: Dynamo sees the loop alone. Programs made so serve no other test."""
+    for module in (compiled, models):
+        monkeypatch.setattr(module, "compile_function", lambda function, *_: function)
+    for name in ("generate", "recovered"):
+        monkeypatch.setattr(import_module(f"smc_compile.{name}"), "_programs", OrderedDict())
 
 
 @pytest.fixture(scope="module")

@@ -255,7 +255,7 @@ def test_bench_interrupted_shows_and_writes_whole_rounds(monkeypatch, tmp_path, 
     assert "Traceback" not in output.err
 
 
-def test_demo_prints_texts_and_draws(tmp_path, capsys):
+def test_demo_prints_texts_and_draws(tmp_path, capsys, uncompiled):
     path, picture = tmp_path / "rows.json", tmp_path / "tree.svg"
     options = f"--max-new-tokens 12 --n-particles 4 --lookahead 3 --repeats 1 --samples 3 --json {path}"
     assert main(["demo", *options.split(), "--picture", str(picture), "--prompt", "def f(x):\n"]) == 0

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
 from smc_compile import list_kernels
 from smc_compile.__main__ import main
 from smc_compile.listing.machine_code import MachineCode
+from smc_compile.listing.record import Recorded
 from smc_compile.listing.rows import Kernel, Region
+from smc_compile.listing.sessions import record_sessions
 from smc_compile.listing.verdict import Verdict
 
 
@@ -17,8 +20,8 @@ def region(**changes: object) -> Region:
     code = MachineCode(registers=40, spills=0, shared=16, loads=3, stores=1, configurations=2, size=5000)
     kernel = Kernel("triton_poi_fused_add_mul_0", launches=3, used=True, code=code)
     verdict = Verdict(runs=2, error=3e-7, launches={kernel.name: 1})
-    fields = {"kernels": [kernel], "library": {"mm": 4}, "verdict": verdict, "agrees": True, **changes}
-    return Region("score", 1, sources={kernel.name: "source"}, **fields)  # type: ignore[arg-type]
+    fields = {"calls": 1, "kernels": [kernel], "library": {"mm": 4}, "verdict": verdict, "agrees": True, **changes}
+    return Region("score", sources={kernel.name: "source"}, **fields)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -62,6 +65,11 @@ def test_whatever_fails_is_told_and_gives_status_1(listed, capsys, bad, told):
     assert "failed: score" in out
 
 
+def test_a_kernel_of_the_first_cycle_alone_is_no_failure(listed, capsys):
+    assert listed(region(calls=0, kernels=[Kernel("triton_poi_fused_add_0", 0, used=True)])) == 0
+    assert "first cycle" in capsys.readouterr().out
+
+
 def test_rows_are_kept(listed, tmp_path, capsys):
     path = tmp_path / "rows.json"
     assert listed(region(), options=("--json", str(path))) == 0
@@ -84,16 +92,33 @@ def test_bad_options_are_told(options, told, capsys):
     assert told in capsys.readouterr().err
 
 
-def test_a_session_for_a_gpu_that_is_not_there(capsys, tmp_path):
-    """The whole command, on the shortest cycle without truncation."""
+def ops(recorded: Recorded) -> set[str]:
+    """What the region's graph calls."""
+    return {str(node.target) for node in recorded.graph.graph.nodes if node.op in ("call_function", "call_method")}
+
+
+def test_a_session_for_a_gpu_that_is_not_there(monkeypatch, capsys, tmp_path):
+    """The whole command, on the shortest cycle without truncation. The draft's regions are recorded only: what they
+    call, a pass of a model and a draw, the target's region calls too."""
+    recorded: dict[str, Recorded] = {}
+
+    def target_and_weights(*arguments: Any) -> list[Recorded]:
+        recorded.update({region.name: region for region in record_sessions(*arguments)})
+        return [recorded["score"], recorded["weigh"]]
+
+    monkeypatch.setattr(list_kernels, "record_sessions", target_and_weights)
     path = tmp_path / "rows.json"
     options = "--target sm_80 --lookahead 1 --layers 1 --sessions 1 --top-k 0 --top-p 1 --n-particles 2"
     status = main(["kernels", *options.split(), "--json", str(path)])
     out = capsys.readouterr().out
+    calls = {name: region.a_cycle for name, region in recorded.items()}
+    assert calls == {"draft_step": 0, "draft_head": 1, "score": 1, "weigh": 1}
+    for name in ("draft_step", "draft_head"):
+        assert ops(recorded[name]) - ops(recorded["score"]) == {"aten.select.int"}, "the last position is cut out"
     regions = {r["name"]: r for r in json.loads(path.read_text())["regions"]}
-    assert set(regions) == {"draft_step", "draft_head", "score", "weigh"}
-    assert [regions[name]["calls"] for name in ("draft_step", "draft_head", "score", "weigh")] == [0, 1, 1, 1]
+    assert set(regions) == {"score", "weigh"}
     for name, found in regions.items():
+        assert found["calls"] == 1
         assert found["agrees"], f"{name}\n{out}"
         assert found["kernels"], name
         assert all(kernel["code"]["registers"] > 0 for kernel in found["kernels"])

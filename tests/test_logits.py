@@ -87,6 +87,7 @@ def test_settings_are_switched_back_after_an_error() -> None:
     assert (model.config.use_cache, model.experts) == (True, "grouped")
 
 
+@pytest.mark.usefixtures("interpreted")
 def test_generate_takes_a_wrapped_model_and_a_wrapped_draft() -> None:
     model = Wrapped()
     plain = generate(model.model, None, IDS, max_new_tokens=4, temperature=0, method="autoregressive", compiler="eager")

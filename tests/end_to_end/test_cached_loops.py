@@ -22,6 +22,7 @@ from smc_compile.models import build as build_family
 
 Sample = Callable[[Tensor], Tensor]
 P, N = 5, 7
+untraced = pytest.mark.usefixtures("untraced_regions")
 OPTIONS = {"compiler": "eager", "n_particles": 4, "lookahead": 2, "seed": 0}
 
 
@@ -160,6 +161,7 @@ OWN = [registered_buffers, handed_around]
 # ---- the same tokens -----------------------------------------------------------------------------------------------
 
 
+@untraced
 @pytest.mark.parametrize("loop", FORMS)
 def test_greedy_is_the_loop_as_it_was_written(loop):
     model, compiled = FORMS[loop](), decode(loop, compiler="eager")
@@ -180,6 +182,7 @@ def test_so_it_is_by_the_backend(loop):
         assert torch.equal(compiled(model, ids, 4), expected)
 
 
+@untraced
 @pytest.mark.parametrize(
     ("loop", "method"),
     [(past_is_none, "smc"), (registered_buffers, "smc"), (handed_around, "autoregressive")],
@@ -220,6 +223,7 @@ class Unbuffered(nn.Module):
         return model.head(x)
 
 
+@untraced
 @pytest.mark.parametrize("loop", OWN)
 def test_the_law_is_the_models_own(loop):
     """Chi-square at level 1e-3, against full enumeration over four tokens."""
@@ -236,6 +240,7 @@ def test_the_law_is_the_models_own(loop):
     assert chi_square_p_value(result[:, 3:], sequence_law(whole, ids[0], 3, 4)) < 1e-4
 
 
+@untraced
 @pytest.mark.parametrize("loop", OWN)
 def test_the_draft_may_be_called_in_the_same_way(loop):
     """A draft that is the target: all weights are one, so its cache is right too."""
@@ -278,17 +283,20 @@ def test_other_lengths_and_prompts_are_not_traced_again(loop):
     assert counters["stats"]["unique_graphs"] == before
 
 
+@untraced
 @pytest.mark.parametrize("loop", OWN)
 def test_a_prompt_of_one_token(loop):
     model = FORMS[loop]()
     assert torch.equal(decode(loop, compiler="eager")(model, prompt(length=1), N), loop(model, prompt(length=1), N))
 
 
+@untraced
 def test_one_row():
     model, ids = slots(batch=1), prompt(1)
     assert torch.equal(decode(registered_buffers, compiler="eager")(model, ids, N), registered_buffers(model, ids, N))
 
 
+@untraced
 def test_a_token_drawn_before_the_loop_counts():
     def one_more(model, ids, n):
         return registered_buffers(model, ids, n + 1)
@@ -299,6 +307,7 @@ def test_a_token_drawn_before_the_loop_counts():
         assert torch.equal(compiled(model, prompt(), n), one_more(model, prompt(), n))
 
 
+@untraced
 @pytest.mark.parametrize("cache", [DynamicCache, StaticCache])
 def test_a_cache_that_is_handed_in_is_left_as_it_was(cache):
     model = llama()
@@ -324,6 +333,7 @@ def test_a_cache_that_is_handed_in_is_left_as_it_was(cache):
         compiled(model, prompt(), N, past)
 
 
+@untraced
 def test_registered_buffers_are_left_as_they_were():
     model = slots()
     decode(registered_buffers, compiler="eager")(model, prompt(), N)
@@ -442,6 +452,7 @@ def test_what_is_refused(loop):
         decode(loop, **OPTIONS, draft=TableLM(17).double())(make(), prompt(), N)
 
 
+@untraced
 def test_a_loop_is_compared_though_its_step_is_known():
     """`thrown_away` has the step of `handed_around`, whose program is kept."""
     model = handed()
@@ -509,6 +520,7 @@ def test_a_mask_from_outside():
         decode(masked, compiler="eager")(llama(), prompt(), N, torch.ones_like(prompt()))
 
 
+@untraced
 @torch.no_grad()
 def test_more_tokens_than_the_cache_has_room_for():
     model, compiled = slots(), decode(registered_buffers, compiler="eager")
@@ -528,6 +540,7 @@ def cropped_by_a_branch(model: nn.Module, ids: Tensor, n: int) -> Tensor:
     return ids
 
 
+@untraced
 @torch.no_grad()
 @pytest.mark.parametrize("loop", [cropped, cropped_by_a_branch])
 def test_a_loop_that_takes_another_path_when_the_text_is_long(loop):

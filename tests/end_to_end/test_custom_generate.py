@@ -17,6 +17,7 @@ from smc_compile.pair import load_pair
 transformers = pytest.importorskip("transformers")
 VOCAB = 11
 IDS = torch.tensor([[5, 3, 7, 1], [1, 9, 0, 2]])
+interpreted = pytest.mark.usefixtures("interpreted")
 
 
 def llama(seed: int, layers: int = 2) -> Any:
@@ -86,6 +87,7 @@ def test_processors_give_the_librarys_law(target, ours, settings):
     assert chi_square_p_value(drawn, law) > 1e-4
 
 
+@interpreted
 def test_the_population_comes_back_when_asked(ours):
     output = ours(max_new_tokens=9, do_sample=True, eos_token_id=2, pad_token_id=4, return_dict_in_generate=True)
     assert output.sequences.shape[0] == 2
@@ -97,6 +99,7 @@ def test_the_population_comes_back_when_asked(ours):
             assert set(row[row.index(2) + 1 :]) <= {4}, "nothing but padding after the end"
 
 
+@interpreted
 def test_each_returned_sequence_is_an_independent_request(ours):
     rows = ours(IDS[:1], max_new_tokens=12, do_sample=True, top_k=0, num_return_sequences=3)
     assert rows.shape == (3, IDS.shape[1] + 12)
@@ -106,7 +109,7 @@ def test_each_returned_sequence_is_an_independent_request(ours):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_weights_compile_with_truncating_processors(dtype):
     """Rounding decides which token is the last that top-k keeps: that is no difference between the two models."""
-    model = llama(0).to(dtype)
+    model = llama(0, layers=1).to(dtype)
     options = {"draft_model": llama(1, layers=1).to(dtype), "compiler": "eager", "seed": 0, "lookahead": 2}
     result = model.generate(
         IDS, max_new_tokens=6, do_sample=True, top_k=5, custom_generate=smc_compile.transformers.generate, **options
@@ -114,6 +117,7 @@ def test_narrow_weights_compile_with_truncating_processors(dtype):
     assert result.shape == (2, IDS.shape[1] + 6)
 
 
+@interpreted
 def test_settings_that_are_numbers_of_warpers_share_a_program(ours):
     ours(max_new_tokens=3, do_sample=True, top_p=0.8, seed=1)
     before = len(_programs), list(_programs)[-1]
@@ -140,7 +144,7 @@ HISTORY = [
 ]
 
 
-@pytest.mark.usefixtures("interpreted")
+@interpreted
 @pytest.mark.parametrize("padded", [False, True], ids=["one length", "padded"])
 @pytest.mark.parametrize("settings", HISTORY, ids=lambda s: "+".join(s))
 def test_greedy_with_processors_equals_the_library(target, ours, settings, padded):
@@ -155,7 +159,7 @@ def test_compiled_rules_equal_the_library(target, ours):
     assert torch.equal(ours(**given), target.generate(IDS, **given))
 
 
-@pytest.mark.usefixtures("interpreted")
+@interpreted
 @pytest.mark.parametrize("length", [1, 4, 6, 7, 8])
 def test_rules_on_the_length_hold_at_every_length(target, ours, length):
     """A trace at some length must not take a branch at that length for none."""
@@ -181,6 +185,7 @@ class LastThree(transformers.StoppingCriteria):
         return (a > b) & (b > c)
 
 
+@interpreted
 def test_custom_processors_and_criteria_equal_the_library(target, ours):
     given = {"max_new_tokens": 14, "do_sample": False, "pad_token_id": 10, "eos_token_id": 7}
     given["logits_processor"] = transformers.LogitsProcessorList([Alternating()])
@@ -190,6 +195,7 @@ def test_custom_processors_and_criteria_equal_the_library(target, ours):
     assert expected.shape[1] < IDS.shape[1] + 14 or (expected[:, -1] == 10).any(), "the criterion must stop something"
 
 
+@interpreted
 def test_allowed_tokens_are_asked_for_each_request(target, ours):
     def allowed(request: int, text: torch.Tensor) -> list[int]:
         return [t for t in range(VOCAB) if t % 2 == request]
@@ -200,6 +206,7 @@ def test_allowed_tokens_are_asked_for_each_request(target, ours):
     assert (drawn % 2 == torch.tensor([[0], [1]])).all()
 
 
+@interpreted
 def test_rotary_positions_beyond_the_configuration_are_told(target, ours, caplog):
     """Both models were configured for 64 positions and run on, as in the library."""
     out = ours(IDS, max_new_tokens=61, do_sample=True, return_dict_in_generate=True)
@@ -259,6 +266,7 @@ def test_no_field_of_the_config_is_ignored():
             smc_compile.transformers.check_config(config)
 
 
+@interpreted
 def test_stop_strings_stop_where_the_library_stops():
     """Three ways: the library's criterion, a config with stop strings beside it, and strings alone."""
     *_, pieces, _ = load_pair()

@@ -279,7 +279,7 @@ def test_with_and_without_the_cache(family) -> None:
 
 
 @pytest.mark.parametrize("family", LIBRARY)
-def test_greedy_is_the_library_own(family) -> None:
+def test_greedy_is_the_library_own(family, interpreted) -> None:
     model, ids = wide(family), PROMPT.repeat(2, 1) + torch.tensor([[0], [1]])
     mine = generate(model, None, ids, max_new_tokens=10, temperature=0, compiler="eager")
     theirs = model.model.generate(
@@ -289,7 +289,7 @@ def test_greedy_is_the_library_own(family) -> None:
 
 
 @pytest.mark.parametrize("family", LIBRARY)
-def test_a_draft_equal_to_the_target_gives_weights_one(family) -> None:
+def test_a_draft_equal_to_the_target_gives_weights_one(family, interpreted) -> None:
     model = wide(family)
     options = {"n_particles": 3, "lookahead": 2, "ess_threshold": 1.0, "seed": 0, "compiler": "eager"}
     g = generate(model, model, PROMPT, max_new_tokens=7, **options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -15,20 +15,10 @@ from models import LM, Alibi, Eager, EagerWhere, Llama, LlamaBuffered, SlidingWi
 from torch import Tensor, nn
 
 from smc_compile import SMCError, decode
-from smc_compile.runtime import compiled, models
 
 N, RUNS = 4, 512
 PROMPT = torch.tensor([1, 0, 2])
 OPTIONS = {"compiler": "eager", "n_particles": 3, "lookahead": 2, "seed": 0}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def interpreted_regions() -> Iterator[None]:
-    """Regions run as they are written; Dynamo is needed for the loop alone. A case then takes half the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (compiled, models):
-            patch.setattr(module, "compile_function", lambda function, *_: function)
-        yield
 
 
 class Learned(LM):
@@ -145,6 +135,7 @@ def assert_valid(case: Case, model: nn.Module, ids: Tensor, result: Tensor) -> N
     assert (probs.gather(-1, result[:, -N:, None]) > 0).all()
 
 
+@pytest.mark.usefixtures("untraced_regions")
 @settings(max_examples=5, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(cases())
 def test_a_valid_result_or_an_error_of_the_package(case: Case):

@@ -45,8 +45,8 @@ def transformer_pair(scale: float = 0.5) -> tuple[nn.Module, nn.Module]:
     return target, perturbed(target, scale)
 
 
-def pair_of(kind: str, scale: float = 0.5) -> tuple[nn.Module, nn.Module]:
-    target = CACHEABLE[kind](vocab=7).double()
+def pair_of(kind: str, scale: float = 0.5, layers: int = 2) -> tuple[nn.Module, nn.Module]:
+    target = CACHEABLE[kind](vocab=7, layers=layers).double()
     return target, perturbed(target, scale)
 
 
@@ -160,6 +160,7 @@ def greedy_loop(model, ids: Tensor, n: int) -> Tensor:
     return ids
 
 
+@pytest.mark.usefixtures("untraced_regions")
 def test_a_greedy_loop_uses_its_draft():
     target, draft = pair_of("llama", 0.1)
     options = {**OPTIONS, "draft": draft, "method": "smc"}
@@ -206,6 +207,7 @@ def sampled_loop(model, ids: Tensor, n: int) -> Tensor:
     return ids
 
 
+@pytest.mark.usefixtures("untraced_regions")
 def test_a_loop_draws_what_generate_draws():
     target, draft = pair_of("gpt")
     expected = run((target, draft), n=9, temperature=0.8).sequences
@@ -358,7 +360,7 @@ def test_what_is_accepted_is_settled_at_once():
 
 
 def test_nothing_recompiles_when_the_call_changes():
-    pair = pair_of("gpt")
+    pair = pair_of("gpt", layers=1)
     run(pair, n=6, temperature=0.8, top_p=0.9, eos_token_id=2)
     program = list(_programs.values())[-1]
     before = {region.name: region.compilations for region in program.regions}
@@ -372,7 +374,7 @@ def test_nothing_recompiles_when_the_call_changes():
 
 
 def test_compiled_regions_draw_what_interpreted_ones_draw():
-    pair = pair_of("llama")
+    pair = pair_of("gpt", layers=1)
     compiled = run(pair, n=9, compiler="inductor", temperature=0.8)
     with torch.compiler.set_stance("force_eager"):
         interpreted = run(pair, n=9, temperature=0.8)

@@ -200,6 +200,7 @@ def test_so_are_greedy_tokens_with_a_draft(family: str) -> None:
     assert torch.equal(mine.sequences, theirs)
 
 
+@pytest.mark.usefixtures("interpreted")
 def test_target_and_draft_may_be_of_different_families() -> None:
     target, draft = (build(name, dtype=torch.float32, num_hidden_layers=1) for name in ("llama", "gpt2"))
     answer = smc_compile.generate(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -59,8 +60,13 @@ def test_a_graph_knows_its_region_and_keeps_a_call_of_each_session(recorded):
 
 def test_the_same_uniforms_give_the_same_tokens_and_a_wrong_kernel_does_not(recorded, interpreter):
     """Eager runs our C++ kernels, the target's code their twins in tensor code."""
-    observed = Observed(interpreter)
-    code, compiled = lower(recorded, TARGET, observed)
+    observed, wrong = Observed(interpreter), Observed(interpreter)
+    spoiled = False
+
+    def execute(code: str, arguments: list[Any]) -> Sequence[Any]:
+        return wrong(code.replace(">=", "<"), arguments) if spoiled else observed(code, arguments)
+
+    code, compiled = lower(recorded, TARGET, execute)
     verdict = compare(recorded, compiled, observed, torch.float32)
     assert verdict.problem == ""
     assert verdict.runs == 2
@@ -77,13 +83,9 @@ def test_the_same_uniforms_give_the_same_tokens_and_a_wrong_kernel_does_not(reco
     assert used.loads > 0
     assert used.stores > 0
 
-    wrong = Observed(interpreter)
     assert ">=" in "".join(sources.values())
-
-    def execute(code: str, arguments: list[object]) -> object:
-        return wrong(code.replace(">=", "<"), arguments)
-
-    assert not compare(recorded, lower(recorded, TARGET, execute)[1], wrong, torch.float32).agrees(torch.float32)
+    spoiled = True
+    assert not compare(recorded, compiled, wrong, torch.float32).agrees(torch.float32)
 
 
 def test_products_of_a_few_rows_are_the_librarys_on_a_gpu():

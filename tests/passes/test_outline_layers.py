@@ -5,6 +5,7 @@ from functools import lru_cache
 import pytest
 import torch
 from torch import fx
+from torch._dynamo.utils import counters
 
 import smc_compile
 from smc_compile.llama import Llama, LlamaConfig
@@ -100,3 +101,16 @@ def test_generation_does_not_change_when_layers_are_split(monkeypatch):
     whole = smc_compile.generate(target, draft, ids, **options | {"compiler": "aot_eager"})
     assert torch.equal(split.sequences, whole.sequences)
     torch.testing.assert_close(split.log_weights, whole.log_weights, rtol=0, atol=1e-9)
+
+
+def test_pieces_compiled_by_inductor_draw_the_same():
+    """As they are compiled without options: head, layer and tail of the model apart, and the choice of the token."""
+    ids = torch.arange(10).view(2, 5)
+    options = dict(max_new_tokens=5, seed=0, method="autoregressive", validate=False)
+    target, before = Step(LAYERS).model, counters["smc_compile"]["layers_outlined"]
+    compiled = smc_compile.generate(target, None, ids, **options)
+    assert counters["smc_compile"]["layers_outlined"] > before
+    with torch.compiler.set_stance("force_eager"):
+        interpreted = smc_compile.generate(target, None, ids, **options | {"compiler": "eager"})
+    assert torch.equal(compiled.sequences, interpreted.sequences)
+    torch.testing.assert_close(compiled.log_probs, interpreted.log_probs, rtol=0, atol=1e-9)

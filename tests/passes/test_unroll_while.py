@@ -239,6 +239,7 @@ def pair(name: str) -> tuple[nn.Module, nn.Module]:
     return model, models.perturbed(model)
 
 
+@pytest.mark.usefixtures("untraced_regions")
 @pytest.mark.parametrize(
     ("name", "form", "n", "compiled_by"),
     [
@@ -266,6 +267,7 @@ def test_the_tokens_are_those_of_generate(name, form, n, compiled_by):
         assert torch.equal(compiled(model, ids, n), expected)
 
 
+@pytest.mark.usefixtures("untraced_regions")
 def test_decode_keeps_the_length_of_a_fixed_buffer():
     model, draft = pair("bigram")
 
@@ -286,6 +288,7 @@ def test_decode_keeps_the_length_of_a_fixed_buffer():
         compiled(model, prompt(), 17)
 
 
+@pytest.mark.usefixtures("untraced_regions")
 def test_a_prompt_of_one_axis():
     model, draft = pair("bigram")
 
