@@ -48,13 +48,16 @@ class Recording:
         self._log, self._seen = [], {}
 
     def add(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        number, name = len(self.found), region_name(graph)
-        same = sum(other.name.partition(" ")[0] == name for other in self.found)
+        """The graph, with its calls noted; one that another program met already counts as the same."""
         # What Dynamo hands over are real tensors; the sizes that may vary stand on the graph's own placeholders.
         places = graph.graph.find_nodes(op="placeholder")
         fakes = [node.meta.get("example_value", given) for node, given in zip(places, inputs, strict=True)]
-        recorded = Recorded(f"{name} ({same + 1})" if same else name, graph, fakes)
-        self.found.append(recorded)
+        name = region_name(graph)
+        of_region = [n for n, other in enumerate(self.found) if other.name.partition(" ")[0] == name]
+        met = [n for n in of_region if alike(self.found[n], graph, fakes)]
+        number = met[0] if met else len(self.found)
+        if not met:
+            self.found.append(Recorded(f"{name} ({len(of_region) + 1})" if of_region else name, graph, fakes))
 
         def call(*arguments: Any) -> Any:
             self._log.append(number)
@@ -80,6 +83,18 @@ class Recording:
         if count > 1:
             calls.pop()
         calls.append([copy_of(a) for a in arguments])
+
+
+def alike(recorded: Recorded, graph: fx.GraphModule, inputs: Sequence[Any]) -> bool:
+    """Whether the graph is the recorded one again: the same code, for inputs of the same kinds."""
+    return recorded.graph.code == graph.code and list(map(_kind, recorded.inputs)) == list(map(_kind, inputs))
+
+
+def _kind(value: Any) -> tuple[str, ...]:
+    """Of an input of a graph; sizes may be symbols."""
+    if isinstance(value, Tensor):
+        return str(value.dtype), str(tuple(value.shape)), str(value.stride())
+    return (str(value),)
 
 
 def copy_of(value: Any) -> Any:

@@ -58,6 +58,20 @@ def test_a_graph_knows_its_region_and_keeps_a_call_of_each_session(recorded):
     assert len(recorded.calls) == 2
 
 
+def test_a_graph_met_again_by_another_program_is_one_and_others_are_not():
+    programs = [
+        lambda x: x.sin() + 1,
+        lambda x: x.sin() + 1,
+        lambda x: x.cos() + 1,
+    ]
+    with recording() as record:
+        for function in programs:
+            for width in (3, 4):
+                record.new_session()
+                torch.compile(function, backend=BACKEND, dynamic=False)(torch.zeros(2, width))
+    assert [len(found.calls) for found in record.found] == [2, 2, 1, 1]
+
+
 def test_the_same_uniforms_give_the_same_tokens_and_a_wrong_kernel_does_not(recorded, interpreter):
     """Eager runs our C++ kernels, the target's code their twins in tensor code."""
     observed, wrong = Observed(interpreter), Observed(interpreter)
