@@ -72,6 +72,11 @@ def product_seconds(dtype: torch.dtype, device: torch.device) -> float:
 
 def best_seconds(function: Callable[[], object], device: torch.device, rounds: int = ROUNDS) -> float:
     """Least wall-clock of a few calls after one that warms up."""
+    return min(timed(function, device, rounds))
+
+
+def timed(function: Callable[[], object], device: torch.device, rounds: int) -> list[float]:
+    """Wall-clock of ``rounds`` calls after one that warms up, in seconds."""
     seconds = []
     for _ in range(rounds + 1):
         start = time.perf_counter()
@@ -79,7 +84,7 @@ def best_seconds(function: Callable[[], object], device: torch.device, rounds: i
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
+    return seconds[1:]
 
 
 def costs(model: nn.Module, cache_numbers_per_token: int) -> Costs:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from statistics import median
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from smc_compile.bounds import best_seconds
+from smc_compile.bounds import timed
 from smc_compile.kernels.cpp_kernel import cpp_kernel
 from smc_compile.kernels.few_rows import SIGNATURE
 from smc_compile.passes.cached_attention import attention_over_cache
@@ -94,6 +95,11 @@ def _rates(dtype: torch.dtype, device: torch.device, threads: int) -> Rates:
         )
 
 
+def typical_seconds(function: Callable[[], object], device: torch.device, rounds: int) -> float:
+    """Median wall-clock of a few calls after one that warms up: a cycle meets what disturbs the machine too."""
+    return median(timed(function, device, rounds))
+
+
 def product_seconds(dtype: torch.dtype, device: torch.device, numbers: int, copies: int) -> tuple[float, ...]:
     """Seconds a number of square weights, ``copies`` of them in turn, at ``ROWS`` rows: by the op that regions use."""
     side = int(numbers**0.5)
@@ -109,7 +115,7 @@ def product_seconds(dtype: torch.dtype, device: torch.device, numbers: int, copi
                 for weight in some:
                     linear(x, weight)
 
-        found.append(best_seconds(run, device, 2) / (numbers * len(some) * repeats))
+        found.append(typical_seconds(run, device, 3) / (numbers * len(some) * repeats))
     return never_less(found)
 
 
@@ -124,7 +130,7 @@ def batched_seconds(dtype: torch.dtype, device: torch.device) -> tuple[float, fl
     def seconds(queries: int, keys: int) -> float:
         left = torch.ones(32, queries, 64, dtype=dtype, device=device)
         right = torch.ones(32, keys, 64, dtype=dtype, device=device).transpose(1, 2)
-        return best_seconds(lambda: left @ right, device, 3)
+        return typical_seconds(lambda: left @ right, device, 3)
 
     return seconds(1, 1024) / (32 * 1024 * 64 * dtype.itemsize), seconds(32, 256) / (2 * 32 * 32 * 256 * 64)
 
@@ -132,7 +138,7 @@ def batched_seconds(dtype: torch.dtype, device: torch.device) -> tuple[float, fl
 def element_seconds(device: torch.device) -> float:
     """Seconds a byte of a softmax over a vocabulary."""
     logits = torch.ones(64, 8192, device=device)
-    return best_seconds(lambda: torch.softmax(logits, -1), device, 3) / (2 * logits.nbytes)
+    return typical_seconds(lambda: torch.softmax(logits, -1), device, 3) / (2 * logits.nbytes)
 
 
 def attention_seconds(dtype: torch.dtype, device: torch.device) -> tuple[float, float, float]:
@@ -151,7 +157,7 @@ def attention_seconds(dtype: torch.dtype, device: torch.device) -> tuple[float, 
             for _ in range(repeats):
                 attention_over_cache(query, prompts, prompts, suffixes, suffixes, hidden)
 
-        return best_seconds(run, device, 3) / repeats
+        return typical_seconds(run, device, 3) / repeats
 
     least = seconds(1, 1, 1, 2, 2, 50)
     reading = seconds(1, 16, 1, 1024, 2, 3) - least
@@ -170,7 +176,7 @@ def launch_seconds(dtype: torch.dtype, device: torch.device) -> float:
             out = torch.empty_strided((8, 8), (8, 1), dtype=dtype, device=device)
             launched(x.as_strided((8, 8), (8, 1)), out)
 
-    return best_seconds(run, device, 5) / 100
+    return typical_seconds(run, device, 5) / 100
 
 
 def smallest_kernel(dtype: torch.dtype) -> Callable[[Tensor, Tensor], object]:
@@ -195,7 +201,7 @@ def call_seconds(dtype: torch.dtype, device: torch.device) -> tuple[float, float
             for _ in range(20):
                 compiled(tensors)
 
-        return best_seconds(run, device, 3) / 20
+        return typical_seconds(run, device, 3) / 20
 
     few, many = seconds(2), seconds(66)
     return few, max(0.0, (many - few) / 64)
