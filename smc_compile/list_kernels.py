@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.table import Table
 
 from smc_compile.errors import OptionError, SMCError
 from smc_compile.listing.absent_device import TARGETS, target_named
+from smc_compile.listing.by_hand import WRITTEN_BY_HAND, Outcome, check_by_hand
 from smc_compile.listing.interpreter import Interpreter
 from smc_compile.listing.rows import Kernel, Region, examine, short_name
 from smc_compile.listing.sessions import Pair, positions, record_sessions
@@ -27,8 +29,9 @@ List the kernels that a session runs, and check them.
 A few sessions on a random pair show which regions there are and what they are called with. Inductor generates the
 kernels of each; with --target for that GPU, which need not be there: Triton compiles them to machine code, and its
 interpreter runs them on the CPU. Without --target they are C++ for this CPU. Results are compared with eager PyTorch
-on the same arguments and uniforms, and each kernel is left out once to see that its output matters. The exit status
-is 1 if anything fails. Kernels depend on widths, not on the number of layers: two stand for all.
+on the same arguments and uniforms, and each kernel is left out once to see that its output matters. Kernels written
+by hand for a CPU are checked on random shapes and timed beside what Inductor generates from the same in tensor code.
+The exit status is 1 if anything fails. Kernels depend on widths, not on the number of layers: two stand for all.
 
   smc-compile kernels --target sm_90
   smc-compile kernels --target sm_80 --method speculative --json kernels.json
@@ -44,6 +47,7 @@ PRESETS: dict[str, tuple[int, tuple[int, int, int, int], tuple[int, int, int, in
 
 
 NAME = 46  # columns of a kernel's name
+RUNS = 12  # of each kernel written by hand
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,12 +91,13 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
             show(regions[-1], console)
     finally:
         interpreter.close()
+    outcomes = [] if target else written_by_hand(arguments.seed, console)
     console.print()
-    console.print(summary(regions, time.perf_counter() - begin), highlight=False)
+    console.print(summary(regions, outcomes, time.perf_counter() - begin), highlight=False)
     if arguments.json:
-        write_json(arguments, regions)
+        write_json(arguments, regions, outcomes)
         console.print(f"rows in {arguments.json}", style="dim", highlight=False)
-    return 0 if all(region.passes for region in regions) else 1
+    return 0 if all(r.passes for r in regions) and all(o.passes for o in outcomes) else 1
 
 
 def pair_of(arguments: argparse.Namespace) -> Pair:
@@ -199,16 +204,40 @@ def checked(kernel: Kernel) -> str:
     return "yes" if kernel.used else "[red]output unused[/red]"
 
 
+def written_by_hand(seed: int, console: Console) -> list[Outcome]:
+    """Check, time and show the kernels in C++."""
+    with console.status("kernels written by hand"):
+        outcomes = [check_by_hand(entry, RUNS, seed) for entry in WRITTEN_BY_HAND]
+    console.print()
+    console.print("[bold]written by hand[/bold], on random shapes against float64; microseconds beside Inductor's")
+    console.print(hand_table(outcomes))
+    return outcomes
+
+
+def hand_table(outcomes: list[Outcome]) -> Table:
+    """One row a kernel."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    table.add_column("kernel", no_wrap=True)
+    for name in ("runs", "error", "us", "Inductor", "ratio"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("timed at", no_wrap=True)
+    for o in outcomes:
+        error = f"{o.error:.0e}" if o.passes else f"[red]{o.error:.0e}, not {o.allowed:.0e}[/red]"
+        ratio = f"{o.compiled_us / o.kernel_us:.1f}x"
+        table.add_row(o.name, str(o.runs), error, f"{o.kernel_us:.0f}", f"{o.compiled_us:.0f}", ratio, o.where)
+    return table
+
+
 def notes(region: Region) -> list[str]:
     """Why a kernel did not compile."""
     return [f"{short_name(k.name, NAME)}: {k.problem}" for k in region.kernels if k.problem]
 
 
-def summary(regions: list[Region], seconds: float) -> str:
+def summary(regions: list[Region], outcomes: list[Outcome], seconds: float) -> str:
     """One line about everything."""
     kernels = [kernel for region in regions for kernel in region.kernels]
     unique = {source for region in regions for source in region.sources.values()}
-    failed = [region.name for region in regions if not region.passes]
+    failed = [r.name for r in regions if not r.passes] + [o.name for o in outcomes if not o.passes]
     codes = [kernel.code for kernel in kernels if kernel.code]
     launches, calls = sum(k.launches for k in kernels), sum(sum(r.library.values()) for r in regions)
     parts = [
@@ -221,9 +250,14 @@ def summary(regions: list[Region], seconds: float) -> str:
     return "; ".join([*parts, f"{seconds:.0f} s"])
 
 
-def write_json(arguments: argparse.Namespace, regions: list[Region]) -> None:
+def write_json(arguments: argparse.Namespace, regions: list[Region], outcomes: list[Outcome]) -> None:
     stored: dict[str, Any] = {name: value for name, value in vars(arguments).items() if name != "run"}
-    rows = {"options": stored, "torch": torch.__version__, "regions": [region.as_json() for region in regions]}
+    rows = {
+        "options": stored,
+        "torch": torch.__version__,
+        "regions": [region.as_json() for region in regions],
+        "written_by_hand": [asdict(outcome) | {"passes": outcome.passes} for outcome in outcomes],
+    }
     try:
         Path(arguments.json).write_text(json.dumps(rows, indent=1, default=str) + "\n")
     except OSError as error:
