@@ -1,7 +1,8 @@
 """The points of a sweep, and what a cycle costs at one: a few cycles in the middle of the suffix, timed.
 
 Cost depends on where a cycle stands, not on the values in the cache. So a run begins with the prompt, goes to the
-middle of the new tokens at once, where its suffixes grow as far as there, and stops after a few cycles.
+middle of the new tokens at once, where its suffixes grow as far as there and then by half, and stops after a few
+cycles.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from smc_compile.runtime.run import Run
 from smc_compile.runtime.session import SMCSession
 
 COMPILER = "inductor"
+GROWING = 2  # cycles before those that are timed
 PARTS = ("draft", "score", "resample", "host")
 REGIONS = {"draft": ("draft_head", "draft_step"), "score": ("score", "target_step"), "resample": ("weigh",)}
 
@@ -168,20 +170,20 @@ def program_of(point: Point, target: Llama, draft: Llama) -> Program:
 
 
 def middle(new_tokens: int, width: int, cycles: int) -> tuple[int, int]:
-    """Where to begin, in tokens made, and how many cycles of ``width`` tokens to time, so that these and one before
-    them lie around the middle and none is the first or the last.
+    """Where to begin, in tokens made, and how many cycles of ``width`` tokens to time, so that these and two before
+    them, in which the suffixes grow, lie around the middle and none is the first or the last.
 
     Raises:
         InputError: where not even one fits.
     """
-    timed = min(cycles, (new_tokens - 3) // width - 1)
+    timed = min(cycles, (new_tokens - 3) // width - GROWING)
     if timed < 1:
         raise InputError(
             f"{new_tokens} new tokens are too few to time a cycle of {width}.",
-            "a cycle in the middle is timed, after one that is not",
-            f"ask for at least {2 * width + 3} new tokens",
+            f"a cycle in the middle is timed, after {GROWING} that are not",
+            f"ask for at least {(GROWING + 1) * width + 3} new tokens",
         )
-    return max(2, (new_tokens - (1 + timed) * width) // 2), timed
+    return max(2, (new_tokens - (GROWING + timed) * width) // 2), timed
 
 
 def time_cycles(
@@ -191,12 +193,13 @@ def time_cycles(
     timed: int,
     predict: Callable[[float, float], float] | None,
 ) -> Timing:
-    """Prefill, go to ``begin`` tokens made, run one cycle, which compiles what is not yet, and time the next."""
+    """Prefill, go to ``begin`` tokens made, run two cycles, which compile what is not yet, and time the next."""
     compiled = sum(region.compile_seconds for region in session.regions)
     running = session.cycles(request)
     run = next(running)
     run.p.made = begin
-    next(running)
+    for _ in range(GROWING):
+        next(running)
     first, before, resamplings, start = run.p.made, spent(session, run), run.stats.resamplings, now(request)
     for _ in range(timed):
         next(running)

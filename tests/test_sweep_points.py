@@ -50,9 +50,9 @@ def uncompiled(monkeypatch):
 @pytest.mark.parametrize("width", [1, 2, 5, 17])
 @pytest.mark.parametrize("cycles", [1, 4])
 def test_timed_cycles_lie_around_the_middle_and_hold_neither_the_first_nor_the_last(width, cycles):
-    for new_tokens in range(2 * width + 3, 200):
+    for new_tokens in range(3 * width + 3, 200):
         begin, timed = middle(new_tokens, width, cycles)
-        end = begin + (1 + timed) * width
+        end = begin + (2 + timed) * width
         assert 1 <= timed <= cycles
         assert begin >= 2
         assert end < new_tokens
@@ -61,9 +61,9 @@ def test_timed_cycles_lie_around_the_middle_and_hold_neither_the_first_nor_the_l
 
 
 def test_too_few_new_tokens_are_refused_with_the_number_that_is_enough():
-    with pytest.raises(InputError, match="at least 13 new tokens"):
-        middle(12, 5, 4)
-    assert middle(13, 5, 4)[1] == 1
+    with pytest.raises(InputError, match="at least 18 new tokens"):
+        middle(17, 5, 4)
+    assert middle(18, 5, 4)[1] == 1
 
 
 @pytest.mark.parametrize("lookahead", [3, 0])
