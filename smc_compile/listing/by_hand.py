@@ -151,6 +151,6 @@ WRITTEN_BY_HAND = (
     Entry(
         "least_of_mass", ops.least_of_mass, thresholds.mass_by_bisection, thresholds.mass_by_sorting,
         lambda g: masses(g, drawn(g, 1, 40), drawn(g, 2, 40000)),
-        lambda g: masses(g, 18, 32000), "18 rows of 32000, float64", 0.0,
+        lambda g: tuple(x.float() for x in masses(g, 18, 32000)), "18 rows of 32000", 0.0,
     ),
 )  # fmt: skip
