@@ -84,10 +84,12 @@ class CachedModel:
 
     def begin(self, request: Request, n_particles: int, capacity: int) -> tuple[Tensor, Any, State]:
         weights = self.weights()
-        tables = list(self._graphs.tables(int((request.lengths + request.new_tokens).max()), *weights))
+        length = int((request.lengths + request.new_tokens).max())
+        tables = list(self._graphs.tables(length, *weights))
         rows, *prompts = by_length(request, lambda ids: self._graphs.prefill(ids, *weights), positions=2)
         prompts = [mark_dynamic(p.contiguous(), 2) for p in prompts]
-        tables = [mark_dynamic(t.contiguous(), *axes) for t, axes in zip(tables, self._graphs.table_axes, strict=True)]
+        spare, all_axes = max(request.reach - length, 0), self._graphs.table_axes
+        tables = [mark_dynamic(lengthened(t, axes, spare), *axes) for t, axes in zip(tables, all_axes, strict=True)]
         return rows, (prompts, tables, weights), self._suffixes(prompts, n_particles, capacity)
 
     def grow(self, state: State, size: int) -> State:
@@ -121,6 +123,14 @@ class CachedModel:
         return [
             mark_dynamic(p.new_zeros(p.shape[0] * n_particles, p.shape[1], capacity, p.shape[3]), 2) for p in prompts
         ]
+
+
+def lengthened(table: Tensor, axes: Sequence[int], by: int) -> Tensor:
+    """A table with ``by`` more positions along ``axes``: its last entry, which is what positions past it read."""
+    for axis in axes if by else ():
+        last = table.shape[axis] - 1
+        table = table.index_select(axis, torch.arange(last + 1 + by, device=table.device).clamp(max=last))
+    return table.contiguous()
 
 
 def _compile_pieces(graph: Any, name: str, compiler: str) -> Callable[..., Any]:

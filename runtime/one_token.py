@@ -6,28 +6,36 @@ from collections.abc import Iterator
 
 import torch
 
+from smc_compile.kernels.copy_rows import RowCopy
 from smc_compile.result import Generation, Stats
 
 from .clock import Clock
+from .closing import Held, close_token
 from .compiled import Region, mark_dynamic, packed
 from .law import Law
-from .memory import require_memory
 from .models import RuntimeModel
 from .population import Population
 from .regions import choose, draw, is_end, run_model, step
+from .replay import At, Record, Replay, in_shape, make_room, replays
 from .request import Request
 from .room import capacity_of, first_size
 from .rules import Rules
 from .run import Run, cycles, drive, first_law, not_finite, require_law, ruled, stops
 from .settling import Watcher
-from .streams import Streams
+from .streams import Streams, of_token
 
 
 class AutoregressiveSession:
     """Draws token after token from the target, or takes the most likely one."""
 
-    def __init__(self, target: RuntimeModel, law: Law, compiler: str, rules: Rules) -> None:
+    def __init__(
+        self, target: RuntimeModel, law: Law, compiler: str, rules: Rules, record: Record | None = None
+    ) -> None:
+        """``record`` captures tokens to be replayed (see replay.py); rules and stops of the host are not."""
         self._target, self._law, self._rules = target, law, rules
+        self._replay = Replay(record, self._on_device) if record is not None and not rules else None
+        self._uniforms = Region("uniforms", of_token, compiler)
+        self._close = Region("close", close_token, compiler)
         self._sizes: set[int] = set()
         if rules:
             self._step = Region("target_step", run_model(target.advance), compiler, target.whole)
@@ -38,7 +46,7 @@ class AutoregressiveSession:
     @property
     def regions(self) -> list[Region]:
         rules = [self._choose, *([self._rules.region] if self._rules.region else [])] if self._rules else []
-        return [self._step, *rules]
+        return [self._step, *([self._uniforms, self._close] if self._replay else rules)]
 
     @torch.no_grad()
     def run(self, request: Request) -> Generation:
@@ -54,11 +62,13 @@ class AutoregressiveSession:
             yield run
 
     def _begin(self, request: Request) -> Run:
-        clock = Clock(self.regions)
+        clock, asked = Clock(self.regions), request
         self._rules.begin(request)
         n = int(request.new_tokens.max())
         capacity = capacity_of(n, 1)
-        require_memory(request, 1, capacity, 1, self._target)
+        if replays(self._replay, request):
+            request, capacity = in_shape(request, capacity)
+        make_room(self._replay, request, 1, capacity, 1, self._target)
         size = first_size(capacity, request.ids.shape[1])
         rows, context, state = self._target.begin(request, 1, size)
         clock.prefilled()
@@ -71,7 +81,7 @@ class AutoregressiveSession:
         keys = mark_dynamic(request.key_positions(size), 1)
         watcher = Watcher(request.watch) if request.watch is not None else None
         run = Run(
-            request,
+            asked,
             request,
             p,
             streams,
@@ -87,23 +97,51 @@ class AutoregressiveSession:
 
     def _token(self, run: Run) -> None:
         run.reserve(run.p.made, (self._target,))
+        if replays(self._replay, run.request):
+            self._replayed(run)
+            return
         p, last = run.p, run.p.made - 1
         tokens, u = packed(p.tokens[:, last:].narrow(1, 0, 1)), run.streams.token(p.made)
         ended, places = p.ended | p.stopped, run.places(last, 1)
         given = (tokens, ended, run.ends, run.settings, u)
         if self._rules:
             rows, state = self._step(tokens, places, p.target, run.contexts[0])
-            live = ~(ended | is_end(tokens, run.ends)[:, 0]) & (run.remaining > 0)
+            live = ~(ended | is_end(tokens, run.ends)[:, 0]) & (run.remaining(p.made) > 0)
             rows = ruled(run, self._rules, self._law, rows[:, None], run.nothing, live[:, None])[:, 0]
             token, log_p, over, bad = self._choose(rows, *given)
         else:
             token, log_p, over, bad, state = self._step(*given, places, p.target, run.contexts[0])
-        bad = bad & (run.remaining > 0)
+        bad = bad & (run.remaining(p.made) > 0)
         if bad.any():
             raise not_finite(bad, run.request, p.made)
         p.target = state or p.target
         p.commit(token[:, None], torch.where(over, 0.0, log_p.double())[:, None], over[:, None])
         p.stopped = stops(run, run.nothing, 1)[:, 0]
+
+    def _replayed(self, run: Run) -> None:
+        """As ``_token``, in one recorded piece."""
+        assert self._replay is not None
+        status, _ = self._replay(run, 0, torch.ones(run.request.batch, dtype=torch.int64))
+        if status.undefined.any():
+            raise not_finite(status.undefined, run.request, run.p.made)
+        run.p.made += 1
+        run.told = status.finished
+        run.stats.replayed += 1
+
+    def _on_device(self, run: Run, at: At, _: RowCopy) -> None:
+        """One token, in place; what holds numbers of tokens are tensors."""
+        p, last = run.p, at.made - 1
+        u, ended = self._uniforms(run.streams.seeds, at.made), p.ended | p.stopped
+        tokens = p.tokens.index_select(1, last[None])
+        places, context = run.places(last, 1), run.contexts[0]
+        token, log_p, over, bad, _ = self._step(tokens, ended, run.ends, run.settings, u, places, p.target, context)
+        held = Held(p.log_w, p.log_evidence, p.ended, p.length)
+        held, status = self._close(over, bad, held, token, run.ends, run.request.new_tokens, at.made)
+        p.tokens.index_copy_(1, at.made[None], token[:, None])
+        p.log_p.index_copy_(1, at.made[None], torch.where(over, 0.0, log_p.double())[:, None])
+        p.ended.copy_(held.ended)
+        p.length.copy_(held.length)
+        at.status.copy_(status)
 
     def _result(self, run: Run, whole: bool) -> Generation:
         result = run.result(whole)

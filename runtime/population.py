@@ -60,10 +60,7 @@ class Population:
     def commit(self, tokens: Tensor, log_p: Tensor, over: Tensor) -> None:
         """Take the K+1 tokens [R, K+1] of a cycle; ``over`` [R, K+1] says that the text ends with x_k or before."""
         width = tokens.shape[1]
-        ends_here = over.any(1) & ~self.ended
-        at = self.made + (~over).sum(1)  # x_0 is the token before ``made``
-        self.length = torch.where(ends_here, at, self.length)
-        self.ended = over[:, -1].contiguous()
+        self.length, self.ended = ends_within(self.length, self.ended, over, self.made)
         self.tokens[:, self.made : self.made + width] = tokens
         self.log_p[:, self.made : self.made + width] = log_p
         self.made += width
@@ -80,13 +77,12 @@ class Population:
 
     def lengths(self, ends: Ends) -> Tensor:
         """Tokens of each row up to and with its end [R]; ENDLESS before it."""
-        pending = is_end(self.tokens[:, self.made - 1 : self.made], ends)[:, 0] | self.stopped
-        return torch.where(pending & ~self.ended, self.made, self.length)
+        pending = self.tokens[:, self.made - 1 : self.made]
+        return ends_at_pending(self.length, self.ended, pending, self.stopped, ends, self.made)
 
     def finished(self, request: Request, ends: Ends) -> Tensor:
         """[B] bool: every particle has ended, or the cap is reached."""
-        all_ended = (self.lengths(ends) < ENDLESS).view(-1, self.n).all(1)
-        return all_ended | (self.made >= request.new_tokens)
+        return all_finished(self.lengths(ends), self.n, self.made, request.new_tokens)
 
     def take(self, keep: Tensor, rows: Tensor) -> Self:
         """The particles of these requests; the states are not touched, nor is what is kept by cycle."""
@@ -98,6 +94,25 @@ class Population:
             name: [v[keep] for v in getattr(self, name)] for name in ("ess", "ancestors", "lag")
         }
         return replace(self, **by_row, **by_request, **by_cycle)
+
+
+def ends_within(length: Tensor, ended: Tensor, over: Tensor, made: int | Tensor) -> tuple[Tensor, Tensor]:
+    """Lengths and ended [R] after a block that ``over`` [R, K+1] describes; x_0 is the token before ``made``."""
+    ends_here = over.any(1) & ~ended
+    return torch.where(ends_here, made + (~over).sum(1), length), over[:, -1].contiguous()
+
+
+def ends_at_pending(
+    length: Tensor, ended: Tensor, pending: Tensor, stopped: Tensor, ends: Ends, made: int | Tensor
+) -> Tensor:
+    """Lengths [R] that count an end at the pending token [R, 1], number ``made``."""
+    at_end = is_end(pending, ends)[:, 0] | stopped
+    return torch.where(at_end & ~ended, made, length)
+
+
+def all_finished(lengths: Tensor, n: int, made: int | Tensor, new_tokens: Tensor) -> Tensor:
+    """[B] bool: all n rows of a request have ended, or its cap is reached."""
+    return (lengths < ENDLESS).view(-1, n).all(1) | (made >= new_tokens)
 
 
 @dataclass(frozen=True)

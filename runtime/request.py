@@ -54,6 +54,7 @@ class Request:
     stop: Stop | None = None
     max_lag: int | None = None
     watch: Callable[[Any], None] | None = None
+    reach: int = 0  # position tables are filled up to this length: requests of one shape then have tables of one
 
     @property
     def batch(self) -> int:
@@ -73,6 +74,13 @@ class Request:
         taken["settings"] = {name: value[index] for name, value in self.settings.items()}
         taken["number"] = tuple(self.number[row] for row in keep)
         return replace(self, **taken)
+
+    def padded(self, prompt: int, answer: int) -> Request:
+        """The same with more padding in front, and longer tables, for multiples of so many prompt and new tokens."""
+        width = self.ids.shape[1]
+        ids = torch.nn.functional.pad(self.ids, (-width % prompt, 0))
+        most = int(self.new_tokens.max())
+        return replace(self, ids=ids, reach=ids.shape[1] + most + -most % answer)
 
     def positions(self, slots: Tensor) -> Tensor:
         """Where suffix slots [T] stand in each sequence [B, T].

@@ -115,12 +115,13 @@ def keep_survivors(ancestors: Tensor) -> Tensor:
     """Reorder ancestors [B, N] so that a particle with offspring keeps its place: ancestor[ancestor[i]] = ancestor[i].
 
     Only the places of dead particles change hands, so states move by copying dead rows alone, in place. Particles are
-    exchangeable, so the law does not change. Runs on the host side of a cycle: it is not for compiled regions.
+    exchangeable, so the law does not change.
     """
-    batch, n = ancestors.shape
-    reordered = torch.arange(n, device=ancestors.device).repeat(batch, 1)
-    for row in range(batch):
-        offspring = torch.bincount(ancestors[row], minlength=n)
-        spare = (offspring - 1).clamp(min=0)
-        reordered[row, offspring == 0] = torch.repeat_interleave(torch.arange(n, device=ancestors.device), spare)
-    return reordered
+    n = ancestors.shape[-1]
+    identity = torch.arange(n, device=ancestors.device).expand_as(ancestors)
+    offspring = torch.zeros_like(ancestors).scatter_add(-1, ancestors, torch.ones_like(ancestors))
+    dead = offspring == 0
+    spare = (offspring - 1).clamp_min(0).cumsum(-1)  # [B, N], ends at the number of the dead
+    place = (dead.long().cumsum(-1) - 1).clamp_min(0)  # of a dead particle among the dead
+    heir = torch.searchsorted(spare, place, right=True).clamp_max(n - 1)
+    return torch.where(dead, heir, identity)

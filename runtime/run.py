@@ -40,6 +40,7 @@ class Run:
     stats: Stats
     outcomes: list[Outcome]
     watcher: Watcher | None = None
+    told: Tensor | None = None  # which requests have finished, where a cycle said so itself: [B]
 
     def __post_init__(self) -> None:
         self.gone: set[int] = set()
@@ -58,15 +59,18 @@ class Run:
         self.rows = r.rows(n)
         self.nothing = self.request.ids[:, :0].repeat_interleave(n, 0)  # no tokens [R, 0]
 
-    @property
-    def remaining(self) -> Tensor:
-        """[R], tokens still wanted after the pending one."""
-        return (self.request.new_tokens - self.p.made).repeat_interleave(self.p.n)
+    def remaining(self, made: int | Tensor) -> Tensor:
+        """[R], tokens still wanted after the pending one, number ``made``."""
+        return (self.request.new_tokens - made).repeat_interleave(self.p.n)
 
-    def places(self, first: int, count: int) -> Places:
+    def places(self, first: int | Tensor, count: int) -> Places:
         """``count`` slots from ``first``."""
-        slots = torch.arange(first, first + count, device=self.keys.device)
+        slots = first + torch.arange(count, device=self.keys.device)
         return Places(self.request.positions(slots), slots, self.keys)
+
+    def finished(self) -> Tensor:
+        """[B] bool"""
+        return self.p.finished(self.request, self.ends) if self.told is None else self.told
 
     def reserve(self, slots: int, models: Sequence[RuntimeModel]) -> None:
         """Let the suffixes of these models grow until they have ``slots`` slots."""
@@ -130,13 +134,14 @@ class Run:
 def cycles(run: Run, models: Sequence[RuntimeModel], sizes: set[int], advance: Callable[[Run], None]) -> Iterator[None]:
     """Advance cycle by cycle until every request has finished; ``sizes`` learns the batch sizes that have run."""
     begin_run()
-    run.release(run.p.finished(run.request, run.ends), models, sizes)
+    run.release(run.finished(), models, sizes)
     while len(run.gone) < run.asked.batch:
+        run.told = None
         advance(run)
         sizes.add(run.request.batch)
         if run.watcher is not None:
             run.watcher.cycle(run.p, run.request, run.ends, run.gone)
-        run.release(run.p.finished(run.request, run.ends), models, sizes)
+        run.release(run.finished(), models, sizes)
         yield
 
 

@@ -10,22 +10,24 @@ import torch
 from torch import Tensor
 
 from smc_compile.errors import GenerationError
+from smc_compile.kernels.copy_rows import RowCopy
 from smc_compile.result import Generation, Stats
 
 from .clock import Clock
+from .closing import Held, close
 from .compiled import Region, mark_dynamic, packed
 from .law import Law, Mixture
-from .memory import require_memory
 from .models import RuntimeModel
 from .population import Population
 from .regions import Judged, State, choose, draw, is_end, judge, run_model, score, step, weigh
+from .replay import At, Record, Replay, in_shape, make_room, replays
 from .request import Request
 from .resampling import keep_survivors
 from .room import capacity_of, cycles_of, first_size
 from .rules import Rules
 from .run import Run, cycles, drive, first_law, not_finite, require_law, ruled, stops
 from .settling import Watcher, settle_old
-from .streams import Streams
+from .streams import Streams, of_cycle
 
 MAX_TRIES = 32  # how often a cycle in which every particle got weight zero is drawn again
 
@@ -45,11 +47,17 @@ class SMCSession:
         resampling_method: str,
         compiler: str,
         rules: Rules,
+        record: Record | None = None,
     ) -> None:
+        """``record`` captures cycles to be replayed (see replay.py); what rules or stops of the host take part in is
+        not."""
         self._target, self._draft, self._law, self._draft_law = target, draft, law, draft_law
         self._n, self._k, self._rules = n_particles, lookahead, rules
         self._sizes: set[int] = set()  # batch sizes for which the regions have run
         self._weigh = Region("weigh", weigh(ess_threshold, resampling_method), compiler)
+        self._uniforms = Region("uniforms", of_cycle(n_particles, lookahead), compiler)
+        self._close = Region("close", close(ess_threshold, resampling_method), compiler)
+        self._replay = Replay(record, self._on_device) if record is not None and not rules else None
         # Two widths of the draft: one token, and two at the head of a cycle: the last drafted token and the bonus.
         if rules:
             self._draft_head = Region("draft_head", run_model(draft.advance), compiler, draft.whole)
@@ -67,6 +75,8 @@ class SMCSession:
         found = [self._draft_head, self._draft_step, self._score, self._weigh]
         if self._rules:
             found += [self._choose, self._judge, *([self._rules.region] if self._rules.region else [])]
+        if self._replay:
+            found += [self._uniforms, self._close]
         return found
 
     @torch.no_grad()
@@ -85,14 +95,19 @@ class SMCSession:
 
     def _next_cycle(self, run: Run) -> None:
         run.reserve(run.p.made + self._k, (self._target, self._draft))
-        self._cycle(run, len(run.p.ess))
+        if run.p.made > 1 and replays(self._replay, run.request):  # the first cycle has a head of one token
+            self._replayed(run, len(run.p.ess))
+        else:
+            self._cycle(run, len(run.p.ess))
 
     def _begin(self, request: Request) -> Run:
-        clock = Clock(self.regions)
+        clock, asked = Clock(self.regions), request
         self._rules.begin(request)
         stats = Stats("smc", int(request.new_tokens.max()), rules=self._rules.told())
         capacity = capacity_of(stats.new_tokens, self._k + 1)
-        require_memory(request, self._n, capacity, self._k + 1, self._target, self._draft)
+        if replays(self._replay, request):
+            request, capacity = in_shape(request, capacity)
+        make_room(self._replay, request, self._n, capacity, self._k + 1, self._target, self._draft)
         size = first_size(capacity, request.ids.shape[1])
         rows, context, target = self._target.begin(request, self._n, size)
         draft_rows, draft_context, draft = self._draft.begin(request, self._n, size)
@@ -109,7 +124,7 @@ class SMCSession:
         p.log_p[:, 0] = log_p.gather(1, first).flatten()
         keys = mark_dynamic(request.key_positions(size), 1)
         watcher = Watcher(request.watch) if request.watch is not None else None
-        run = Run(request, request, p, streams, [context, draft_context], keys, clock, stats, [], watcher)
+        run = Run(asked, request, p, streams, [context, draft_context], keys, clock, stats, [], watcher)
         p.stopped = stops(run, run.nothing, 1)[:, 0]
         return run
 
@@ -119,8 +134,8 @@ class SMCSession:
         tries = torch.ones(batch, dtype=torch.int64, device=p.tokens.device)
         for _ in range(MAX_TRIES):
             u_draft, u_bonus = run.streams.cycle(start, self._k, tries)
-            block, log_q, draft_state = self._propose(run, u_draft, tries)
-            judged, target_state = self._judged(run, block, log_q, u_bonus)
+            block, log_q, draft_state = self._propose(run, p.made, min(p.made, 2), u_draft, tries)
+            judged, target_state = self._judged(run, p.made, block, log_q, u_bonus)
             increments = judged.increments.view(batch, -1)
             undefined = judged.undefined | judged.increments.isnan()  # NaN with a sound target comes from the draft
             if undefined.any():
@@ -155,16 +170,60 @@ class SMCSession:
             run.clock.resample_seconds += time.perf_counter() - begin
         p.ancestors.append(ancestors)
 
-    def _propose(self, run: Run, u: Tensor, tries: Tensor) -> tuple[Tensor, Tensor, State]:
-        """K tokens a row from the draft; u: [R, K], tries: [B].
+    def _replayed(self, run: Run, cycle: int) -> None:
+        """As ``_cycle``, in one recorded piece; it is run again when every particle got weight zero."""
+        assert self._replay is not None
+        p, request = run.p, run.request
+        tries = torch.ones(request.batch, dtype=torch.int64)
+        for _ in range(MAX_TRIES):
+            status, at = self._replay(run, cycle, tries)
+            undefined = status.undefined | status.undefined_draft
+            if undefined.any():
+                raise not_finite(undefined, request, p.made, "target" if status.undefined.any() else "draft")
+            if status.sound:
+                break
+            run.stats.retries += int(status.dead.sum())
+            tries = tries + status.dead
+        else:
+            raise dead_population(status.dead, request, p.made, self._n, self._k)
+        p.made += self._k + 1
+        p.ess.append(at.ess.clone())
+        p.ancestors.append(at.ancestors.clone())
+        run.told = status.finished
+        run.stats.resamplings += int(status.resampled.sum())
+        run.stats.replayed += 1
+
+    def _on_device(self, run: Run, at: At, copy_rows: RowCopy) -> None:
+        """One cycle, in place; what holds numbers of tokens are tensors."""
+        p = run.p
+        u, u_bonus, u_ancestors = self._uniforms(run.streams.seeds, at.made, at.cycle, at.tries)
+        block, log_q, _ = self._propose(run, at.made, 2, u, at.tries)
+        judged, _ = self._judged(run, at.made, block, log_q, u_bonus)
+        held = Held(p.log_w, p.log_evidence, p.ended, p.length)
+        closed = self._close(judged, held, run.ends, run.request.new_tokens, at.made, at.tries, u_ancestors)
+        slots = at.made + torch.arange(self._k + 1, device=at.made.device)
+        for kept, new in ((p.tokens, judged.tokens), (p.log_p, judged.log_p)):
+            kept.index_copy_(1, slots, new)
+            kept.copy_(kept.index_select(0, closed.source))
+        for name, value in closed.held._asdict().items():
+            getattr(p, name).copy_(value)
+        copy_rows(closed.source, at.made + self._k)
+        for told, value in ((at.status, closed.status), (at.ess, closed.ess), (at.ancestors, closed.ancestors)):
+            told.copy_(value)
+
+    def _propose(
+        self, run: Run, made: int | Tensor, head: int, u: Tensor, tries: Tensor
+    ) -> tuple[Tensor, Tensor, State]:
+        """K tokens a row from the draft, after the last ``head`` of the ``made`` tokens; u: [R, K], tries: [B].
+
+        The draft has not seen x_K of the cycle before: it enters with the bonus, as a head of two.
 
         Returns x_0..x_K [R, K+1], log q [R, K], the draft's state.
         """
-        p, last = run.p, run.p.made - 1
-        # The draft has not seen x_K of the cycle before: it enters with the bonus, as a block of two.
-        first = last - 1 if last > 0 else last
-        tokens, state, ended = packed(p.tokens[:, first : last + 1]), p.draft, p.ended | p.stopped
-        chosen, log_q = [p.tokens[:, last]], []
+        p, last = run.p, made - 1
+        tokens = p.tokens.index_select(1, made - head + torch.arange(head, device=p.tokens.device))
+        state, ended, remaining = p.draft, p.ended | p.stopped, run.remaining(made)
+        chosen, log_q = [tokens[:, -1]], []
         settings = self._draft_law.at_try(run.settings, tries.repeat_interleave(self._n))
         for k in range(self._k):
             region = self._draft_head if tokens.shape[1] == 2 else self._draft_step
@@ -172,7 +231,7 @@ class SMCSession:
             uniform = packed(u[:, k])
             if self._rules:
                 rows, new = region(tokens, places, state, run.contexts[1])
-                live = ~(ended | is_end(tokens[:, -1:], run.ends)[:, 0]) & (run.remaining > k)
+                live = ~(ended | is_end(tokens[:, -1:], run.ends)[:, 0]) & (remaining > k)
                 so_far = torch.stack(chosen[1:], 1) if k else run.nothing
                 rows = ruled(run, self._rules, self._draft_law, rows[:, None], so_far, live[:, None])[:, 0]
                 token, log_prob, ended, _ = self._choose(rows, tokens, ended, run.ends, settings, uniform)
@@ -186,18 +245,18 @@ class SMCSession:
             tokens = token[:, None]
         return torch.stack(chosen, 1), torch.stack(log_q, 1), state if state is not p.draft else []
 
-    def _judged(self, run: Run, block: Tensor, log_q: Tensor, u: Tensor) -> tuple[Judged, State]:
-        """What the target makes of the block."""
-        p = run.p
+    def _judged(self, run: Run, made: int | Tensor, block: Tensor, log_q: Tensor, u: Tensor) -> tuple[Judged, State]:
+        """What the target makes of the block behind ``made`` tokens, the last of them its first."""
+        p, remaining = run.p, run.remaining(made)
         by_text = torch.cat([p.stopped[:, None], stops(run, block[:, 1:], self._k)], 1)
-        places = run.places(p.made - 1, self._k + 1)
-        given = (block, log_q, p.ended, by_text, run.ends, run.remaining, run.settings, u)
+        places = run.places(made - 1, self._k + 1)
+        given = (block, log_q, p.ended, by_text, run.ends, remaining, run.settings, u)
         if not self._rules:
             judged, state = self._score(*given, places, p.target, run.contexts[0])
             return judged, state
         rows, state = self._score(block, places, p.target, run.contexts[0])
         over = p.ended[:, None] | ((is_end(block, run.ends) | by_text).int().cumsum(1) > 0)
-        live = ~over & (torch.arange(self._k + 1, device=over.device) < run.remaining[:, None])
+        live = ~over & (torch.arange(self._k + 1, device=over.device) < remaining[:, None])
         rows = ruled(run, self._rules, self._law, rows.view(*block.shape, -1), block[:, 1:], live)
         return self._judge(rows.flatten(0, 1), *given), state
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ class Streams:
     """B requests, N particles, ``tokens`` generated tokens and ``cycles`` cycles at most."""
 
     def __init__(self, seeds: Tensor, n: int, tokens: int, cycles: int) -> None:
-        self._seeds, self._n = seeds, n
+        self.seeds, self._n = seeds, n
         self._draft = uniforms(seeds, n, tokens + 1, philox.PROPOSE)  # [B, N, G], indexed by generated token
         self._target = uniforms(seeds, n, tokens + 1, philox.TARGET)
         self._resample = uniforms(seeds, n, max(cycles, 1), philox.RESAMPLE)  # [B, N, C]
@@ -31,8 +33,8 @@ class Streams:
         if bool((tries > 1).any()):
             steps = torch.arange(start + 1, start + k + 2, device=tries.device)
             later = ATTEMPT * (tries - 1)  # [B]
-            draft = philox.uniforms(self._seeds, self._n, steps[:-1], philox.PROPOSE + later)
-            bonus = philox.uniforms(self._seeds, self._n, steps[-1:], philox.TARGET + later)
+            draft = philox.uniforms(self.seeds, self._n, steps[:-1], philox.PROPOSE + later)
+            bonus = philox.uniforms(self.seeds, self._n, steps[-1:], philox.TARGET + later)
         return draft.flatten(0, 1), packed(bonus.flatten())
 
     def token(self, made: int) -> Tensor:
@@ -52,14 +54,33 @@ class Streams:
         return self._one(0, philox.SELECT)
 
     def _one(self, step: int, purpose: int) -> Tensor:
-        return philox.uniforms(self._seeds, 1, torch.full((1,), step, device=self._seeds.device), purpose)[:, 0, 0]
+        return philox.uniforms(self.seeds, 1, torch.full((1,), step, device=self.seeds.device), purpose)[:, 0, 0]
 
     def take(self, keep: Tensor) -> Streams:
         """The streams of these requests."""
         taken = object.__new__(Streams)
-        taken._seeds, taken._n = self._seeds[keep], self._n
+        taken.seeds, taken._n = self.seeds[keep], self._n
         taken._draft, taken._target, taken._resample = self._draft[keep], self._target[keep], self._resample[keep]
         return taken
+
+
+def of_cycle(n: int, k: int) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """What ``Streams`` gives for one cycle, where its number stands on the device."""
+
+    def cycle_uniforms(seeds: Tensor, made: Tensor, cycle: Tensor, tries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """seeds, tries: [B]; made, cycle: []. For x_1 .. x_K [R, K], the bonus [R] and the ancestors [B, N]."""
+        steps, later = made + torch.arange(k + 1, device=seeds.device), ATTEMPT * (tries - 1)
+        draft = philox.uniforms(seeds, n, steps[:-1], philox.PROPOSE + later)
+        bonus = philox.uniforms(seeds, n, steps[-1:], philox.TARGET + later)
+        ancestors = philox.uniforms(seeds, n, cycle[None], philox.RESAMPLE)
+        return draft.flatten(0, 1), bonus.flatten(), ancestors[:, :, 0].contiguous()
+
+    return cycle_uniforms
+
+
+def of_token(seeds: Tensor, made: Tensor) -> Tensor:
+    """What ``Streams.token`` gives, where the token's number [] stands on the device: [B]."""
+    return philox.uniforms(seeds, 1, made[None], philox.TARGET).flatten()
 
 
 def uniforms(seeds: Tensor, n: int, steps: int, purpose: int) -> Tensor:

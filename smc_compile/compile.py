@@ -23,6 +23,7 @@ from smc_compile.runtime.compiled import Region
 from smc_compile.runtime.law import Law, Mixture
 from smc_compile.runtime.models import CachedModel, RuntimeModel, StatefulModel
 from smc_compile.runtime.one_token import AutoregressiveSession
+from smc_compile.runtime.replay import Record, cuda_graphs
 from smc_compile.runtime.request import Request, Rule
 from smc_compile.runtime.rules import Rules
 from smc_compile.runtime.session import SMCSession
@@ -130,7 +131,7 @@ class Program:
         o = self.options
         rules = Rules(self.rules, self.by_hand, o.compiler)
         if self.method == "autoregressive":
-            return AutoregressiveSession(self.target.runtime, self.target.law, o.compiler, rules)
+            return AutoregressiveSession(self.target.runtime, self.target.law, o.compiler, rules, recorder_for(self))
         assert self.draft is not None
         if self.method == "speculative":
             target, draft = self.target.runtime, self.draft.runtime
@@ -149,11 +150,22 @@ class Program:
             o.resampling_method,
             o.compiler,
             rules,
+            recorder_for(self),
         )
 
     @property
     def regions(self) -> list[Region]:
         return [] if self._session is None else self._session.regions
+
+
+def recorder_for(program: Program) -> Record | None:
+    """What records cycles to be replayed: on a GPU, where the caches are ours and stay where they are."""
+    models = [model.runtime for model in (program.target, program.draft) if model is not None]
+    place = placement(program.target)
+    ours = all(isinstance(model, CachedModel) for model in models)
+    if not program.options.cuda_graph or not ours or place is None or place[0].type != "cuda":
+        return None
+    return cuda_graphs(place[0])
 
 
 def build_program(

@@ -36,6 +36,8 @@ class Options:
         eos_token_id: a sequence ends after this token; later tokens repeat it. None: no end of sequence.
         seed: 64-bit seed; request b of a batch uses seed + b. None draws one from torch's generator at each call.
         validate: compare the cached model with the original when compiling.
+        cuda_graph: on a GPU, record a cycle ("speculative" apart) as one CUDA graph and replay it; cycles that rules or
+            stops of the host take part in run from the host, as all do with False.
         compiler: what lowers the regions: "inductor", or "aot_eager" and "eager" for debugging.
     """
 
@@ -51,6 +53,7 @@ class Options:
     eos_token_id: int | None = None
     seed: int | None = None
     validate: bool = True
+    cuda_graph: bool = True
     compiler: str = "inductor"
 
     @classmethod
@@ -87,8 +90,9 @@ class Options:
             _integer("seed", self.seed, -(2**63))
             if self.seed >= 2**63:
                 raise OptionError("seed is too large", f"got {self.seed}", "use a signed 64-bit integer")
-        if not isinstance(self.validate, bool):
-            raise OptionError("validate must be True or False", f"got {self.validate!r}")
+        for name in ("validate", "cuda_graph"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name} must be True or False", f"got {getattr(self, name)!r}")
         if self.draft is not None and not isinstance(self.draft, nn.Module) and not is_stateful(self.draft):
             raise OptionError(
                 "draft must be a model",

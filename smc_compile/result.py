@@ -18,6 +18,7 @@ class Stats:
     n_particles: int = 1  # N and K as given or chosen; a one-token loop has one particle and looks ahead at nothing
     lookahead: int = 0
     cycles: int = 0
+    replayed: int = 0  # cycles that ran as one recorded graph: where their time went inside is not known
     resamplings: int = 0  # (request, cycle) pairs whose population was resampled
     retries: int = 0  # (request, cycle) pairs drawn again because every particle had weight zero
     settled_early: int = 0  # (request, cycle) pairs in which ``max_lag`` drew an ancestor
