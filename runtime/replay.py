@@ -102,7 +102,7 @@ class Status(NamedTuple):
         return not bool((self.undefined | self.undefined_draft | self.dead).any())
 
 
-@dataclass
+@dataclass(eq=False)
 class Recording:
     """A cycle with its tensors.
 
@@ -157,23 +157,22 @@ class Replay:
         return len(self._recordings) < before
 
     def _recording_of(self, run: Run) -> Recording:
-        found = next((r for r in self._recordings if r.run.keys is run.keys), None)
-        if found is None:
-            key = signature(run)
-            found = next((r for r in self._recordings if r.key == key and not r.busy), None)
-            if found is None:
-                found = new_recording(run, key)
-            else:
-                move(run, found.run)
-                found.user = weakref.ref(run)
-        else:
-            self._recordings.remove(found)
-        self._recordings = [r for r in self._recordings if r is not found]
-        self._recordings.append(found)
-        idle = [r for r in self._recordings if not r.busy]
-        for extra in idle[: max(len(self._recordings) - KEPT, 0)]:
-            self._recordings.remove(extra)
+        """The one whose tensors are those of ``run``; they are moved there if they are not, and an idle one is free."""
+        found = next((r for r in self._recordings if r.run.keys is run.keys), None) or self._taken(run)
+        others = [r for r in self._recordings if r is not found]
+        idle = [r for r in others if not r.busy]
+        dropped = idle[: max(len(others) + 1 - KEPT, 0)]
+        self._recordings = [*(r for r in others if r not in dropped), found]
         return found
+
+    def _taken(self, run: Run) -> Recording:
+        key = signature(run)
+        free = next((r for r in self._recordings if r.key == key and not r.busy), None)
+        if free is None:
+            return new_recording(run, key)
+        move(run, free.run)
+        free.user = weakref.ref(run)
+        return free
 
 
 def new_recording(run: Run, key: Any) -> Recording:
