@@ -57,6 +57,7 @@ class Program:
         rules: logits processors that read the text and compile.
         by_hand: whether requests bring processors that do not.
         choice: how N and K were chosen, where the options leave it to us; ``options`` then hold what was chosen.
+        record: what records cycles to be replayed; None runs all of them from the host.
     """
 
     target: Model
@@ -66,6 +67,7 @@ class Program:
     by_hand: bool = False
     analysis_seconds: float = 0.0
     choice: Choice | None = None
+    record: Record | None = None
     _session: Session | None = None
 
     @property
@@ -131,7 +133,7 @@ class Program:
         o = self.options
         rules = Rules(self.rules, self.by_hand, o.compiler)
         if self.method == "autoregressive":
-            return AutoregressiveSession(self.target.runtime, self.target.law, o.compiler, rules, recorder_for(self))
+            return AutoregressiveSession(self.target.runtime, self.target.law, o.compiler, rules, self.record)
         assert self.draft is not None
         if self.method == "speculative":
             target, draft = self.target.runtime, self.draft.runtime
@@ -150,7 +152,7 @@ class Program:
             o.resampling_method,
             o.compiler,
             rules,
-            recorder_for(self),
+            self.record,
         )
 
     @property
@@ -158,12 +160,11 @@ class Program:
         return [] if self._session is None else self._session.regions
 
 
-def recorder_for(program: Program) -> Record | None:
+def recorder_for(options: Options, *models: Model) -> Record | None:
     """What records cycles to be replayed: on a GPU, where the caches are ours and stay where they are."""
-    models = [model.runtime for model in (program.target, program.draft) if model is not None]
-    place = placement(program.target)
-    ours = all(isinstance(model, CachedModel) for model in models)
-    if not program.options.cuda_graph or not ours or place is None or place[0].type != "cuda":
+    place = placement(models[0])
+    ours = all(isinstance(model.runtime, CachedModel) for model in models)
+    if not options.cuda_graph or not ours or place is None or place[0].type != "cuda":
         return None
     return cuda_graphs(place[0])
 
@@ -186,7 +187,7 @@ def build_program(
     """
     method = method_for(target, options)
     if method == "autoregressive":
-        return Program(target, None, options, **rules)
+        return Program(target, None, options, record=recorder_for(options, target), **rules)
     if options.draft is None:
         raise OptionError(
             "no draft model was given",
@@ -199,7 +200,8 @@ def build_program(
         refuse_states(target, draft)
     vocab = shared_vocabulary(target, draft)
     target.law, draft.law = target.law.cut(vocab), draft.law.cut(vocab)
-    return Program(target, draft, options, analysis_seconds=time.perf_counter() - start, **rules)
+    seconds, record = time.perf_counter() - start, recorder_for(options, target, draft)
+    return Program(target, draft, options, analysis_seconds=seconds, record=record, **rules)
 
 
 def method_for(target: Model, options: Options) -> str:

@@ -17,6 +17,7 @@ from rich.table import Table
 from smc_compile.errors import OptionError, SMCError
 from smc_compile.listing.absent_device import TARGETS, target_named
 from smc_compile.listing.by_hand import WRITTEN_BY_HAND, Outcome, check_by_hand
+from smc_compile.listing.copy_rows_region import examine_copy_rows
 from smc_compile.listing.interpreter import Interpreter
 from smc_compile.listing.rows import Kernel, Region, examine, short_name
 from smc_compile.listing.sessions import Pair, positions, record_sessions
@@ -30,7 +31,8 @@ A few sessions on a random pair show which regions there are and what they are c
 kernels of each; with --target for that GPU, which need not be there: Triton compiles them to machine code, and its
 interpreter runs them on the CPU. Without --target they are C++ for this CPU. Results are compared with eager PyTorch
 on the same arguments and uniforms, and each kernel is left out once to see that its output matters. Kernels written
-by hand for a CPU are checked on random shapes and timed beside what Inductor generates from the same in tensor code.
+by hand are checked on random shapes; those for a CPU are timed beside what Inductor generates from the same in tensor
+code.
 The exit status is 1 if anything fails. Kernels depend on widths, not on the number of layers: two stand for all.
 
   smc-compile kernels --target sm_90
@@ -46,7 +48,7 @@ PRESETS: dict[str, tuple[int, tuple[int, int, int, int], tuple[int, int, int, in
 }
 
 
-NAME = 46  # columns of a kernel's name
+NAME = 43  # columns of a kernel's name
 RUNS = 12  # of each kernel written by hand
 
 
@@ -82,12 +84,15 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     check_json_path(arguments.json)
     console.print(describe(arguments, pair), style="dim", highlight=False)
     with console.status("sessions"):
-        recorded = record_sessions(pair, arguments.sessions, arguments.seed)
+        recorded = record_sessions(pair, arguments.sessions, arguments.seed, replayed=target is not None)
     interpreter = Interpreter(target)
     regions: list[Region] = []
     try:
         for each in track(recorded, "regions", console=console, transient=True, disable=not console.is_terminal):
             regions.append(examine(each, target, interpreter, pair.dtype))
+            show(regions[-1], console)
+        if target and pair.method == "smc":
+            regions.append(examine_copy_rows(cache_shapes(pair), RUNS, arguments.seed, target))
             show(regions[-1], console)
     finally:
         interpreter.close()
@@ -139,6 +144,11 @@ def pair_of(arguments: argparse.Namespace) -> Pair:
     )
 
 
+def cache_shapes(pair: Pair) -> int:
+    """How many shapes the caches of target and draft have: keys and values of a model are alike."""
+    return len({(c.n_kv_heads, c.dim // c.n_heads) for c in (pair.target, pair.draft)})
+
+
 def describe(arguments: argparse.Namespace, pair: Pair) -> str:
     """One line about what is listed."""
     where = f"{arguments.target} ({TARGETS[arguments.target].name})" if arguments.target else "this CPU"
@@ -180,7 +190,7 @@ def table_of(region: Region) -> Table:
         table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     for name in ("regs", "spills", "shared", "loads", "stores") if compiled else ():
         table.add_column(name, justify="right")
-    table.add_column("used")
+    table.add_column("used", no_wrap=True)
     for kernel in region.kernels:
         numbers = machine_numbers(kernel) if compiled else []
         table.add_row(short_name(kernel.name, NAME), str(kernel.launches), *numbers, checked(kernel))

@@ -99,24 +99,24 @@ def ops(recorded: Recorded) -> set[str]:
 
 def test_a_session_for_a_gpu_that_is_not_there(monkeypatch, capsys, tmp_path):
     """The whole command, on the shortest cycle without truncation. The draft's regions are recorded only: what they
-    call, a pass of a model and a draw, the target's region calls too."""
+    call, a pass of a model and a draw, the target's region calls too. A GPU replays all cycles but the first."""
     recorded: dict[str, Recorded] = {}
 
-    def target_and_weights(*arguments: Any) -> list[Recorded]:
-        recorded.update({region.name: region for region in record_sessions(*arguments)})
-        return [recorded["score"], recorded["weigh"]]
+    def target_and_end(*arguments: Any, **how: Any) -> list[Recorded]:
+        recorded.update({region.name: region for region in record_sessions(*arguments, **how)})
+        return [recorded["score"], recorded["close"]]
 
-    monkeypatch.setattr(list_kernels, "record_sessions", target_and_weights)
+    monkeypatch.setattr(list_kernels, "record_sessions", target_and_end)
     path = tmp_path / "rows.json"
     options = "--target sm_80 --lookahead 1 --layers 1 --sessions 1 --top-k 0 --top-p 1 --n-particles 2"
     status = main(["kernels", *options.split(), "--json", str(path)])
     out = capsys.readouterr().out
     calls = {name: region.a_cycle for name, region in recorded.items()}
-    assert calls == {"draft_step": 0, "draft_head": 1, "score": 1, "weigh": 1}
+    assert calls == {"draft_step": 0, "weigh": 0, "uniforms": 1, "draft_head": 1, "score": 1, "close": 1}
     for name in ("draft_step", "draft_head"):
         assert ops(recorded[name]) - ops(recorded["score"]) == {"aten.select.int"}, "the last position is cut out"
     regions = {r["name"]: r for r in json.loads(path.read_text())["regions"]}
-    assert set(regions) == {"score", "weigh"}
+    assert set(regions) == {"score", "close", "copy_rows, written by hand"}
     for name, found in regions.items():
         assert found["calls"] == 1
         assert found["agrees"], f"{name}\n{out}"

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 BLOCK = 1024  # words that one program copies
-WORDS = (torch.int64, torch.int32, torch.int16, torch.int8)
 
 
 def gather_rows(caches: Sequence[Tensor], source: Tensor, used: Tensor) -> None:
@@ -50,10 +49,10 @@ class RowCopy:
 
 def copy_group(like: Tensor, addresses: Tensor, source: Tensor, used: Tensor) -> None:
     """By the kernel, for contiguous caches shaped as ``like`` [R, H, S, d] that stand at ``addresses`` [C] int64."""
-    from .copy_rows_kernel import copy_rows_kernel
+    from .copy_rows_kernel import WORDS, copy_rows_kernel
 
     rows, heads, slots, width = like.shape
-    word = next(w for w in WORDS if width * like.itemsize % w.itemsize == 0)
-    words = width * like.itemsize // word.itemsize
+    size = next(size for size in WORDS if width * like.itemsize % size == 0)
+    words = width * like.itemsize // size
     grid = (rows * heads, len(addresses), -(-slots * words // BLOCK))
-    copy_rows_kernel[grid](addresses, source, used, heads, slots * words, words, 8 * word.itemsize, BLOCK)
+    copy_rows_kernel[grid](addresses, source, used, heads, slots * words, words, WORDS[size], BLOCK)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+WORDS = {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}  # by their bytes
+
 
 @triton.jit
 def copy_rows_kernel(
@@ -14,7 +16,7 @@ def copy_rows_kernel(
     heads,
     head_words,  # of S slots
     slot_words,
-    BITS: tl.constexpr,  # of a word
+    WORD: tl.constexpr,  # its type: an integer, whatever the numbers are
     BLOCK: tl.constexpr,
 ):
     """Program (r * H + h, cache, block) copies a block of words of one head of row ``source[r]`` to row r."""
@@ -24,7 +26,6 @@ def copy_rows_kernel(
     if origin != row:
         offset = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
         held = offset < tl.load(used) * slot_words
-        word = tl.pointer_type(tl.dtype("int" + str(BITS)))
-        cache = tl.load(addresses + tl.program_id(1)).to(word)
+        cache = tl.load(addresses + tl.program_id(1)).to(tl.pointer_type(WORD))
         values = tl.load(cache + (origin * heads + head) * head_words + offset, mask=held)
         tl.store(cache + line * head_words + offset, values, mask=held)

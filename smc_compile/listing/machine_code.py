@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,31 @@ def compile_kernel(name: str, source: str, target: Target) -> MachineCode:
             raise SMCError(f"the kernel {name} does not compile for {target.name}", str(error)) from error
     found = [_used(binary, len(binaries)) for binary in binaries]
     return max(found, key=lambda code: (code.spills, code.registers))
+
+
+def compile_written(
+    kernel: Any, signature: Mapping[str, str], constants: Mapping[str, Any], target: Target
+) -> MachineCode:
+    """Compile a kernel that is written by hand for arguments of Triton's types, such as "*i64".
+
+    Raises:
+        SMCError: as ``compile_kernel``.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    names = list(kernel.arg_names)
+    try:
+        source = triton.compiler.ASTSource(
+            fn=kernel,
+            signature={name: signature.get(name, "constexpr") for name in names},
+            constexprs={(names.index(name),): value for name, value in constants.items()},
+        )
+        with absent_device(target):
+            binary = triton.compile(source, target=GPUTarget("cuda", target.capability, target.warp_size))
+    except Exception as error:
+        raise SMCError(f"the kernel {kernel.__name__} does not compile for {target.name}", str(error)) from error
+    return _used(binary, 1)
 
 
 def _no_launchers(config: Any) -> dict[str, Any]:

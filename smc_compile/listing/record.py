@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo import register_backend
 
 BACKEND = "smc_record"  # the name under which sessions are asked to compile
-END_OF_CYCLE = ("weigh", "conclude")
+END_OF_CYCLE = ("weigh", "conclude", "close")
 _recordings: list[Recording] = []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 
@@ -41,8 +42,9 @@ def positions(prompt_length: int, lookahead: int) -> int:
     return 2 * prompt_length + (2 * CYCLES + 1) * (lookahead + 1)
 
 
-def record_sessions(pair: Pair, sessions: int, seed: int) -> list[Recorded]:
-    """Run some sessions, each with its own prompt, prompt length, number of tokens and seed. Regions run eagerly.
+def record_sessions(pair: Pair, sessions: int, seed: int, replayed: bool = False) -> list[Recorded]:
+    """Run some sessions, each with its own prompt, prompt length, number of tokens and seed. Regions run eagerly;
+    with ``replayed`` those of cycles that a GPU records and replays.
 
     Regions of speculative decoding are handed the target's rows. Where they cut them by top-k, in one more session the
     cut goes through nearly equal logits: otherwise the last bits of its threshold, which a kernel of their own may
@@ -54,14 +56,21 @@ def record_sessions(pair: Pair, sessions: int, seed: int) -> list[Recorded]:
         for session in range(sessions):
             extra = int(torch.randint(pair.prompt_length, ())) if session else 0
             cycles = CYCLES + (int(torch.randint(CYCLES + 1, ())) if session else 0)
-            _run_session(record, pair, target, draft, seed + session, extra, cycles)
+            _run_session(record, pair, target, draft, seed + session, extra, cycles, replayed)
         if pair.method == "speculative" and pair.top_k:
             _run_session(record, cutting_near_ties(pair), with_near_ties(target), draft, seed + sessions, 0, CYCLES)
     return record.found
 
 
 def _run_session(
-    record: Recording, pair: Pair, target: Llama, draft: Llama, seed: int, extra: int, cycles: int
+    record: Recording,
+    pair: Pair,
+    target: Llama,
+    draft: Llama,
+    seed: int,
+    extra: int,
+    cycles: int,
+    replayed: bool = False,
 ) -> None:
     """Generate for so many ``cycles`` of whole blocks, from a prompt ``extra`` tokens longer than the shortest."""
     settings = settings_of(1, temperature=pair.temperature, top_k=pair.top_k, top_p=pair.top_p)
@@ -79,8 +88,15 @@ def _run_session(
     new_tokens = cycles * (pair.lookahead + 1) + 1
     request = build_request(ids, new_tokens, torch.tensor([seed]), settings=settings)
     record.new_session()
-    program_for(target, processors, False, options, ids).answer(request)
+    program = program_for(target, processors, False, options, ids)
+    program.record = run_again if replayed else None
+    program.answer(request)
     record.end_session()
+
+
+def run_again(work: Callable[[], None]) -> Callable[[], None]:
+    """What stands in for a recording where there is no GPU: the cycle itself."""
+    return work
 
 
 def with_near_ties(model: Llama) -> Llama:

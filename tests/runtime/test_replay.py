@@ -101,7 +101,7 @@ def records(monkeypatch: pytest.MonkeyPatch) -> Records:
 
 
 def set_recorder(monkeypatch: pytest.MonkeyPatch, record: Any) -> None:
-    monkeypatch.setattr("smc_compile.compile.recorder_for", lambda _: record)
+    monkeypatch.setattr("smc_compile.compile.recorder_for", lambda *_: record)
     monkeypatch.setattr(import_module("smc_compile.generate"), "_programs", OrderedDict())
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from smc_compile.runtime.resampling import RESAMPLERS, _flat_at_zeros
+from smc_compile.runtime.resampling import RESAMPLERS, _flat_at_zeros, keep_survivors
 
 ALMOST_ONE = math.nextafter(1.0, 0.0)
 METHODS = sorted(RESAMPLERS)
@@ -233,3 +233,12 @@ def test_systematic_uses_the_first_uniform_only() -> None:
     other = torch.cat([u[:1], uniform(7, seed=13)])
     assert torch.equal(resample("systematic", w, u), resample("systematic", w, other))
     assert not torch.equal(resample("stratified", w, u), resample("stratified", w, other))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 4), st.integers(0, 2**31))
+def test_survivors_keep_their_places_and_all_their_offspring(n, batch, seed):
+    drawn = torch.randint(n, (batch, n), generator=torch.Generator().manual_seed(seed)).sort(-1).values
+    kept = keep_survivors(drawn)
+    assert torch.equal(kept.sort(-1).values, drawn)
+    assert torch.equal(kept.gather(1, kept), kept), "a row that others take from keeps its own"
