@@ -21,7 +21,7 @@ NAMES = {
     "requests": "requests at once",
 }
 SHORT = {"n_particles": "N", "lookahead": "K", "prompt_length": "P", "new_tokens": "T", "requests": "B"}
-COLOURS = {"draft": "#a9c4e6", "score": ALIVE, "resample": "#f3b48a", "host": DEAD}
+COLOURS = {"draft": "#a9c4e6", "score": ALIVE, "resample": "#f3b48a", "host": DEAD, "per_cycle": ALIVE}
 PALEST, DARKEST = (0xA9, 0xC4, 0xE6), (0x1B, 0x3A, 0x66)  # of the lines of a grid
 WIDE_RANGE = 12.0  # speeds further apart than this are drawn on a logarithmic axis
 GAP = 0.06  # between labels, of the height of a panel
@@ -119,14 +119,15 @@ def draw_speed(panel: Any, rows: Sequence[Row], name: str) -> None:
 
 
 def draw_cost(panel: Any, rows: Sequence[Row], name: str) -> None:
-    """One bar a point, stacked by part, with the bound as a mark across it."""
+    """One bar a point, stacked by part where that is known, with the bound as a mark across it."""
     places = list(range(len(rows)))
     base = [0.0] * len(rows)
     labels = []
-    for part in PARTS:
-        heights = [row[f"{part}_ms"] for row in rows]
+    whole = any(row["host_ms"] is None for row in rows)
+    for part in ("per_cycle",) if whole else PARTS:
+        heights = [row["ms_per_cycle" if whole else f"{part}_ms"] for row in rows]
         panel.bar(places, heights, bottom=base, width=0.62, color=COLOURS[part], edgecolor="white", linewidth=0.6)
-        labels.append((base[-1] + heights[-1] / 2, part, darker(COLOURS[part])))
+        labels.append((base[-1] + heights[-1] / 2, "cycle" if whole else part, darker(COLOURS[part])))
         base = [low + height for low, height in zip(base, heights, strict=True)]
     for place, row in zip(places, rows, strict=True):
         panel.plot(

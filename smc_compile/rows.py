@@ -95,8 +95,9 @@ def step_seconds(run: Run) -> float:
 
 
 def median_share(generations: Sequence[Generation], part: str, method: str) -> float | None:
-    """Share of ``part`` in the time of a generation; None where a method has no such part or does not tell."""
-    if not generations or part not in PARTS_OF[method]:
+    """Share of ``part`` in the time of a generation; None where a method has no such part or does not tell, and
+    of cycles that were replayed."""
+    if not generations or part not in PARTS_OF[method] or any(g.stats.replayed for g in generations):
         return None
     return median(getattr(g.stats, f"{part}_seconds") / max(g.stats.seconds, 1e-12) for g in generations)
 

@@ -220,7 +220,7 @@ def make_row(point: Point, timings: dict[Point, list[Timing]], sizes: tuple[Cost
         "loop_tokens_per_second": loop,
         "ms_per_cycle": 1e3 * middle,
         "predicted_ms_per_cycle": None if typical.predicted is None else 1e3 * typical.predicted,
-        **{f"{part}_ms": 1e3 * typical.parts[part] for part in PARTS},
+        **{f"{part}_ms": 1e3 * typical.parts[part] if typical.parts else None for part in PARTS},
         "bound_ms_per_cycle": 1e3 * bound,
         "share_of_bound": bound / middle,
         "bytes_per_cycle": sum(one.bytes for one in passes),

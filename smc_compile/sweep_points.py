@@ -58,7 +58,7 @@ class Timing:
     """Seconds of a cycle in one round, and bytes that its caches hold."""
 
     seconds: float
-    parts: dict[str, float]  # of PARTS; they sum to ``seconds``
+    parts: dict[str, float]  # of PARTS; they sum to ``seconds``. Empty where cycles were replayed: none tells
     cycles: int  # how many were timed
     resamplings: int  # of a request, in these cycles
     compile_seconds: float
@@ -207,7 +207,7 @@ def time_cycles(
     after = spent(session, run)
     passed = {name: (after[name] - before[name]) / timed for name in after}
     seconds = seconds / timed - passed.pop("compile")
-    parts = passed | {"host": max(seconds - sum(passed.values()), 0.0)}
+    parts = {} if run.stats.replayed else passed | {"host": max(seconds - sum(passed.values()), 0.0)}
     return Timing(
         seconds=seconds,
         parts=parts,

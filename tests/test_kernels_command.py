@@ -26,12 +26,13 @@ def region(**changes: object) -> Region:
 
 @pytest.fixture
 def listed(monkeypatch):
-    """Run the command on regions that are given, not generated."""
+    """Run the command on regions that are given, not generated; the last stands for the kernel that copies rows."""
 
     def command(*regions: Region, options: tuple[str, ...] = ()) -> int:
         answers = iter(regions)
-        monkeypatch.setattr(list_kernels, "record_sessions", lambda *_: list(regions))
+        monkeypatch.setattr(list_kernels, "record_sessions", lambda *_, **__: list(regions[:-1]))
         monkeypatch.setattr(list_kernels, "examine", lambda *_: next(answers))
+        monkeypatch.setattr(list_kernels, "examine_copy_rows", lambda *_: next(answers))
         return main(["kernels", "--target", "sm_90", *options])
 
     return command

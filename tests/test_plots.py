@@ -42,6 +42,15 @@ def test_one_axis_shows_speed_and_parts_labelled_where_they_are(tmp_path):
     assert found.count("8") == 2  # a tick in each panel
 
 
+def test_a_cycle_that_was_replayed_is_one_bar(tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "sweep.svg"
+    rows = [fake_row(n, 4) | {f"{part}_ms": None for part in PARTS} for n in (1, 2)]
+    plots.draw(rows, ["n_particles"], path, "A pair", "")
+    assert "cycle" in words(path)
+    assert not set(PARTS) & set(words(path))
+
+
 def test_a_loop_that_was_not_timed_is_not_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     path = tmp_path / "sweep.svg"

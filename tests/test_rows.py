@@ -57,6 +57,14 @@ def test_accepted_tokens_are_told_or_counted():
     assert [row["resample_share"] is None for row in rows] == [True, True, True, False]
 
 
+def test_a_replayed_cycle_tells_no_parts():
+    (result,) = fake_results({"smc": [1]})
+    result.runs[0].generation.stats.replayed = 2
+    (row,) = make_rows([result])
+    assert [row[f"{part}_share"] for part in PARTS] == [None] * len(PARTS)
+    assert row["ms_per_cycle"] == pytest.approx(250)
+
+
 def test_the_peak_is_the_highest_round():
     (result,) = fake_results({"eager": [1, 1]})
     runs = [replace(run, peak_bytes=peak) for run, peak in zip(result.runs, (5, 7), strict=True)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections import OrderedDict
+from importlib import import_module
 
 import pytest
 import torch
@@ -89,6 +91,14 @@ def test_a_timing_tells_where_the_time_of_a_cycle_goes(pair, point):
     assert timing.parts["score"] > 0
     assert (timing.parts["draft"] > 0) == (point.lookahead > 0)
     assert timing.compile_seconds > 0  # before what is timed
+
+
+def test_a_replayed_cycle_does_not_tell_where_its_time_goes(pair, monkeypatch):
+    monkeypatch.setattr("smc_compile.compile.recorder_for", lambda *_: lambda work: work)
+    monkeypatch.setattr(import_module("smc_compile.generate"), "_programs", OrderedDict())
+    timing = point_timer(*pair, 1.0, cycles=2)(BASE, 0)
+    assert timing.seconds > 0
+    assert timing.parts == {}
 
 
 def test_memory_grows_with_n_in_the_suffixes_alone(pair):
