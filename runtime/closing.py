@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .population import all_finished, ends_at_pending, ends_within
+from .population import all_finished, ends_at_pending, ends_within, own_and_source, shared_after
 from .regions import Ends, Judged, weigh
 from .resampling import keep_survivors
 
@@ -24,6 +24,7 @@ class Held(NamedTuple):
     log_evidence: Tensor  # [B]
     ended: Tensor  # [R]
     length: Tensor  # [R]
+    shared: Tensor  # [B, N, N], as of the population
 
 
 class Closed(NamedTuple):
@@ -35,6 +36,7 @@ class Closed(NamedTuple):
 
     held: Held
     source: Tensor  # [R]: the row whose tokens and caches row r goes on with; it keeps its own
+    since: Tensor  # [R]: before that slot their caches are the same already
     ess: Tensor  # [B]
     ancestors: Tensor  # [B, N]
     status: Tensor  # [5, B]
@@ -60,14 +62,16 @@ def close(threshold: float, method: str) -> Callable[..., Closed]:
         ancestors = torch.where(sound, keep_survivors(ancestors), identity)  # [B, N]
         source = (ancestors + n * torch.arange(batch, device=u.device)[:, None]).flatten()
         length, ended = ends_within(held.length, held.ended, judged.over, made)
-        new = Held(log_w, log_evidence, ended[source], length[source])
-        new = Held(*(torch.where(sound, after, before) for after, before in zip(new, held, strict=True)))
         width = judged.tokens.shape[1]
+        since = own_and_source(held.shared, ancestors).flatten()
+        shared = shared_after(held.shared, ancestors, made + width - 1)
+        new = Held(log_w, log_evidence, ended[source], length[source], shared)
+        new = Held(*(torch.where(sound, after, before) for after, before in zip(new, held, strict=True)))
         pending, never = judged.tokens[source, -1:], torch.zeros_like(ended)
         lengths = ends_at_pending(new.length, new.ended, pending, never, ends, made + width)
         finished = all_finished(lengths, n, made + width, new_tokens)
         status = torch.stack([of_target, of_draft, dead, resampled & sound, finished & sound])
-        return Closed(new, source, ess, ancestors, status)
+        return Closed(new, source, since, ess, ancestors, status)
 
     return close_cycle
 

@@ -55,8 +55,9 @@ class RuntimeModel(Protocol):
         """Of the logits at one position, which are read in float32 at least; 0 where their number is not known."""
         ...
 
-    def copy_rows(self, state: State, dead: Tensor, source: Tensor, used: int) -> None:
-        """Overwrite rows ``dead`` by rows ``source``, in place; ``used`` positions of a suffix hold anything."""
+    def copy_rows(self, state: State, dead: Tensor, source: Tensor, since: int, used: int) -> None:
+        """Overwrite rows ``dead`` by rows ``source``, in place; slots of suffixes before ``since`` are the same
+        already, and ``used`` of them hold anything."""
         ...
 
     def grow(self, state: State, size: int) -> State:
@@ -114,9 +115,9 @@ class CachedModel:
             return False
         return True
 
-    def copy_rows(self, state: State, dead: Tensor, source: Tensor, used: int) -> None:
+    def copy_rows(self, state: State, dead: Tensor, source: Tensor, since: int, used: int) -> None:
         for suffix in state:
-            suffix[dead, :, :used] = suffix[source, :, :used]
+            suffix[dead, :, since:used] = suffix[source, :, since:used]
 
     @staticmethod
     def _suffixes(prompts: Sequence[Tensor], n_particles: int, capacity: int) -> State:
@@ -204,7 +205,7 @@ class StatefulModel:
     def logit_bytes(self) -> int:
         return int(getattr(self.model, "vocab_size", 0)) * 4
 
-    def copy_rows(self, state: State, dead: Tensor, source: Tensor, used: int) -> None:
+    def copy_rows(self, state: State, dead: Tensor, source: Tensor, since: int, used: int) -> None:
         for leaf in state:
             leaf[dead] = leaf[source]
 

@@ -30,6 +30,7 @@ class Population:
     length: Tensor  # [R], tokens up to and with the end; ENDLESS before it
     log_w: Tensor  # [B, N] float64
     log_evidence: Tensor  # [B] float64
+    shared: Tensor  # [B, N, N], leading slots of their caches that two particles have in common
     target: State
     draft: State
     made: int = 1
@@ -49,6 +50,7 @@ class Population:
             length=torch.full((rows,), ENDLESS, device=device),
             log_w=torch.zeros(batch, n, dtype=torch.float64, device=device),
             log_evidence=torch.zeros(batch, dtype=torch.float64, device=device),
+            shared=torch.zeros(batch, n, n, dtype=torch.int64, device=device),
             target=target,
             draft=draft,
         )
@@ -65,15 +67,20 @@ class Population:
         self.log_p[:, self.made : self.made + width] = log_p
         self.made += width
 
-    def permute(self, ancestors: Tensor) -> tuple[Tensor, Tensor]:
-        """Give every dead row its ancestor's tokens; survivors keep their place. Returns the dead rows, and sources."""
+    def permute(self, ancestors: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Give every dead row its ancestor's tokens; survivors keep their place.
+
+        Returns the dead rows, their sources, and from which slot on the caches of these may differ from theirs.
+        """
         batch, n = ancestors.shape
+        since = own_and_source(self.shared, ancestors).flatten()
+        self.shared = shared_after(self.shared, ancestors, self.made - 1)
         flat = (ancestors + n * torch.arange(batch, device=ancestors.device)[:, None]).flatten()
         dead = (flat != torch.arange(batch * n, device=flat.device)).nonzero()[:, 0]
         source = flat[dead]
         for values in (self.tokens, self.log_p, self.ended, self.stopped, self.length):
             values[dead] = values[source]
-        return dead, source
+        return dead, source, int(since[dead].min()) if len(dead) else self.made
 
     def lengths(self, ends: Ends) -> Tensor:
         """Tokens of each row up to and with its end [R]; ENDLESS before it."""
@@ -89,11 +96,24 @@ class Population:
         by_row: dict[str, Any] = {
             name: getattr(self, name)[rows] for name in ("tokens", "log_p", "ended", "stopped", "length")
         }
-        by_request: dict[str, Any] = {"log_w": self.log_w[keep], "log_evidence": self.log_evidence[keep]}
+        by_request: dict[str, Any] = {name: getattr(self, name)[keep] for name in ("log_w", "log_evidence", "shared")}
         by_cycle: dict[str, Any] = {
             name: [v[keep] for v in getattr(self, name)] for name in ("ess", "ancestors", "lag")
         }
         return replace(self, **by_row, **by_request, **by_cycle)
+
+
+def own_and_source(shared: Tensor, ancestors: Tensor) -> Tensor:
+    """Slots [B, N] that each particle has in common with its ancestor [B, N]."""
+    return shared.gather(2, ancestors[:, :, None])[:, :, 0]
+
+
+def shared_after(shared: Tensor, ancestors: Tensor, used: int | Tensor) -> Tensor:
+    """What particles have in common [B, N, N] once each goes on with its ancestor's caches, ``used`` slots of them."""
+    n = ancestors.shape[1]
+    rows = shared.gather(1, ancestors[:, :, None].expand(-1, -1, n))
+    pairs = rows.gather(2, ancestors[:, None, :].expand(-1, n, -1))
+    return torch.where(ancestors[:, :, None] == ancestors[:, None, :], used, pairs)
 
 
 def ends_within(length: Tensor, ended: Tensor, over: Tensor, made: int | Tensor) -> tuple[Tensor, Tensor]:

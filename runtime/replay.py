@@ -185,7 +185,7 @@ def new_recording(run: Run, key: Any) -> Recording:
 def written(run: Run) -> list[Tensor]:
     """What a cycle changes in place."""
     p = run.p
-    return [p.tokens, p.log_p, p.ended, p.stopped, p.length, p.log_w, p.log_evidence, *p.target, *p.draft]
+    return [p.tokens, p.log_p, p.ended, p.stopped, p.length, p.log_w, p.log_evidence, p.shared, *p.target, *p.draft]
 
 
 def read(run: Run) -> list[Tensor]:
@@ -206,6 +206,6 @@ def move(run: Run, home: Run) -> None:
     """Let ``run`` go on in the tensors of ``home``."""
     for mine, theirs in zip((*written(home), *read(home)), (*written(run), *read(run)), strict=True):
         mine.copy_(theirs)
-    for name in ("tokens", "log_p", "ended", "stopped", "length", "log_w", "log_evidence", "target", "draft"):
+    for name in ("tokens", "log_p", "ended", "stopped", "length", "log_w", "log_evidence", "shared", "target", "draft"):
         setattr(run.p, name, getattr(home.p, name))
     run.contexts, run.keys = home.contexts, home.keys

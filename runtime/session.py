@@ -162,10 +162,10 @@ class SMCSession:
         if resampled.any():
             begin = time.perf_counter()
             ancestors = keep_survivors(ancestors)
-            dead_rows, source = p.permute(ancestors)
+            dead_rows, source, since = p.permute(ancestors)
             if bool((p.made < request.new_tokens).any()):  # else no model is asked again
-                self._target.copy_rows(p.target, dead_rows, source, p.made - 1)
-                self._draft.copy_rows(p.draft, dead_rows, source, p.made - 1)
+                self._target.copy_rows(p.target, dead_rows, source, since, p.made - 1)
+                self._draft.copy_rows(p.draft, dead_rows, source, since, p.made - 1)
             run.stats.resamplings += int(resampled.sum())
             run.clock.resample_seconds += time.perf_counter() - begin
         p.ancestors.append(ancestors)
@@ -199,7 +199,7 @@ class SMCSession:
         u, u_bonus, u_ancestors = self._uniforms(run.streams.seeds, at.made, at.cycle, at.tries)
         block, log_q, _ = self._propose(run, at.made, 2, u, at.tries)
         judged, _ = self._judged(run, at.made, block, log_q, u_bonus)
-        held = Held(p.log_w, p.log_evidence, p.ended, p.length)
+        held = Held(p.log_w, p.log_evidence, p.ended, p.length, p.shared)
         closed = self._close(judged, held, run.ends, run.request.new_tokens, at.made, at.tries, u_ancestors)
         slots = at.made + torch.arange(self._k + 1, device=at.made.device)
         for kept, new in ((p.tokens, judged.tokens), (p.log_p, judged.log_p)):
@@ -207,7 +207,7 @@ class SMCSession:
             kept.copy_(kept.index_select(0, closed.source))
         for name, value in closed.held._asdict().items():
             getattr(p, name).copy_(value)
-        copy_rows(closed.source, at.made + self._k)
+        copy_rows(closed.source, closed.since, at.made + self._k)
         for told, value in ((at.status, closed.status), (at.ess, closed.ess), (at.ancestors, closed.ancestors)):
             told.copy_(value)
 

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from smc_compile.against_eager import Agreement, checked, difference
 from smc_compile.bench_options import add_arguments, check_arguments, pair_shapes
 from smc_compile.bounds import Ceilings, Costs, costs, loop_passes, measure_ceilings, product_seconds
 from smc_compile.contest import contest
@@ -21,6 +22,7 @@ from smc_compile.passes.few_rows import EMULATED as EMULATED_BF16
 from smc_compile.presets import DTYPES, check_memory, configs, fill_in, weight_count
 from smc_compile.random_pair import build_models, parameter_count, random_prompt
 from smc_compile.report import check_json_path, device_name, write_json
+from smc_compile.result import Generation
 from smc_compile.rows import Row, make_rows
 from smc_compile.table import compile_line, range_line, rows_table
 from smc_compile.transformers_peer import assisted_loop, library_loop
@@ -54,7 +56,11 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     contestants, missing = all_contestants(target, draft, ids, arguments, shapes, console)
     place = DTYPES[arguments.dtype], torch.device(arguments.device)
     ceilings = measure_ceilings(*place)
-    measured = measure(contestants, arguments.repeats, arguments.seed, console, place[1])
+
+    def check(name: str, generation: Generation) -> Agreement:
+        return checked(name, difference(target, generation, arguments.temperature), place[0])
+
+    measured = measure(contestants, arguments.repeats, arguments.seed, console, place[1], check)
     measured.failures = missing | measured.failures
     if not measured.interrupted:
         ceilings = ceilings.better(measure_ceilings(*place))
@@ -72,6 +78,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
             tuned=asdict(tuned) if tuned else None,
             ceilings=asdict(ceilings),
             not_measured=measured.failures,
+            against_eager={name: agreement._asdict() for name, agreement in measured.agreements.items()},
             interrupted=measured.interrupted,
         )
         console.print(f"rows in {arguments.json}", style="dim", highlight=False)
@@ -220,6 +227,7 @@ def show(
     contestants = [result.contestant for result in measured.results]
     lines = [
         *footnotes(contestants, rows, arguments),
+        agreement_line(measured.agreements),
         range_line(rows, names),
         ceilings_line(ceilings),
         compile_line(measured.results),
@@ -282,6 +290,17 @@ def emulated_dtype(dtype: torch.dtype, device: torch.device) -> list[str]:
         return []
     name = str(dtype).removeprefix("torch.")
     return [f"this processor emulates {name}: a product takes {ratio:.1f} times what float32 takes (--dtype float32)"]
+
+
+def agreement_line(agreements: dict[str, Agreement]) -> str:
+    """One line about how near ours are to the eager model."""
+    if not agreements:
+        return "nothing of ours was compared with the eager model"
+    name, worst = max(agreements.items(), key=lambda item: item[1].mean)
+    return (
+        f"log-probabilities of ours are those of the eager model, but for {worst.mean:.0e} nats on average and "
+        f"{worst.largest:.0e} at most ({name})"
+    )
 
 
 def footnotes(contestants: list[Contestant], rows: list[Row], arguments: argparse.Namespace) -> list[str]:

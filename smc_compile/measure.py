@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
+from smc_compile.against_eager import Agreement
 from smc_compile.bounds import Pass
 from smc_compile.errors import SMCError
 from smc_compile.peak_memory import peak_bytes, reset_peak
@@ -87,24 +88,33 @@ class Measurement:
         results: contestants with at least one timed call, each of as many rounds.
         failures: contestants that have none, and why.
         interrupted: whether Ctrl-C ended it; only whole rounds are in ``results`` then, or what ran of the first.
+        agreements: of each of ours with the eager model, by name.
     """
 
     results: list[Result] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False
+    agreements: dict[str, Agreement] = field(default_factory=dict)
 
 
 def measure(
-    contestants: Sequence[Contestant], repeats: int, seed: int, console: Console, device: torch.device = CPU
+    contestants: Sequence[Contestant],
+    repeats: int,
+    seed: int,
+    console: Console,
+    device: torch.device = CPU,
+    check: Callable[[str, Generation], Agreement] | None = None,
 ) -> Measurement:
     """Warm every contestant up, then run all of them in turn, ``repeats`` rounds.
 
-    SMC is warmed up first: a bad N or K is then reported before anything slow has run. Ctrl-C ends the measurement and
+    SMC is warmed up first: a bad N or K is then reported before anything slow has run. ``check`` looks at what each of
+    ours gave, by its name, before anything is timed; it raises where that is wrong. Ctrl-C ends the measurement and
     keeps what there is.
     """
     first: dict[int, Run] = {}
     runs: dict[int, list[Run]] = {index: [] for index in range(len(contestants))}
     failures: dict[int, str] = {}
+    agreements: dict[str, Agreement] = {}
     interrupted = False
     with progress_bar(console) as progress:
         task = progress.add_task("", total=len(contestants) * (repeats + 1))
@@ -119,6 +129,9 @@ def measure(
                 else:
                     failures[index] = answer
                 progress.advance(task)
+                if check and isinstance(answer, Run) and answer.generation:
+                    progress.update(task, description=f"checking {contestant.name} against the eager model")
+                    agreements[contestant.name] = check(contestant.name, answer.generation)
             for round_ in range(repeats):
                 for index, contestant in enumerate(contestants):
                     progress.update(task, description=f"round {round_ + 1} of {repeats}: {contestant.name}")
@@ -130,7 +143,7 @@ def measure(
                     progress.advance(task)
         except KeyboardInterrupt:
             interrupted = True
-    return conclude(contestants, first, runs, failures, interrupted)
+    return replace(conclude(contestants, first, runs, failures, interrupted), agreements=agreements)
 
 
 def conclude(

@@ -7,8 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from fake_results import fake_generation
 from rich.console import Console
 
+from smc_compile import Generation
+from smc_compile.against_eager import Agreement
 from smc_compile.errors import ValidationError
 from smc_compile.measure import Contestant, Measurement, measure, reason
 
@@ -103,3 +106,25 @@ def test_reasons_take_one_line():
     assert reason(ValidationError("It differs.", "by 3%")) == "It differs. by 3%"
     assert reason(RuntimeError("first\nsecond")) == "RuntimeError: first"
     assert reason(NotImplementedError()) == "NotImplementedError"
+
+
+def test_ours_are_checked_before_anything_is_timed():
+    order: list[str] = []
+
+    def run(seed: int) -> Generation:
+        order.append("run")
+        return fake_generation("smc", 1.0)
+
+    def check(name: str, given: Generation) -> Agreement:
+        order.append("check")
+        return Agreement(0.0, 1.0)
+
+    ours, theirs = Contestant("smc", run, 3), contestant("transformers")
+    assert measure([ours, theirs], 1, 0, QUIET, check=check).agreements == {"smc": Agreement(0.0, 1.0)}
+    assert order == ["run", "check", "run"]
+
+    def refuse(name: str, given: Generation) -> Agreement:
+        raise ValidationError("wrong")
+
+    with pytest.raises(ValidationError, match="wrong"):
+        measure([ours], 1, 0, QUIET, check=refuse)

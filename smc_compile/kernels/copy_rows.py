@@ -1,7 +1,7 @@
 """Rows of caches over other rows, in place, as a device decides: which ones stands in a tensor, not with the host.
 
 On a GPU a Triton kernel goes over all caches of one shape in one launch (copy_rows_kernel.py), and touches only rows
-that change and slots that hold something. Elsewhere, as its twin, tensor code gathers all rows.
+that change, and slots in which they do. Elsewhere, as its twin, tensor code gathers all rows.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from torch import Tensor
 BLOCK = 1024  # words that one program copies
 
 
-def gather_rows(caches: Sequence[Tensor], source: Tensor, used: Tensor) -> None:
-    """The twin: whole rows, whatever ``used`` says. caches: [R, H, S, d] each; source: [R]; used: []."""
+def gather_rows(caches: Sequence[Tensor], source: Tensor) -> None:
+    """The twin: whole rows. caches: [R, H, S, d] each; source: [R]."""
     for cache in caches:
         cache.copy_(cache.index_select(0, source))
 
 
 class RowCopy:
-    """Gives row r of every cache [R, H, S, d] what row ``source[r]`` holds in its first ``used`` slots.
+    """Gives row r of every cache [R, H, S, d] what row ``source[r]`` holds in slots ``since[r]`` to ``used``.
+
+    What they hold before is the same already, and nothing is meant from ``used`` on.
 
     Rows that others take from keep their own: ``source[source[r]] == source[r]``.
     """
@@ -37,17 +39,17 @@ class RowCopy:
             if group[0].is_cuda
         ]
 
-    def __call__(self, source: Tensor, used: Tensor) -> None:
-        """source: [R] int64; used: [] int64; both on the device of the caches."""
+    def __call__(self, source: Tensor, since: Tensor, used: Tensor) -> None:
+        """source, since: [R] int64; used: [] int64; all on the device of the caches."""
         if not self._addresses:
             for group in self._groups:
-                gather_rows(group, source, used)
+                gather_rows(group, source)
             return
         for group, addresses in zip(self._groups, self._addresses, strict=True):
-            copy_group(group[0], addresses, source, used)
+            copy_group(group[0], addresses, source, since, used)
 
 
-def copy_group(like: Tensor, addresses: Tensor, source: Tensor, used: Tensor) -> None:
+def copy_group(like: Tensor, addresses: Tensor, source: Tensor, since: Tensor, used: Tensor) -> None:
     """By the kernel, for contiguous caches shaped as ``like`` [R, H, S, d] that stand at ``addresses`` [C] int64."""
     from .copy_rows_kernel import WORDS, copy_rows_kernel
 
@@ -55,4 +57,4 @@ def copy_group(like: Tensor, addresses: Tensor, source: Tensor, used: Tensor) ->
     size = next(size for size in WORDS if width * like.itemsize % size == 0)
     words = width * like.itemsize // size
     grid = (rows * heads, len(addresses), -(-slots * words // BLOCK))
-    copy_rows_kernel[grid](addresses, source, used, heads, slots * words, words, WORDS[size], BLOCK)
+    copy_rows_kernel[grid](addresses, source, since, used, heads, slots * words, words, WORDS[size], BLOCK)

@@ -12,6 +12,7 @@ WORDS = {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}  # by their bytes
 def copy_rows_kernel(
     addresses,  # [C] int64, of caches [R, H, S, d]
     source,  # [R] int64
+    since,  # [R] int64
     used,  # [] int64
     heads,
     head_words,  # of S slots
@@ -25,7 +26,7 @@ def copy_rows_kernel(
     origin = tl.load(source + row)
     if origin != row:
         offset = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-        held = offset < tl.load(used) * slot_words
+        differs = (offset >= tl.load(since + row) * slot_words) & (offset < tl.load(used) * slot_words)
         cache = tl.load(addresses + tl.program_id(1)).to(tl.pointer_type(WORD))
-        values = tl.load(cache + (origin * heads + head) * head_words + offset, mask=held)
-        tl.store(cache + line * head_words + offset, values, mask=held)
+        values = tl.load(cache + (origin * heads + head) * head_words + offset, mask=differs)
+        tl.store(cache + line * head_words + offset, values, mask=differs)

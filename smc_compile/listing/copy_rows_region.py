@@ -43,7 +43,7 @@ def machine_code(target: Target) -> MachineCode:
 
     from smc_compile.kernels.copy_rows_kernel import copy_rows_kernel
 
-    pointers = dict.fromkeys(("addresses", "source", "used"), "*i64")
+    pointers = dict.fromkeys(("addresses", "source", "since", "used"), "*i64")
     numbers = dict.fromkeys(("heads", "head_words", "slot_words"), "i32")
     return compile_written(copy_rows_kernel, pointers | numbers, {"WORD": tl.int64, "BLOCK": BLOCK}, target)
 
@@ -69,7 +69,7 @@ def interpreted(runs: int, seed: int) -> Verdict:
 def compare_with_twin(generator: torch.Generator) -> tuple[float, bool]:
     """One run on random shapes: the share of wrong entries, and whether anything had to change.
 
-    Rows that others take from keep their own; slots from ``used`` on are not to be touched.
+    Rows that others take from keep their own; slots before ``since`` and from ``used`` on are not to be touched.
     """
 
     def drawn(low: int, high: int) -> int:
@@ -83,11 +83,14 @@ def compare_with_twin(generator: torch.Generator) -> tuple[float, bool]:
     survivors = survives.nonzero()[:, 0]
     heirs = survivors[torch.randint(len(survivors), (rows,), generator=generator)]
     source, used = torch.where(survives, torch.arange(rows), heirs), drawn(0, slots)
+    since = torch.randint(used + 1, (rows,), generator=generator)
     got, want = ([cache.clone() for cache in before] for _ in range(2))
     addresses = torch.tensor([cache.data_ptr() for cache in got])
-    copy_group(got[0], addresses, source, torch.tensor(used))
-    gather_rows(want, source, torch.tensor(used))
-    want = [torch.cat([w[:, :, :used], b[:, :, used:]], 2) for w, b in zip(want, before, strict=True)]
+    copy_group(got[0], addresses, source, since, torch.tensor(used))
+    gather_rows(want, source)
+    slot = torch.arange(slots)[:, None]
+    moves = (slot >= since[:, None, None, None]) & (slot < used)  # [R, 1, S, 1]
+    want = [torch.where(moves, w, b) for w, b in zip(want, before, strict=True)]
     wrong = max(float((g != w).double().mean()) for g, w in zip(got, want, strict=True))
     return wrong, not all(torch.equal(w, b) for w, b in zip(want, before, strict=True))
 
