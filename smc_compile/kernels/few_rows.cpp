@@ -3,8 +3,9 @@
 // A thread takes chunks of CHUNK rows of W, block by block of BLOCK columns. A tile of a block (PANEL rows) stays in the
 // first-level cache while all rows of x pass over it, ROWS at a time: ROWS * PANEL sums live in registers. Meanwhile
 // the tile after the next is fetched into the second-level cache and the next one into the first, every line once and
-// evenly, so that reading the weight and multiplying go on at once. A narrow weight is widened tile by tile, and sums
-// are float32: rounded once, at the end. Blocks do not depend on the number of rows, so neither does a row's result.
+// evenly, so that reading the weight and multiplying go on at once. Sums are float32: rounded once, at the end. A narrow
+// weight is widened tile by tile, or on the way into the product where few rows meet it. Neither the blocks nor the order
+// of a sum depend on the number of rows, so neither does a row's result.
 #include "lanes.h"
 
 #include <ATen/native/cpu/utils.h>
@@ -15,10 +16,31 @@
 
 #include <omp.h>
 
-constexpr int64_t PANEL = 4, BLOCK = 256, CHUNK = 64 * PANEL;
+constexpr int64_t PANEL = 4, BLOCK = 512, CHUNK = 64 * PANEL;
 constexpr int64_t ROWS = LANES >= 16 ? 6 : 2;  // 32 registers of 16 numbers, or 16 of 8
-constexpr int64_t GROUP = 36;  // rows of x whose block fits in the first-level cache beside two tiles
+constexpr int64_t GROUP = 36;  // rows of x that pass over a tile before the next one
+constexpr int64_t NARROW = 4;  // rows of x up to which a narrow weight is widened in registers
 constexpr int64_t LINE = 64;   // bytes
+constexpr int64_t PAIR = 2 * LANES;
+
+// Two vectors of narrow numbers as float32: those at even places, then those at odd ones. x is laid out alike.
+inline void widen_pair(const c10::BFloat16* from, Vec& even, Vec& odd) {
+  const Int both = Int::loadu(from);
+  even = at::vec::cast<float>(both << Int(16));
+  odd = at::vec::cast<float>(both & Int(int32_t(0xffff0000)));
+}
+
+// n numbers in the order of ``widen_pair``, as far as they come in pairs of vectors; the rest as it stands.
+template <typename T>
+inline void widen(const T* from, int64_t n, float* to) {
+  int64_t i = 0;
+  for (; i + PAIR <= n; i += PAIR) {
+    Vec even, odd;
+    widen_pair(from + i, even, odd);
+    even.store(to + i), odd.store(to + i + LANES);
+  }
+  for (; i < n; i++) to[i] = float(from[i]);
+}
 
 // The tiles to fetch, from column ``column`` (in lines) on; they have PANEL rows ``stride`` numbers apart.
 template <typename T>
@@ -41,73 +63,82 @@ struct Ahead {
   }
 };
 
-// sums [R, O] += x [R, n] w [O, n]^T, fetching LINES lines of the tiles ahead a step.
-template <int R, int O, int LINES, typename T>
-inline void multiply(const float* x, const float* w, int64_t w_stride, int64_t n, const Ahead<T>& ahead, float* sums) {
+// acc [R, O] += x [R, LANES] w [O, LANES]^T, rows of x being ``stride`` numbers apart.
+template <int R, int O>
+inline void step(const float* x, int64_t stride, const Vec* w, Vec (*acc)[O]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) {
+    const Vec xv = Vec::loadu(x + r * stride);
+#pragma GCC unroll 8
+    for (int o = 0; o < O; o++) acc[r][o] = at::vec::fmadd(xv, w[o], acc[r][o]);
+  }
+}
+
+// sums [R, O] += x [R, n] w [O, n]^T, fetching LINES lines of the tiles ahead a step. W is float, or narrow.
+template <int R, int O, int LINES, typename W, typename T>
+inline void multiply(const float* x, const W* w, int64_t w_stride, int64_t n, const Ahead<T>& ahead, float* sums) {
   Vec acc[R][O];
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
     for (int o = 0; o < O; o++) acc[r][o] = Vec(0.f);
-  const int64_t whole = n / LANES * LANES;
-  for (int64_t i = 0; i < whole; i += LANES) {
+  int64_t i = 0;
+  float rest[O * PAIR];
+  const float* left;  // what is left of w, from column ``from`` on
+  int64_t left_stride, from;
+  if constexpr (std::is_same_v<W, float>) {
+    left = w, left_stride = w_stride, from = 0;
+  } else {
+    for (; i + PAIR <= n; i += PAIR) {
+      Vec even[O], odd[O];
+#pragma GCC unroll 8
+      for (int o = 0; o < O; o++) widen_pair(w + o * w_stride + i, even[o], odd[o]);
+      ahead.template fetch<LINES>(i / LANES);
+      step<R, O>(x + i, n, even, acc);
+      ahead.template fetch<LINES>(i / LANES + 1);
+      step<R, O>(x + i + LANES, n, odd, acc);
+    }
+    if (i < n)
+      for (int o = 0; o < O; o++) widen(w + o * w_stride + i, n - i, rest + o * PAIR);
+    left = rest, left_stride = PAIR, from = i;
+  }
+  for (; i + LANES <= n; i += LANES) {
     Vec wv[O];
 #pragma GCC unroll 8
-    for (int o = 0; o < O; o++) wv[o] = Vec::loadu(w + o * w_stride + i);
+    for (int o = 0; o < O; o++) wv[o] = Vec::loadu(left + o * left_stride + i - from);
     ahead.template fetch<LINES>(i / LANES);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-      const Vec xv = Vec::loadu(x + r * n + i);
-#pragma GCC unroll 8
-      for (int o = 0; o < O; o++) acc[r][o] = at::vec::fmadd(xv, wv[o], acc[r][o]);
-    }
+    step<R, O>(x + i, n, wv, acc);
   }
-  if (whole < n) {
-    Vec wv[O];
-    for (int o = 0; o < O; o++) wv[o] = Vec::loadu(w + o * w_stride + whole, n - whole);
-    for (int r = 0; r < R; r++) {
-      const Vec xv = Vec::loadu(x + r * n + whole, n - whole);
-      for (int o = 0; o < O; o++) acc[r][o] = at::vec::fmadd(xv, wv[o], acc[r][o]);
+  if (i < n)
+    for (int o = 0; o < O; o++) {
+      const Vec wv = Vec::loadu(left + o * left_stride + i - from, n - i);
+      for (int r = 0; r < R; r++) acc[r][o] = at::vec::fmadd(Vec::loadu(x + r * n + i, n - i), wv, acc[r][o]);
     }
-  }
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++) add_sums<O>(acc[r], sums + r * CHUNK);
 }
 
-template <int O, int LINES, typename T, typename... Args>
-inline void multiply_rows(int64_t rows, const Args&... args) {
+template <int O, int LINES, typename W, typename... Args>
+inline void multiply_rows(int64_t rows, const float* x, const W* w, const Args&... args) {
   switch (rows) {
-    case 1: return multiply<1, O, LINES, T>(args...);
-    case 2: return multiply<2, O, LINES, T>(args...);
-    case 3: return multiply<3, O, LINES, T>(args...);
-    case 4: return multiply<4, O, LINES, T>(args...);
-    case 5: return multiply<5, O, LINES, T>(args...);
-    case 6: return multiply<6, O, LINES, T>(args...);
+    case 1: return multiply<1, O, LINES>(x, w, args...);
+    case 2: return multiply<2, O, LINES>(x, w, args...);
+    case 3: return multiply<3, O, LINES>(x, w, args...);
+    case 4: return multiply<4, O, LINES>(x, w, args...);
+  }
+  if constexpr (std::is_same_v<W, float>) {
+    if (rows == 5) return multiply<5, O, LINES>(x, w, args...);
+    if (rows == 6) return multiply<6, O, LINES>(x, w, args...);
   }
 }
 
-template <int O, typename T, typename... Args>
+template <int O, typename... Args>
 inline void multiply_rows_fetching(int64_t lines, int64_t rows, const Args&... args) {
   switch (lines) {
-    case 0: return multiply_rows<O, 0, T>(rows, args...);
-    case 1: return multiply_rows<O, 1, T>(rows, args...);
-    case 2: return multiply_rows<O, 2, T>(rows, args...);
-    default: return multiply_rows<O, 4, T>(rows, args...);
-  }
-}
-
-// A tile [O, n] of the weight in float32 in ``wide``.
-template <int O, typename T>
-inline void widen(const T* tile, int64_t stride, int64_t n, float* wide) {
-  for (int o = 0; o < O; o++) {
-    const T* from = tile + o * stride;
-    float* to = wide + o * n;
-    int64_t i = 0;
-    for (; i + 2 * LANES <= n; i += 2 * LANES) {
-      const auto [low, high] = at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(from + i));
-      low.store(to + i), high.store(to + i + LANES);
-    }
-    for (; i < n; i++) to[i] = float(from[i]);
+    case 0: return multiply_rows<O, 0>(rows, args...);
+    case 1: return multiply_rows<O, 1>(rows, args...);
+    case 2: return multiply_rows<O, 2>(rows, args...);
+    default: return multiply_rows<O, 4>(rows, args...);
   }
 }
 
@@ -115,10 +146,9 @@ inline void widen(const T* tile, int64_t stride, int64_t n, float* wide) {
 template <int O, typename T>
 void multiply_tile(const float* x, int64_t rows, const T* tile, int64_t stride, int64_t n, Ahead<T> ahead, float* wide,
                    float* sums) {
-  const float* w;
-  if constexpr (std::is_same_v<T, float>) w = tile;
-  else widen<O, T>(tile, stride, n, wide), w = wide;
-  const int64_t w_stride = std::is_same_v<T, float> ? stride : n;
+  const bool widened = !std::is_same_v<T, float> && rows > NARROW;
+  if constexpr (!std::is_same_v<T, float>)
+    for (int o = 0; widened && o < O; o++) widen(tile + o * stride, n, wide + o * n);
   const int64_t passes = (rows + ROWS - 1) / ROWS, steps = std::max<int64_t>(1, n / LANES);
   const int64_t columns = (n * int64_t(sizeof(T)) + LINE - 1) / LINE;
   for (int64_t j = 0; j < passes; j++) {
@@ -126,14 +156,29 @@ void multiply_tile(const float* x, int64_t rows, const T* tile, int64_t stride, 
     const int64_t left = O < PANEL ? 0 : std::max<int64_t>(0, columns - ahead.column) * PANEL;
     const int64_t even = (left + steps * (passes - j) - 1) / (steps * (passes - j));
     const int64_t lines = even > 2 ? 4 : even;
-    multiply_rows_fetching<O, T>(lines, last - first, x + first * n, w, w_stride, n, ahead, sums + first * CHUNK);
+    const float* some = x + first * n;
+    if (widened) multiply_rows_fetching<O>(lines, last - first, some, wide, n, n, ahead, sums + first * CHUNK);
+    else multiply_rows_fetching<O>(lines, last - first, some, tile, stride, n, ahead, sums + first * CHUNK);
     ahead.column += steps * lines / PANEL;
   }
 }
 
+// float32 numbers that begin with a line of the cache: a vector across two of them takes twice as long to load.
+class Numbers {
+ public:
+  explicit Numbers(int64_t n) : lines_((n + 15) / 16) {}
+  float* data() { return lines_.data()->numbers; }
+
+ private:
+  struct alignas(LINE) Line {
+    float numbers[16];
+  };
+  std::vector<Line> lines_;
+};
+
 // What a thread needs: x by blocks, a widened tile, and the sums of a chunk.
 struct Room {
-  std::vector<float> x, wide, sums;
+  Numbers x, wide, sums;
 };
 
 // Columns [from, from + width) of y [rows, out], O of them at a time; the last of them read nothing further ahead.
@@ -141,7 +186,7 @@ template <int O, typename T>
 void chunk(const float* x, const T* w, const T* bias, T* y, int64_t rows, int64_t in, int64_t out, int64_t from,
            int64_t width, Room& room) {
   const int64_t groups = (rows + GROUP - 1) / GROUP;
-  std::fill(room.sums.begin(), room.sums.end(), 0.f);
+  std::fill_n(room.sums.data(), rows * CHUNK, 0.f);
   for (int64_t i = 0; i < in; i += BLOCK) {
     const int64_t n = std::min(BLOCK, in - i);
     for (int64_t r = 0; r < rows; r++) std::memcpy(room.x.data() + r * n, x + r * in + i, n * sizeof(float));
@@ -162,21 +207,25 @@ void chunk(const float* x, const T* w, const T* bias, T* y, int64_t rows, int64_
   }
   for (int64_t r = 0; r < rows; r++)
     for (int64_t o = 0; o < width; o++)
-      y[r * out + from + o] = T(room.sums[r * CHUNK + o] + (bias ? float(bias[from + o]) : 0.f));
+      y[r * out + from + o] = T(room.sums.data()[r * CHUNK + o] + (bias ? float(bias[from + o]) : 0.f));
 }
 
 template <typename T>
 void product(const T* x, const T* w, const T* bias, T* y, int64_t rows, int64_t in, int64_t out, int64_t threads) {
-  std::vector<float> converted;
+  std::vector<float> widened(std::is_same_v<T, float> ? 0 : rows * in);
   const float* xs;
-  if constexpr (std::is_same_v<T, float>) xs = x;
-  else converted.assign(x, x + rows * in), xs = converted.data();
+  if constexpr (std::is_same_v<T, float>) {
+    xs = x;
+  } else {
+    for (int64_t r = 0; r < rows; r++) widen(x + r * in, in, widened.data() + r * in);
+    xs = widened.data();
+  }
   const int64_t panels = out / PANEL;
 #pragma omp parallel num_threads(threads)
   {
     const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
     const int64_t first = me * panels / all * PANEL, last = (me + 1) * panels / all * PANEL;
-    Room room{std::vector<float>(rows * BLOCK), std::vector<float>(PANEL * BLOCK), std::vector<float>(rows * CHUNK)};
+    Room room{Numbers(rows * BLOCK), Numbers(PANEL * BLOCK), Numbers(rows * CHUNK)};
     for (int64_t o = first; o < last; o += CHUNK)
       chunk<PANEL, T>(xs, w, bias, y, rows, in, out, o, std::min(CHUNK, last - o), room);
     if (me == all - 1 && last < out) chunk<1, T>(xs, w, bias, y, rows, in, out, last, out - last, room);

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 using Vec = at::vec::Vectorized<float>;
+using Int = at::vec::Vectorized<int32_t>;
 constexpr int64_t LANES = Vec::size();
 
 inline Vec add(const Vec& a, const Vec& b) { return a + b; }
