@@ -18,7 +18,7 @@ from smc_compile.gpt_fast_peer import gpt_fast_loop
 from smc_compile.llama import Llama, LlamaConfig, cache_numbers
 from smc_compile.measure import Contestant, Measurement, measure, reason
 from smc_compile.nested_pair import Tuned
-from smc_compile.passes.few_rows import EMULATED as EMULATED_BF16
+from smc_compile.passes.few_rows import ROWS
 from smc_compile.presets import DTYPES, check_memory, configs, fill_in, weight_count
 from smc_compile.random_pair import build_models, parameter_count, random_prompt
 from smc_compile.report import check_json_path, device_name, write_json
@@ -35,8 +35,9 @@ cache, alone and assisted by the draft (where it is installed); gpt-fast (where 
 compiled one-token loop; exact speculation; and SMC at each pair of --n-particles and --lookahead. The table shows
 medians, ratios within a round, and the share of what the machine reads and multiplies at best. The weights say
 nothing about text: the target contains the draft, with noise added until --acceptance of the drafted tokens are
-accepted. The defaults are a Llama-shaped target of 336M parameters and a draft of 31M, in bfloat16, or in float32 on
-a processor without instructions for it. Ctrl-C ends the measurement and keeps whole rounds.
+accepted. The defaults are a Llama-shaped target of 336M parameters and a draft of 31M, in bfloat16. Before anything is
+timed, the log-probabilities of ours are compared with the eager model's. Ctrl-C ends the measurement and keeps whole
+rounds.
 
   smc-compile bench
   smc-compile bench --preset 0.5b-60m --acceptance 0.9 --n-particles 8 16 --lookahead 6 --json rows.json
@@ -96,7 +97,7 @@ def prepare(
     """
     fill_in(arguments)
     check_arguments(arguments)
-    settle_place(arguments)
+    set_threads(arguments)
     target_config, draft_config = configs(arguments, lookahead)
     held_again = weight_count(target_config) if arguments.gpt_fast else 0  # gpt-fast holds most of it
     target, draft, tuned = build_pair(arguments, target_config, draft_config, held_again, console)
@@ -109,10 +110,8 @@ def prepare(
     return target, draft, ids, tuned
 
 
-def settle_place(arguments: argparse.Namespace) -> None:
-    """The type of weights for ``auto``, and torch's threads."""
-    if arguments.dtype == "auto":
-        arguments.dtype = own_dtype(torch.device(arguments.device))
+def set_threads(arguments: argparse.Namespace) -> None:
+    """Torch's, where they are given."""
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
 
@@ -263,11 +262,6 @@ def where(arguments: argparse.Namespace) -> str:
     )
 
 
-def own_dtype(device: torch.device) -> str:
-    """bfloat16 where the device has instructions for it."""
-    return "float32" if device.type == "cpu" and EMULATED_BF16 else "bfloat16"
-
-
 def ceilings_line(ceilings: Ceilings) -> str:
     """What the bound is made of."""
     return f"{rates(ceilings)}: bandwidth and arithmetic are shares of that, for what a step must read and multiply"
@@ -282,14 +276,18 @@ def rates(ceilings: Ceilings) -> str:
 
 
 def emulated_dtype(dtype: torch.dtype, device: torch.device) -> list[str]:
-    """A warning where products in ``dtype`` run slower than in float32: the processor has no instructions for it."""
+    """A warning where torch's products in ``dtype`` run slower than in float32, for want of instructions for it."""
     if dtype == torch.float32 or device.type != "cpu":
         return []
     ratio = product_seconds(dtype, device) / product_seconds(torch.float32, device)
     if ratio < EMULATED_RATIO:
         return []
     name = str(dtype).removeprefix("torch.")
-    return [f"this processor emulates {name}: a product takes {ratio:.1f} times what float32 takes (--dtype float32)"]
+    ours = "ours do not" if dtype in ROWS else "ours too"
+    return [
+        f"this processor emulates {name}: torch's products take {ratio:.1f} times what float32 takes, {ours} (--dtype "
+        "float32 may be faster for others)"
+    ]
 
 
 def agreement_line(agreements: dict[str, Agreement]) -> str:

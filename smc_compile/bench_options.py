@@ -68,9 +68,9 @@ def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
     )
     pair.add_argument(
         "--dtype",
-        choices=["auto", *sorted(DTYPES)],
-        default="auto",
-        help="type of the weights; auto: bfloat16, or float32 on a processor that emulates it",
+        choices=sorted(DTYPES),
+        default="bfloat16",
+        help="type of the weights",
     )
     pair.add_argument("--device", default="cpu", help="cpu or cuda")
     pair.add_argument("--seed", type=int, default=0, metavar="S", help="seed of weights, prompt and sampling")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
-from smc_compile.bench import build_pair, rates, settle_place, warn_of_emulation
+from smc_compile.bench import build_pair, rates, set_threads, warn_of_emulation
 from smc_compile.bench_options import add_pair_arguments, check_arguments
 from smc_compile.bounds import Ceilings, Costs, costs, cycle_passes, least_seconds, measure_ceilings
 from smc_compile.errors import OptionError
@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     check_plot_path(arguments.plot)
     fill_in(arguments)
     check_arguments(arguments, ("n_particles", "lookahead", "requests", "cycles"))
-    settle_place(arguments)
+    set_threads(arguments)
     points, refused = fitting(grid(axes, arguments), arguments)
     target_config, draft_config = configs(*widest(points, arguments))
     target, draft, tuned = build_pair(arguments, target_config, draft_config, 0, console)

@@ -198,6 +198,7 @@ def time_cycles(
     running = session.cycles(request)
     run = next(running)
     run.p.made = begin
+    run.p.shared.fill_(begin - 1)  # by then all particles descend from one that is not long gone
     for _ in range(GROWING):
         next(running)
     first, before, resamplings, start = run.p.made, spent(session, run), run.stats.resamplings, now(request)

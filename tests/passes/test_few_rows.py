@@ -67,11 +67,19 @@ def test_rows_and_weights_need_not_be_contiguous():
         assert torch.equal(linear(stretched, weight.t().contiguous().t(), bias), linear(x, weight, bias))
 
 
-def test_one_row_alone_and_among_others_is_the_same_number():
-    x, weight, _ = operands((12,), torch.float32)
-    with torch.no_grad():
-        among, fewer = linear(x, weight), linear(x[3:8], weight)
-    assert torch.equal(among[3:8], fewer)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("inputs", "outputs"), [(1100, 64), (1000, 70), (45, 9), (17, 33)])
+def test_one_row_alone_and_among_others_is_the_same_number(inputs, outputs, dtype):
+    """Few rows and many take different ways through the kernel."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, inputs, generator=generator).to(dtype) for n in (40, outputs))
+    exact = x.double() @ weight.double().t()
+    among = torch.ops.smc_compile.few_rows(x, weight, None)
+    torch.testing.assert_close(
+        among.double(), exact, rtol=0, atol=float(exact.abs().max()) * 4 * torch.finfo(dtype).eps
+    )
+    for count in range(1, 9):
+        assert torch.equal(torch.ops.smc_compile.few_rows(x[3 : 3 + count], weight, None), among[3 : 3 + count])
 
 
 def test_without_a_compiler_the_product_is_atens(monkeypatch):
