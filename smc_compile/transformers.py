@@ -85,6 +85,7 @@ def generate(
     draft_temperature: float | None = None,
     seed: Any = None,
     validate: bool = True,
+    cuda_graph: bool = True,
     compiler: str = "inductor",
     token_streamer: Any = None,
     stream: str = "settled",
@@ -125,6 +126,7 @@ def generate(
             "draft_temperature": draft_temperature,
             "seed": single_seed(seed),
             "validate": validate,
+            "cuda_graph": cuda_graph,
             "compiler": compiler,
         }
     )

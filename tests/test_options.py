@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import Any
@@ -151,3 +152,11 @@ def test_what_is_to_be_chosen_is_told_from_what_is_given():
     assert Options.parse({"lookahead": "auto"}).is_auto
     assert Options.parse({"n_particles": "auto", "ess_floor": 4}).is_auto
     assert not Options.parse({"lookahead": 3}).is_auto
+
+
+def test_a_transformers_model_takes_every_option():
+    """Under the library's names for the draft and for the end of a sequence."""
+    from smc_compile.transformers import generate
+
+    ours = {field.name for field in fields(Options)} - {"draft", "eos_token_id"}
+    assert ours <= set(inspect.signature(generate).parameters)
