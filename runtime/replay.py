@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from smc_compile.errors import InputError
+from smc_compile.errors import GenerationError, InputError
 from smc_compile.kernels.copy_rows import RowCopy
 
 from .memory import require_memory
@@ -27,6 +28,8 @@ KEPT = 8  # recordings of a session
 PROMPTS = 128
 ANSWERS = 128
 
+VALUES = ("tokens", "log_p", "ended", "stopped", "length", "log_w", "log_evidence", "shared")  # of a population
+
 # What it is handed works in place on tensors that stay where they are; what it returns does the same again.
 Record = Callable[[Callable[[], None]], Callable[[], None]]
 
@@ -34,14 +37,17 @@ Record = Callable[[Callable[[], None]], Callable[[], None]]
 def cuda_graphs(device: torch.device) -> Record:
     """Record CUDA graphs on ``device``, one at a time in use: they share the memory in between. What is recorded has
     run once before, so that everything is compiled."""
-    pool: list[Any] = []
+    first: list[Any] = []  # a graph that keeps their memory from being given back, and the stream of all
 
     def record(work: Callable[[], None]) -> Callable[[], None]:
         with torch.cuda.device(device):
+            if not first:
+                first.extend((torch.cuda.CUDAGraph(), torch.cuda.Stream(device)))
+                with torch.cuda.graph(first[0], stream=first[1]):
+                    torch.zeros(1, device=device)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, *pool):
+            with torch.cuda.graph(graph, first[0].pool(), first[1], "thread_local"):
                 work()
-            pool[:] = [graph.pool()]
         return graph.replay
 
     return record
@@ -108,8 +114,9 @@ class Recording:
 
     Attributes:
         run: holds the tensors that it reads and writes.
-        replay: None until it has run once.
         user: the call that is using them.
+        ran: whether it ran once, so that everything is compiled and can be recorded.
+        replay: once it is recorded.
     """
 
     run: Run
@@ -117,6 +124,7 @@ class Recording:
     copy_rows: RowCopy
     key: Any
     user: weakref.ref[Run]
+    ran: bool = False
     replay: Callable[[], None] | None = None
 
     @property
@@ -137,18 +145,33 @@ class Replay:
         self._recordings: list[Recording] = []  # the last used stands last
 
     def __call__(self, run: Run, cycle: int, tries: Tensor) -> tuple[Status, At]:
-        """The cycle behind ``run.p.made`` tokens; what the host counts is left to the caller. tries: [B]."""
+        """The cycle behind ``run.p.made`` tokens; what the host counts is left to the caller. tries: [B].
+
+        Raises:
+            GenerationError: when it cannot be recorded, before it runs.
+        """
         recording = self._recording_of(run)
         at = recording.at
         at.made.fill_(run.p.made)
         at.cycle.fill_(cycle)
         at.tries.copy_(tries)
-        if recording.replay is None:
+        if not recording.ran:
             self._work(recording.run, at, recording.copy_rows)
-            recording.replay = self._record(lambda: self._work(recording.run, at, recording.copy_rows))
+            recording.ran = True
         else:
+            recording.replay = recording.replay or self._recorded(recording)
             recording.replay()
         return Status(*at.status.cpu()), at
+
+    def _recorded(self, recording: Recording) -> Callable[[], None]:
+        try:
+            return self._record(lambda: self._work(recording.run, recording.at, recording.copy_rows))
+        except Exception as error:
+            raise GenerationError(
+                "a cycle cannot be recorded as a CUDA graph",
+                f"{type(error).__name__}: {error}",
+                "pass cuda_graph=False to run cycles from the host; error.partial holds what was generated before",
+            ) from error
 
     def forget(self) -> bool:
         """Free the memory of recordings that no call is using. Whether there were any."""
@@ -176,36 +199,64 @@ class Replay:
 
 
 def new_recording(run: Run, key: Any) -> Recording:
-    """One that takes over the tensors of ``run``, which goes on using them."""
-    p = replace(run.p, ess=[], ancestors=[], lag=[])
-    home = replace(run, p=p, outcomes=[], watcher=None)
-    return Recording(home, At.of(run), RowCopy([*p.target, *p.draft]), key, weakref.ref(run))
+    """One with tensors of its own, in which ``run`` goes on. Those that it had may be the caller's, or weights."""
+    request, streams = run.request, copy(run.streams)
+    streams.seeds = fixed(streams.seeds)
+    states: dict[str, Any] = {name: list(map(fixed, getattr(run.p, name))) for name in ("target", "draft")}
+    values: dict[str, Any] = {name: fixed(getattr(run.p, name)) for name in VALUES}
+    home = replace(
+        run,
+        request=replace(request, lengths=fixed(request.lengths), new_tokens=fixed(request.new_tokens), watch=None),
+        p=replace(run.p, **values, **states, ess=[], ancestors=[], lag=[]),
+        streams=streams,
+        contexts=[(list(map(fixed, a)), list(map(fixed, b)), weights) for a, b, weights in run.contexts],
+        keys=fixed(run.keys),
+        outcomes=[],
+        watcher=None,
+    )
+    go_on_in(run, home)
+    return Recording(home, At.of(run), RowCopy([*home.p.target, *home.p.draft]), key, weakref.ref(run))
+
+
+def fixed(tensor: Tensor) -> Tensor:
+    """A copy to be recorded, of which the same dimensions may vary."""
+    copied = tensor.clone()
+    copied.__dict__.update(tensor.__dict__)  # mark_dynamic notes them there
+    return copied
 
 
 def written(run: Run) -> list[Tensor]:
     """What a cycle changes in place."""
     p = run.p
-    return [p.tokens, p.log_p, p.ended, p.stopped, p.length, p.log_w, p.log_evidence, p.shared, *p.target, *p.draft]
+    return [*(getattr(p, name) for name in VALUES), *p.target, *p.draft]
 
 
 def read(run: Run) -> list[Tensor]:
     """What it only reads, weights apart."""
     request = run.request
     contexts = [tensor for prompts, tables, _ in run.contexts for tensor in (*prompts, *tables)]
-    small = [*run.ends, *run.settings.values(), request.lengths, request.new_tokens, run.streams.seeds]
+    settings = [run.settings[name] for name in sorted(run.settings)]
+    small = [*run.ends, *settings, request.lengths, request.new_tokens, run.streams.seeds]
     return [run.keys, *small, *contexts]
 
 
 def signature(run: Run) -> Any:
     """Runs of equal signatures can use one recording: shapes, types, and where the weights are."""
     weights = tuple(weight.data_ptr() for *_, weights in run.contexts for weight in weights)
-    return tuple((tensor.shape, tensor.dtype) for tensor in (*written(run), *read(run))), weights
+    kinds = tuple((tensor.shape, tensor.dtype) for tensor in (*written(run), *read(run)))
+    return kinds, tuple(sorted(run.settings)), weights
 
 
 def move(run: Run, home: Run) -> None:
     """Let ``run`` go on in the tensors of ``home``."""
     for mine, theirs in zip((*written(home), *read(home)), (*written(run), *read(run)), strict=True):
         mine.copy_(theirs)
-    for name in ("tokens", "log_p", "ended", "stopped", "length", "log_w", "log_evidence", "shared", "target", "draft"):
+    go_on_in(run, home)
+
+
+def go_on_in(run: Run, home: Run) -> None:
+    """Let ``run`` use the tensors of ``home``, which hold what its own do; lists stay its own."""
+    for name in VALUES:
         setattr(run.p, name, getattr(home.p, name))
-    run.contexts, run.keys = home.contexts, home.keys
+    run.p.target, run.p.draft = list(home.p.target), list(home.p.draft)
+    run.contexts, run.keys = list(home.contexts), home.keys

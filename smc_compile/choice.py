@@ -235,7 +235,7 @@ def _pilot(program: Program, request: Request, n: int) -> Generation:
     )
     with torch.compiler.set_stance("force_eager"):
         try:
-            return program.like(concrete).session.run(short)
+            return replace(program.like(concrete), record=None).session.run(short)
         except GenerationError as error:
             raise OptionError(
                 "the pilot that should tell how the weights spread broke off",

@@ -46,7 +46,8 @@ class RowCopy:
                 gather_rows(group, source)
             return
         for group, addresses in zip(self._groups, self._addresses, strict=True):
-            copy_group(group[0], addresses, source, since, used)
+            with torch.cuda.device_of(group[0]):  # Triton launches on the current device
+                copy_group(group[0], addresses, source, since, used)
 
 
 def copy_group(like: Tensor, addresses: Tensor, source: Tensor, since: Tensor, used: Tensor) -> None:

@@ -150,10 +150,13 @@ def test_a_replayed_cycle_is_the_host_s_cycle(records, method, kind):
 @interpreted
 @pytest.mark.parametrize("method", METHODS)
 def test_lengths_ends_and_requests_that_leave(records, pair, method):
-    options = {"method": method, "eos_token_id": 3, "ids": PROMPTS.repeat(2, 1), "n": [12, 30, 9, 17, 40, 1, 2, 25]}
-    for _ in range(2):  # the second time, batches shrink to sizes that have run
+    options = {"method": method, "ids": PROMPTS.repeat(2, 1), "n": [12, 30, 9, 17, 40, 1, 2, 25]}
+    assert_same(run(pair, **options, eos_token_id=3), by_host(pair, **options, eos_token_id=3))
+    run(pair, PROMPTS[:2], method=method)
+    for _ in range(2):  # batches shrink to two requests, a size that has run
         assert_same(run(pair, **options), by_host(pair, **options))
-    assert records
+    assert last_program().session._sizes == {2, 8}
+    assert len({r.run.request.batch for r in last_program().session._replay._recordings}) == 2
 
 
 @interpreted
@@ -171,7 +174,7 @@ def test_settings_of_each_request(records, pair, settings):
 
 @interpreted
 def test_a_longer_answer_takes_new_recordings_as_it_grows(records, pair):
-    options = {"n": 200, "ids": PROMPTS[:1], "n_particles": 3, "lookahead": 7}
+    options = {"n": 230, "ids": PROMPTS[:1], "n_particles": 3, "lookahead": 7}
     assert_same(run(pair, **options), by_host(pair, **options))
     assert len(records) == 3, "128, 192 and 256 slots"
 
@@ -261,6 +264,52 @@ def test_calls_under_way_together_do_not_share_a_recording(records, pair):
     for one, alone in zip(runs, whole, strict=True):
         assert torch.equal(one.result(True).sequences, alone.sequences)
     assert len(records) == 2
+
+
+@interpreted
+def test_a_call_that_has_grown_does_not_share_with_another(records, pair):
+    whole = [run(pair, PROMPTS[:1], n=170, seed=seed) for seed in (1, 2)]
+    settings, session = settings_of(1, temperature=1.0), last_program().session
+    first, second = (
+        session.cycles(build_request(PROMPTS[:1], 170, torch.tensor([seed]), settings=settings)) for seed in (1, 2)
+    )
+    one = next(run for run in first if run.p.made > 140)  # in suffixes of the second size
+    *_, other = second
+    *_, one = first
+    assert torch.equal(one.result(True).sequences, whole[0].sequences)
+    assert torch.equal(other.result(True).sequences, whole[1].sequences)
+
+
+@interpreted
+@pytest.mark.parametrize("kind", ["gpt_sliced_positions", "gpt"])
+def test_neither_weights_nor_requests_are_written_to(records, kind):
+    """Position tables may be views of weights, and a request is the caller's."""
+    target = CACHEABLE[kind](max_positions=300).double()
+    pair, before = (target, perturbed(target, 0.3)), copy.deepcopy(target.state_dict())
+    run(pair, torch.ones(1, 128, dtype=torch.int64), n=128)  # tables of just the length that is recorded
+    made, session, settings = len(records), last_program().session, settings_of(1, temperature=1.0)
+    requests = [
+        build_request(torch.full((1, length), 2), 128, torch.tensor([length]), settings=settings) for length in (9, 70)
+    ]
+    first = session.run(requests[0])
+    session.run(requests[1])
+    assert_same(session.run(requests[0]), first)
+    assert len(records) == made, "all of them in the first call's"
+    assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
+
+
+@interpreted
+def test_what_cannot_be_recorded_is_told_with_what_there_is(monkeypatch, pair):
+    def refuse(work: Work) -> Work:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    good = by_host(pair, PROMPTS[:1], n=20, ess_threshold=0.0)
+    set_recorder(monkeypatch, refuse)
+    with pytest.raises(GenerationError, match="cannot be recorded as a CUDA graph") as error:
+        run(pair, PROMPTS[:1], n=20, ess_threshold=0.0)
+    made = error.value.partial.sequences.shape[1]
+    assert made == 3 + 1 + 2 * 3, "the first cycle, and the one that compiled"
+    assert torch.equal(error.value.partial.particles, good.particles[:, :, :made])
 
 
 @interpreted
