@@ -290,9 +290,7 @@ class _Rewriter:
                 tried.update(dict.fromkeys(chosen, self.length))
                 try:
                     value = self.call(node, *replace_leaves(node, dict.fromkeys(leaves, self.length), tried))
-                except (
-                    Exception
-                ):  # a reading that does not fit the op: the next one may; if none does, the loop is refused
+                except Exception:  # this reading does not fit the op; another may, and if none does, we refuse below
                     continue
                 if self.fits(_shape(self.old[node]), _shape(value)):
                     narrowed = {s: self.emit("narrow", inputs[s], -1, 0, self.size()) for s in masks}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -62,7 +63,7 @@ EXACT = {"cat", "stack", "concat", "concatenate", "gather", "take_along_dim", "s
          "scatter_reduce", "slice_scatter", "select_scatter"}  # fmt: skip  # operands do not broadcast
 
 
-class Emitter:
+class Emitter(ABC):
     """Re-emits the graph for one region: ``prefill`` over a prompt, or ``score``/``advance`` over T new tokens.
 
     Attributes:
@@ -361,8 +362,10 @@ class Emitter:
 
     # -- where positions meet: AttentionEmitter ----------------------------------------------------------------------
 
+    @abstractmethod
     def _attention(self, node: fx.Node) -> fx.Node:
-        raise NotImplementedError
+        """The node in the new graph: attention over a cache."""
 
+    @abstractmethod
     def _prefill_sites(self, node: fx.Node) -> None:
-        raise NotImplementedError
+        """Note what a prefill hands to the cache at this node."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .population import all_finished, ends_at_pending, ends_within, own_and_source, shared_after
+from .population import Population, all_finished, ends_at_pending, ends_within, own_and_source, shared_after
 from .regions import Ends, Judged, weigh
 from .resampling import keep_survivors
 
@@ -25,6 +25,15 @@ class Held(NamedTuple):
     ended: Tensor  # [R]
     length: Tensor  # [R]
     shared: Tensor  # [B, N, N], as of the population
+
+    @classmethod
+    def by(cls, p: Population) -> Held:
+        return cls(*(getattr(p, name) for name in cls._fields))
+
+    def write(self, p: Population) -> None:
+        """In place."""
+        for name, value in self._asdict().items():
+            getattr(p, name).copy_(value)
 
 
 class Closed(NamedTuple):

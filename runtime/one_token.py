@@ -135,12 +135,10 @@ class AutoregressiveSession:
         tokens = p.tokens.index_select(1, last[None])
         places, context = run.places(last, 1), run.contexts[0]
         token, log_p, over, bad, _ = self._step(tokens, ended, run.ends, run.settings, u, places, p.target, context)
-        held = Held(p.log_w, p.log_evidence, p.ended, p.length, p.shared)
-        held, status = self._close(over, bad, held, token, run.ends, run.request.new_tokens, at.made)
+        held, status = self._close(over, bad, Held.by(p), token, run.ends, run.request.new_tokens, at.made)
         p.tokens.index_copy_(1, at.made[None], token[:, None])
         p.log_p.index_copy_(1, at.made[None], torch.where(over, 0.0, log_p.double())[:, None])
-        p.ended.copy_(held.ended)
-        p.length.copy_(held.length)
+        held.write(p)
         at.status.copy_(status)
 
     def _result(self, run: Run, whole: bool) -> Generation:

@@ -199,14 +199,12 @@ class SMCSession:
         u, u_bonus, u_ancestors = self._uniforms(run.streams.seeds, at.made, at.cycle, at.tries)
         block, log_q, _ = self._propose(run, at.made, 2, u, at.tries)
         judged, _ = self._judged(run, at.made, block, log_q, u_bonus)
-        held = Held(p.log_w, p.log_evidence, p.ended, p.length, p.shared)
-        closed = self._close(judged, held, run.ends, run.request.new_tokens, at.made, at.tries, u_ancestors)
+        closed = self._close(judged, Held.by(p), run.ends, run.request.new_tokens, at.made, at.tries, u_ancestors)
         slots = at.made + torch.arange(self._k + 1, device=at.made.device)
         for kept, new in ((p.tokens, judged.tokens), (p.log_p, judged.log_p)):
             kept.index_copy_(1, slots, new)
             kept.copy_(kept.index_select(0, closed.source))
-        for name, value in closed.held._asdict().items():
-            getattr(p, name).copy_(value)
+        closed.held.write(p)
         copy_rows(closed.source, closed.since, at.made + self._k)
         for told, value in ((at.status, closed.status), (at.ess, closed.ess), (at.ancestors, closed.ancestors)):
             told.copy_(value)

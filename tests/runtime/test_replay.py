@@ -411,10 +411,13 @@ def test_the_option_is_a_switch(pair):
 class OnMeta(TorchDispatchMode):
     """Every tensor of every op is on the device that has no values."""
 
+    ops = 0
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
         for tensor in pytree.tree_leaves((args, kwargs, out)):
             assert not isinstance(tensor, Tensor) or tensor.is_meta, f"{function} has a tensor of the host"
+        self.ops += 1
         return out
 
 
@@ -439,8 +442,9 @@ def test_a_cycle_runs_on_a_device_whose_values_cannot_be_read(monkeypatch, metho
     run((target, perturbed(target)), torch.tensor([[1, 5, 2]]), method=method, **settings)
     work, home, at = works[0]
     home, at = on_meta(home), At(*(tensor.to("meta") for tensor in at))
-    with torch.no_grad(), OnMeta():
+    with torch.no_grad(), OnMeta() as seen:
         work(home, at, RowCopy([*home.p.target, *home.p.draft]))
+    assert seen.ops > 100, "the cycle ran op by op"
 
 
 def on_meta(home: Run) -> Run:
