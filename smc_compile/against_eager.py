@@ -27,9 +27,9 @@ class Agreement(NamedTuple):
 
 
 def difference(model: Callable[[Tensor], Tensor], generation: Generation, temperature: float) -> Agreement:
-    """Of the new tokens of some particles, whose log-probabilities are the model's at ``temperature``.
+    """Of the new tokens of some particles up to their ends, whose log-probabilities are the model's at ``temperature``.
 
-    model: ids [1, S] -> logits [1, S, V].
+    model: ids [1, S] -> logits [1, S, V]. Prompts without padding.
     """
     told = generation.particle_log_probs[:, :LOOKED_AT].flatten(0, 1)  # [R, n]
     texts = generation.particles[:, :LOOKED_AT].flatten(0, 1)  # [R, P+n]
@@ -40,7 +40,9 @@ def difference(model: Callable[[Tensor], Tensor], generation: Generation, temper
             logits = model(text[None])[0, -new - 1 : -1]
             log_p = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, -1)
             found.append(log_p.gather(1, text[-new:, None])[:, 0].double())
-    error = (torch.stack(found) - told).abs()
+    lengths = generation.particle_lengths[:, :LOOKED_AT].flatten()
+    counts = torch.arange(new, device=lengths.device) < lengths[:, None]
+    error = (torch.stack(found) - told).abs()[counts]
     return Agreement(float(error.mean()), float(error.max()))
 
 

@@ -29,6 +29,14 @@ def test_a_right_one_agrees_and_another_temperature_does_not(generation):
     assert difference(TARGET, generation, 0.8).mean > 1e-3
 
 
+def test_what_stands_behind_an_end_does_not_count():
+    ids = torch.tensor([[1, 5, 2]]).expand(6, -1)
+    options = {"method": "autoregressive", "compiler": "eager", "eos_token_id": 3, "seed": 0}
+    given = generate(TARGET, None, ids, max_new_tokens=30, **options)
+    assert (given.particle_lengths < 30).any()
+    assert difference(TARGET, given, 1.0).largest < 1e-12
+
+
 def test_one_wrong_token_is_seen(generation):
     other = generation.particles.clone()
     other[0, 0, 4] = (other[0, 0, 4] + 1) % 11
