@@ -16,8 +16,9 @@ from torch._dynamo.utils import counters
 import smc_compile.kernels.few_rows  # noqa: F401  (registers the op)
 from smc_compile.passes.ir import CachedLM
 
-# Where the kernel beats ATen, measured on AVX-512 without bf16 instructions (the smallest weight in numbers).
-ROWS = {torch.float32: range(2, 97), torch.bfloat16: range(1, 513)}
+# Where the kernel beats ATen, measured on AVX-512 without bf16 instructions and on AVX2 (smallest weights in numbers).
+FEWEST = 2 if torch.cpu._is_avx512_supported() else 1
+ROWS = {torch.float32: range(FEWEST, 97), torch.bfloat16: range(1, 513)}
 SMALLEST = {torch.float32: 2**18, torch.bfloat16: 2**16}
 EMULATED = not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 

@@ -76,7 +76,7 @@ def compile_function(function: Callable[..., Any], name: str, compiler: str, who
         rows = tuple(shape[0] for shape in shapes if shape)
         if rows not in compiled:
             own = _own_code(function, name)
-            compiled[rows] = own, torch.compile(own, backend=compiler, fullgraph=whole, dynamic=False)
+            compiled[rows] = own, torch.compile(own, fullgraph=whole, dynamic=False, **lowered_by(compiler))
         own, checked = compiled[rows]
         result = checked(*args)
         code = _admitted(own) if whole and _run.number is not None else None
@@ -85,6 +85,14 @@ def compile_function(function: Callable[..., Any], name: str, compiler: str, who
         return result
 
     return call
+
+
+def lowered_by(compiler: str) -> dict[str, Any]:
+    """What torch.compile is told: a backend by name, or Inductor with products chosen by timing (sessions record
+    graphs themselves)."""
+    if compiler == "max-autotune":
+        return {"backend": "inductor", "options": torch._inductor.list_mode_options("max-autotune-no-cudagraphs")}
+    return {"backend": compiler}
 
 
 def _admitted(function: types.FunctionType) -> Callable[..., Any] | None:

@@ -172,6 +172,7 @@ def all_contestants(
         eager_tokens=None if arguments.skip_eager else min(EAGER_TOKENS, arguments.new_tokens),
         speculative=[] if arguments.skip_speculative else [(n, k) for k in lengths for n in arguments.chains],
         sizes=sizes,
+        compiler=arguments.compiler,
     )
     peers, missing = build_peers(peer_builders(target, draft, ids, arguments, sizes[0]), console)
     first = 0 if arguments.skip_eager else 1

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from smc_compile.errors import OptionError
+from smc_compile.options import INDUCTORS
 from smc_compile.presets import DEFAULT, DTYPES, PRESETS
 
 SHAPES = (  # option, what it is
@@ -49,6 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     peers.add_argument("--skip-speculative", action="store_true", help="leave exact speculation out")
     run_ = parser.add_argument_group("measurement")
     run_.add_argument("--repeats", type=int, default=3, metavar="R", help="timed rounds")
+    run_.add_argument(
+        "--compiler", choices=INDUCTORS, default=INDUCTORS[0], help="of ours; max-autotune times products first"
+    )
     run_.add_argument("--threads", type=int, metavar="T", help="CPU threads (default: torch's choice)")
     run_.add_argument("--json", metavar="FILE", help="write the rows to FILE")
 

@@ -35,11 +35,12 @@ def contest(
     eager_tokens: int | None,
     speculative: Sequence[tuple[int, int]] = (),
     sizes: tuple[Costs, Costs] | None = None,
+    compiler: str = "inductor",
 ) -> list[Contestant]:
     """The plain loop (unless ``eager_tokens`` is None), the compiled loop, exact speculation with N chains of K tokens
     at each (N, K) of ``speculative``, and SMC at each of ``shapes``.
 
-    ``sizes`` of target and draft give each the least that a step can cost.
+    ``sizes`` of target and draft give each the least that a step can cost; ``compiler`` is the option of that name.
     """
 
     def compiled(method: str, n_particles: int, lookahead: int) -> Callable[[int], Generation]:
@@ -54,6 +55,7 @@ def contest(
                 lookahead=lookahead,
                 seed=seed,
                 method=method,
+                compiler=compiler,
             )
 
         return run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from smc_compile.bench_options import check_device
 from smc_compile.errors import OptionError, SMCError
 from smc_compile.listing.absent_device import TARGETS, target_named
 from smc_compile.listing.by_hand import WRITTEN_BY_HAND, Outcome, check_by_hand
@@ -21,8 +23,12 @@ from smc_compile.listing.copy_rows_region import examine_copy_rows
 from smc_compile.listing.interpreter import Interpreter
 from smc_compile.listing.rows import Kernel, Region, examine, short_name
 from smc_compile.listing.sessions import Pair, positions, record_sessions
+from smc_compile.listing.time_copy_rows import time_copy_rows
+from smc_compile.listing.timing import Timed, time_region
 from smc_compile.llama import LlamaConfig
-from smc_compile.report import check_json_path
+from smc_compile.options import INDUCTORS
+from smc_compile.report import check_json_path, device_name, machine
+from smc_compile.time_kernels import show_timed, timed_summary
 
 HELP = """\
 List the kernels that a session runs, and check them.
@@ -33,11 +39,15 @@ interpreter runs them on the CPU. Without --target they are C++ for this CPU. Re
 on the same arguments and uniforms, and each kernel is left out once to see that its output matters. Kernels written
 by hand are checked on random shapes; those for a CPU are timed beside what Inductor generates from the same in tensor
 code.
+With --device each region runs there instead, is compared with eager PyTorch, and is timed beside eager PyTorch and
+plain Inductor (our kernels in tensor code), in turn and with the caches flushed before each call; below it stands what
+each kernel takes.
 The exit status is 1 if anything fails. Kernels depend on widths, not on the number of layers: two stand for all.
 
   smc-compile kernels --target sm_90
   smc-compile kernels --target sm_80 --method speculative --json kernels.json
   smc-compile kernels --target sm_90 --preset bench --dtype bfloat16 --n-particles 8 --lookahead 6
+  smc-compile kernels --device cuda --preset llama-8b --dtype bfloat16 --n-particles 8 --lookahead 8
 """
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # (vocabulary, then width, heads, heads of keys and values, width inside the MLP: of target and draft)
@@ -54,7 +64,10 @@ RUNS = 12  # of each kernel written by hand
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``kernels``."""
-    parser.add_argument("--target", metavar="SM", help=f"a GPU, there or not: {', '.join(TARGETS)}")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--target", metavar="SM", help=f"a GPU, there or not: {', '.join(TARGETS)}")
+    where.add_argument("--device", metavar="D", help="cpu or cuda: run and time the regions there")
+    parser.add_argument("--compiler", choices=INDUCTORS, default=INDUCTORS[0], help="of ours, with --device")
     parser.add_argument("--method", choices=["smc", "speculative"], default="smc", help="whose regions")
     pair = parser.add_argument_group("pair")
     pair.add_argument("--preset", choices=list(PRESETS), default="small", help="widths of target and draft")
@@ -82,7 +95,11 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     target = target_named(arguments.target) if arguments.target else None
     pair = pair_of(arguments)
     check_json_path(arguments.json)
+    if arguments.device:
+        check_device(arguments.device)
     console.print(describe(arguments, pair), style="dim", highlight=False)
+    if arguments.device:
+        return run_timed(arguments, pair, console)
     with console.status("sessions"):
         recorded = record_sessions(pair, arguments.sessions, arguments.seed, replayed=target is not None)
     interpreter = Interpreter(target)
@@ -99,6 +116,26 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     outcomes = [] if target else written_by_hand(arguments.seed, console)
     console.print()
     console.print(summary(regions, outcomes, time.perf_counter() - begin), highlight=False)
+    if arguments.json:
+        write_json(arguments, regions, outcomes)
+        console.print(f"rows in {arguments.json}", style="dim", highlight=False)
+    return 0 if all(r.passes for r in regions) and all(o.passes for o in outcomes) else 1
+
+
+def run_timed(arguments: argparse.Namespace, pair: Pair, console: Console) -> int:
+    """Run the regions on a device, compare, time, print. Returns 1 if a result was wrong, else 0."""
+    begin, device, regions = time.perf_counter(), torch.device(arguments.device), []
+    with console.status("sessions"):
+        recorded = record_sessions(pair, arguments.sessions, arguments.seed, device.type == "cuda", device)
+    for each in track(recorded, "regions", console=console, transient=True, disable=not console.is_terminal):
+        regions.append(time_region(each, device, pair.dtype, arguments.compiler))
+        show_timed(regions[-1], console)
+    if device.type == "cuda" and pair.method == "smc":
+        regions.append(time_copy_rows(pair, device))
+        show_timed(regions[-1], console)
+    outcomes = written_by_hand(arguments.seed, console) if device.type == "cpu" else []
+    console.print()
+    console.print(timed_summary(regions, time.perf_counter() - begin), highlight=False)
     if arguments.json:
         write_json(arguments, regions, outcomes)
         console.print(f"rows in {arguments.json}", style="dim", highlight=False)
@@ -151,7 +188,11 @@ def cache_shapes(pair: Pair) -> int:
 
 def describe(arguments: argparse.Namespace, pair: Pair) -> str:
     """One line about what is listed."""
-    where = f"{arguments.target} ({TARGETS[arguments.target].name})" if arguments.target else "this CPU"
+    where = "this CPU"
+    if arguments.target:
+        where = f"{arguments.target} ({TARGETS[arguments.target].name})"
+    elif arguments.device:
+        where = f"{device_name(torch.device(arguments.device))}, {arguments.compiler}"
     return (
         f"{where}, {arguments.method}, N={pair.n_particles}, K={pair.lookahead}, {arguments.dtype}, preset "
         f"{arguments.preset}: target {pair.target.n_layers} x {pair.target.dim}, draft {pair.draft.n_layers} x "
@@ -260,11 +301,11 @@ def summary(regions: list[Region], outcomes: list[Outcome], seconds: float) -> s
     return "; ".join([*parts, f"{seconds:.0f} s"])
 
 
-def write_json(arguments: argparse.Namespace, regions: list[Region], outcomes: list[Outcome]) -> None:
+def write_json(arguments: argparse.Namespace, regions: Sequence[Region | Timed], outcomes: list[Outcome]) -> None:
     stored: dict[str, Any] = {name: value for name, value in vars(arguments).items() if name != "run"}
     rows = {
         "options": stored,
-        "torch": torch.__version__,
+        "machine": machine(),
         "regions": [region.as_json() for region in regions],
         "written_by_hand": [asdict(outcome) | {"passes": outcome.passes} for outcome in outcomes],
     }

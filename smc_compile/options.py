@@ -13,7 +13,8 @@ from smc_compile.errors import OptionError
 
 RESAMPLING_METHODS = ("systematic", "stratified", "multinomial", "residual")
 METHODS = ("smc", "autoregressive", "speculative")
-COMPILERS = ("inductor", "aot_eager", "eager")
+INDUCTORS = ("inductor", "max-autotune")
+COMPILERS = (*INDUCTORS, "aot_eager", "eager")
 AUTO = "auto"
 
 
@@ -38,7 +39,8 @@ class Options:
         validate: compare the cached model with the original when compiling.
         cuda_graph: on a GPU, record a cycle ("speculative" apart) as one CUDA graph and replay it; cycles that rules or
             stops of the host take part in run from the host, as all do with False.
-        compiler: what lowers the regions: "inductor", or "aot_eager" and "eager" for debugging.
+        compiler: what lowers the regions: "inductor"; "max-autotune", Inductor that times several kernels for each
+            product and keeps the fastest (minutes of compilation); or "aot_eager" and "eager" for debugging.
     """
 
     draft: Any = None

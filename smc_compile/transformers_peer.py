@@ -32,6 +32,8 @@ NAMES = {  # of parts here and in the library
 
 
 PILOT_TOKENS = 32  # generated with each number of assistant tokens, to choose one
+FEW_TOKENS = 8  # that tell how long a round will take
+ROUND_SECONDS = 60  # of one: where a processor emulates a type, all tokens can take many minutes
 
 
 def has_library() -> bool:
@@ -49,12 +51,13 @@ def library_loop(
     """``generate`` of transformers, with its own cache; raises OptionError without the library."""
     require_library()
     run = library_run(library_twin(target), ids, temperature)
+    tokens = tokens_within(ROUND_SECONDS, lambda n: run(0, n), new_tokens)
     note = f"generate of transformers {importlib.metadata.version('transformers')}, its own cache, not compiled"
     return Contestant(
         "transformers",
-        lambda seed: run(seed, new_tokens),
-        new_tokens,
-        note=note,
+        lambda seed: run(seed, tokens),
+        tokens,
+        note=note + cut_note(tokens, new_tokens),
         warm_up=lambda seed: run(seed, 2),
         passes=passes,
         peer=True,
@@ -80,20 +83,36 @@ def assisted_loop(
         settings.num_assistant_tokens = k
         return run(seed, tokens)
 
-    best = fastest(assistant_tokens, lambda k: with_tokens(k, 0, min(PILOT_TOKENS, new_tokens)))
-    tried = f", the fastest of {', '.join(map(str, assistant_tokens))}" if len(assistant_tokens) > 1 else ""
+    tokens = tokens_within(ROUND_SECONDS, lambda n: with_tokens(assistant_tokens[0], 0, n), new_tokens)
+    best = fastest(assistant_tokens, lambda k: with_tokens(k, 0, min(PILOT_TOKENS, tokens)))
+    tried = f", the fastest of {', '.join(map(str, assistant_tokens))} in a short pilot"
+    note = f"generate of transformers with assistant_model and num_assistant_tokens={best}"
     return Contestant(
         "assisted",
-        lambda seed: with_tokens(best, seed, new_tokens),
-        new_tokens,
+        lambda seed: with_tokens(best, seed, tokens),
+        tokens,
         lookahead=best,
-        note=f"generate of transformers with assistant_model and num_assistant_tokens={best}{tried} in a short pilot"
-        if tried
-        else f"generate of transformers with assistant_model and num_assistant_tokens={best}",
+        note=note + tried * (len(assistant_tokens) > 1) + cut_note(tokens, new_tokens),
         warm_up=lambda seed: with_tokens(best, seed, 2),
         steps=steps,
         peer=True,
     )
+
+
+def tokens_within(seconds: float, run: Callable[[int], object], new_tokens: int) -> int:
+    """How many of ``new_tokens`` tokens to time, so that one run takes about so many seconds at most."""
+    if new_tokens <= FEW_TOKENS:
+        return new_tokens
+    run(2)
+    begin = time.perf_counter()
+    run(FEW_TOKENS)
+    each = (time.perf_counter() - begin) / FEW_TOKENS
+    return min(new_tokens, max(FEW_TOKENS, int(seconds / each)))
+
+
+def cut_note(tokens: int, new_tokens: int) -> str:
+    """What a note ends with where not all tokens are timed."""
+    return f"; timed on its first {tokens} tokens, since all take minutes" if tokens < new_tokens else ""
 
 
 def library_run(twin: Any, ids: Tensor, temperature: float, **more: Any) -> Callable[[int, int], Tensor]:

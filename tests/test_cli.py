@@ -6,7 +6,6 @@ import io
 import json
 import shlex
 from argparse import Namespace
-from functools import partial
 from xml.etree import ElementTree
 
 import pytest
@@ -32,7 +31,7 @@ TINY = shlex.split(
 @pytest.fixture
 def uncompiled(monkeypatch):
     """Regions run as they are: what the command does with the figures is tested, not Inductor."""
-    monkeypatch.setattr(contest, "generate", partial(generate, compiler="eager"))
+    monkeypatch.setattr(contest, "generate", lambda *a, **options: generate(*a, **{**options, "compiler": "eager"}))
 
 
 # ---- arguments and errors -------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 
 from smc_compile import list_kernels
 from smc_compile.__main__ import main
+from smc_compile.listing import timing
 from smc_compile.listing.machine_code import MachineCode
 from smc_compile.listing.record import Recorded
 from smc_compile.listing.rows import Kernel, Region
@@ -86,6 +87,7 @@ def test_rows_are_kept(listed, tmp_path, capsys):
         (("--target", "sm_12"), "known are"),
         (("--lookahead", "0"), "--lookahead must be at least 1"),
         (("--top-p", "0"), "top-p 0.0"),
+        (("--device", "gpu"), "Cannot use --device gpu"),
     ],
 )
 def test_bad_options_are_told(options, told, capsys):
@@ -126,3 +128,41 @@ def test_a_session_for_a_gpu_that_is_not_there(monkeypatch, capsys, tmp_path):
     assert regions["score"]["library"]["mm"] >= 8
     assert status == (0 if all(r["passes"] for r in regions.values()) else 1)
     assert max(map(len, out.splitlines())) <= 100
+
+
+def test_a_session_on_a_device_that_is_there(monkeypatch, capsys, tmp_path):
+    """One region of the shortest cycle, on this processor: all go the same way."""
+
+    def weigh_alone(*arguments: Any) -> list[Recorded]:
+        return [region for region in record_sessions(*arguments) if region.name == "weigh"]
+
+    monkeypatch.setattr(list_kernels, "record_sessions", weigh_alone)
+    monkeypatch.setattr(list_kernels, "WRITTEN_BY_HAND", ())
+    monkeypatch.setattr(timing, "ROUNDS", 1)
+    path = tmp_path / "rows.json"
+    options = (
+        "--device cpu --lookahead 1 --layers 1 --sessions 1 --top-k 0 --top-p 1 --n-particles 2 --compiler max-autotune"
+    )
+    assert main(["kernels", *options.split(), "--json", str(path)]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "all results as eager" in out
+    stored = json.loads(path.read_text())
+    regions = {r["name"]: r for r in stored["regions"]}
+    assert list(regions) == ["weigh"]
+    for name, found in regions.items():
+        assert found["passes"], name
+        assert f"{name}, {found['calls']} call" in out
+        assert f"ours {found['ours']:.0f} us" in out
+    total = sum(r["calls"] * r["ours"] for r in regions.values()) / 1e3
+    assert f"ours {total:.2f}; " in out
+
+
+def test_a_result_that_is_wrong_on_the_device_gives_status_1(monkeypatch, capsys):
+    wrong = timing.Timed("score", 1, Verdict(runs=2, beyond=0.5), agrees=False)
+    monkeypatch.setattr(list_kernels, "record_sessions", lambda *_, **__: [None])
+    monkeypatch.setattr(list_kernels, "time_region", lambda *_: wrong)
+    monkeypatch.setattr(list_kernels, "WRITTEN_BY_HAND", ())
+    assert main(["kernels", "--device", "cpu"]) == 1
+    out = capsys.readouterr().out
+    assert "score, 1 call a cycle: differs from eager" in out
+    assert "failed: score" in out

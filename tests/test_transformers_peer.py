@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from smc_compile import transformers_peer
 from smc_compile.llama import Llama, LlamaConfig
-from smc_compile.transformers_peer import library_twin
+from smc_compile.transformers_peer import FEW_TOKENS, cut_note, library_twin, tokens_within
 
 pytest.importorskip("transformers")
 
@@ -30,3 +31,16 @@ def test_the_twin_generates_as_many_tokens_as_it_is_asked_for():
     twin = library_twin(Llama(LlamaConfig(50, 32, 2, 4, 2, 48, max_positions=64)).eval())
     ids = torch.randint(0, 50, (1, 7))
     assert twin.generate(ids, max_new_tokens=9, do_sample=True, temperature=0.8, top_k=0).shape == (1, 16)
+
+
+@pytest.mark.parametrize(("each", "timed"), [(0.01, 256), (0.5, 120), (30.0, FEW_TOKENS)])
+def test_a_peer_that_would_take_minutes_is_timed_on_fewer_tokens(monkeypatch, each, timed):
+    now = 0.0
+
+    def run(tokens: int) -> None:
+        nonlocal now
+        now += each * tokens
+
+    monkeypatch.setattr(transformers_peer.time, "perf_counter", lambda: now)
+    assert tokens_within(60, run, 256) == timed
+    assert ("first" in cut_note(timed, 256)) == (timed < 256)

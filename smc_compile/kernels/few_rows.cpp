@@ -17,7 +17,7 @@
 #include <omp.h>
 
 constexpr int64_t PANEL = 4, BLOCK = 512, CHUNK = 64 * PANEL;
-constexpr int64_t ROWS = LANES >= 16 ? 6 : 2;  // 32 registers of 16 numbers, or 16 of 8
+constexpr int64_t ROWS = LANES >= 16 ? 6 : 3;  // 32 registers of 16 numbers, or 16 of 8
 constexpr int64_t GROUP = 36;  // rows of x that pass over a tile before the next one
 constexpr int64_t NARROW = 4;  // rows of x up to which a narrow weight is widened in registers
 constexpr int64_t LINE = 64;   // bytes
@@ -63,15 +63,32 @@ struct Ahead {
   }
 };
 
-// acc [R, O] += x [R, LANES] w [O, LANES]^T, rows of x being ``stride`` numbers apart.
-template <int R, int O>
-inline void step(const float* x, int64_t stride, const Vec* w, Vec (*acc)[O]) {
+// acc [R, O] += x [R, LANES] w [O, LANES]^T, rows of x being ``stride`` numbers apart and w(o) the vectors of w.
+template <int R, int O, typename W>
+__attribute__((always_inline)) inline void step(const float* x, int64_t stride, const W& w, Vec (*acc)[O]) {
+#ifdef CPU_CAPABILITY_AVX2
+  // Sums leave four registers: x stays in three, w passes through the last. Left to itself GCC reads an operand of each
+  // product from memory, and loads are what it waits for.
+  Vec xv[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) xv[r] = in_register(Vec::loadu(x + r * stride));
+#pragma GCC unroll 8
+  for (int o = 0; o < O; o++) {
+    const Vec wv = in_register(w(o));
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) acc[r][o] = at::vec::fmadd(xv[r], wv, acc[r][o]);
+  }
+#else
+  Vec wv[O];
+#pragma GCC unroll 8
+  for (int o = 0; o < O; o++) wv[o] = w(o);
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++) {
     const Vec xv = Vec::loadu(x + r * stride);
 #pragma GCC unroll 8
-    for (int o = 0; o < O; o++) acc[r][o] = at::vec::fmadd(xv, w[o], acc[r][o]);
+    for (int o = 0; o < O; o++) acc[r][o] = at::vec::fmadd(xv, wv[o], acc[r][o]);
   }
+#endif
 }
 
 // sums [R, O] += x [R, n] w [O, n]^T, fetching LINES lines of the tiles ahead a step. W is float, or narrow.
@@ -94,20 +111,17 @@ inline void multiply(const float* x, const W* w, int64_t w_stride, int64_t n, co
 #pragma GCC unroll 8
       for (int o = 0; o < O; o++) widen_pair(w + o * w_stride + i, even[o], odd[o]);
       ahead.template fetch<LINES>(i / LANES);
-      step<R, O>(x + i, n, even, acc);
+      step<R, O>(x + i, n, [&](int o) { return even[o]; }, acc);
       ahead.template fetch<LINES>(i / LANES + 1);
-      step<R, O>(x + i + LANES, n, odd, acc);
+      step<R, O>(x + i + LANES, n, [&](int o) { return odd[o]; }, acc);
     }
     if (i < n)
       for (int o = 0; o < O; o++) widen(w + o * w_stride + i, n - i, rest + o * PAIR);
     left = rest, left_stride = PAIR, from = i;
   }
   for (; i + LANES <= n; i += LANES) {
-    Vec wv[O];
-#pragma GCC unroll 8
-    for (int o = 0; o < O; o++) wv[o] = Vec::loadu(left + o * left_stride + i - from);
     ahead.template fetch<LINES>(i / LANES);
-    step<R, O>(x + i, n, wv, acc);
+    step<R, O>(x + i, n, [&](int o) { return Vec::loadu(left + o * left_stride + i - from); }, acc);
   }
   if (i < n)
     for (int o = 0; o < O; o++) {

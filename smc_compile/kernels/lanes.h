@@ -12,6 +12,15 @@ constexpr int64_t LANES = Vec::size();
 
 inline Vec add(const Vec& a, const Vec& b) { return a + b; }
 
+#ifdef CPU_CAPABILITY_AVX2
+// The same numbers, which stay in a register until they are last used.
+inline Vec in_register(const Vec& v) {
+  __m256 held = v;
+  asm("" : "+x"(held));
+  return held;
+}
+#endif
+
 // to [O] += the sums of O vectors.
 template <int O>
 inline void add_sums(const Vec* acc, float* to) {
@@ -23,6 +32,15 @@ inline void add_sums(const Vec* acc, float* to) {
     const __m512 quarters = _mm512_add_ps(
         _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
     const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
+    const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
+    _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), sums));
+    return;
+  }
+#endif
+#ifdef CPU_CAPABILITY_AVX2
+  if constexpr (O == 4) {
+    const __m256 pairs = _mm256_hadd_ps(acc[0], acc[1]), others = _mm256_hadd_ps(acc[2], acc[3]);
+    const __m256 halves = _mm256_hadd_ps(pairs, others);
     const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
     _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), sums));
     return;

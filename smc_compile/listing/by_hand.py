@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from smc_compile.kernels import attend, few_rows, thresholds
 
-ROUNDS = 9  # in turn
+from .timing import in_turn
+
+CPU = torch.device("cpu")
 Operands = tuple[Tensor, ...]
 Function = Callable[..., Tensor]
 
@@ -66,7 +65,7 @@ def check_by_hand(entry: Entry, runs: int, seed: int, compiler: str = "inductor"
         error = max(error_of(entry, entry.operands(generator)) for _ in range(runs))
         given = entry.typical(generator)
         compiled = torch.compile(entry.twin, backend=compiler, fullgraph=True, dynamic=False)
-        ours, theirs = in_turn([lambda: entry.op(*given), lambda: compiled(*given)])
+        ours, theirs = in_turn([lambda: entry.op(*given), lambda: compiled(*given)], CPU)
     return Outcome(entry.name, runs, error, entry.allowed, entry.where, ours, theirs)
 
 
@@ -75,18 +74,6 @@ def error_of(entry: Entry, given: Operands) -> float:
     wide = [x.double() if x.is_floating_point() else x for x in given]
     result, wanted = entry.op(*given).double(), entry.exact(*wide)
     return float((result - wanted).abs().max() / wanted.abs().max())
-
-
-def in_turn(functions: list[Callable[[], Any]]) -> list[float]:
-    """Median microseconds of each, after a call that is not timed."""
-    times: list[list[float]] = [[] for _ in functions]
-    for round_ in range(ROUNDS + 1):
-        for function, seconds in zip(functions, times, strict=True):
-            start = time.perf_counter()
-            function()
-            if round_:
-                seconds.append(time.perf_counter() - start)
-    return [1e6 * median(seconds) for seconds in times]
 
 
 # ---- operands -------------------------------------------------------------------------------------------------------

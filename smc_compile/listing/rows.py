@@ -57,7 +57,7 @@ def examine(recorded: Recorded, target: Target | None, interpreter: Interpreter,
     """Generate, run and compare, compile to machine code."""
     observed = Observed(interpreter)
     code, compiled = lower(recorded, target, observed)
-    verdict = compare(recorded, compiled, observed, dtype)
+    verdict = compare(recorded, compiled, dtype, observed.verdict)
     sources = kernel_sources(code)
     kernels = [_kernel(recorded, name, source, target, verdict) for name, source in sources.items()]
     library = {name: count * recorded.a_cycle for name, count in library_calls(code).items()}

@@ -18,6 +18,7 @@ from .record import BACKEND, Recorded, Recording, recording
 
 ESS_THRESHOLD = 0.9  # a constant of the kernels: most cycles resample, so that results show it, and some do not
 CYCLES = 3  # of a session at least: the first cycle differs from later ones
+CPU = torch.device("cpu")
 TIED = 16  # tokens whose logits are nearly equal, in the session of near ties
 
 
@@ -42,16 +43,18 @@ def positions(prompt_length: int, lookahead: int) -> int:
     return 2 * prompt_length + (2 * CYCLES + 1) * (lookahead + 1)
 
 
-def record_sessions(pair: Pair, sessions: int, seed: int, replayed: bool = False) -> list[Recorded]:
-    """Run some sessions, each with its own prompt, prompt length, number of tokens and seed. Regions run eagerly;
-    with ``replayed`` those of cycles that a GPU records and replays.
+def record_sessions(
+    pair: Pair, sessions: int, seed: int, replayed: bool = False, device: torch.device = CPU
+) -> list[Recorded]:
+    """Run some sessions, each with its own prompt, prompt length, number of tokens and seed. Regions run eagerly, on
+    ``device``; with ``replayed`` those of cycles that a GPU records and replays.
 
     Regions of speculative decoding are handed the target's rows. Where they cut them by top-k, in one more session the
     cut goes through nearly equal logits: otherwise the last bits of its threshold, which a kernel of their own may
     find, decide nothing. Under SMC the model stands in the region that cuts, and its rounding would decide instead.
     """
     torch.manual_seed(seed)
-    target, draft = (random_model(config, pair.dtype) for config in (pair.target, pair.draft))
+    target, draft = (random_model(config, pair.dtype).to(device) for config in (pair.target, pair.draft))
     with recording(seed) as record:
         for session in range(sessions):
             extra = int(torch.randint(pair.prompt_length, ())) if session else 0
@@ -83,8 +86,9 @@ def _run_session(
         compiler=BACKEND,
         validate=False,
     )
-    processors = sort_processors([], list(settings), pair.target.vocab_size, device=torch.device("cpu"))
-    ids = torch.randint(pair.target.vocab_size, (1, pair.prompt_length + extra))
+    device = target.embedding.weight.device
+    processors = sort_processors([], list(settings), pair.target.vocab_size, device=device)
+    ids = torch.randint(pair.target.vocab_size, (1, pair.prompt_length + extra)).to(device)
     new_tokens = cycles * (pair.lookahead + 1) + 1
     request = build_request(ids, new_tokens, torch.tensor([seed]), settings=settings)
     record.new_session()

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from smc_compile.listing.by_hand import WRITTEN_BY_HAND, Entry, check_by_hand, in_turn
+from smc_compile.listing.by_hand import WRITTEN_BY_HAND, Entry, check_by_hand
 
 SMALL = [replace(entry, typical=entry.operands) for entry in WRITTEN_BY_HAND]
 each = pytest.mark.parametrize("entry", SMALL, ids=lambda entry: entry.name)
@@ -32,10 +32,3 @@ def test_a_right_kernel_passes_and_is_timed_beside_its_twin(entry: Entry) -> Non
 def test_a_kernel_that_is_off_by_little_fails(entry: Entry) -> None:
     wrong = replace(entry, op=lambda *given: entry.op(*given) * (1 + 1e-5))
     assert not check_by_hand(wrong, 1, seed=1, compiler="eager").passes
-
-
-def test_runs_are_timed_in_turn() -> None:
-    order: list[int] = []
-    times = in_turn([lambda: order.append(0), lambda: order.append(1)])
-    assert order == [0, 1] * (len(order) // 2)
-    assert len(times) == 2

@@ -81,7 +81,7 @@ def test_the_same_uniforms_give_the_same_tokens_and_a_wrong_kernel_does_not(reco
         return wrong(code.replace(">=", "<"), arguments) if spoiled else observed(code, arguments)
 
     code, compiled = lower(recorded, TARGET, execute)
-    verdict = compare(recorded, compiled, observed, torch.float32)
+    verdict = compare(recorded, compiled, torch.float32, observed.verdict)
     assert verdict.problem == ""
     assert verdict.runs == 2
     assert verdict.agrees(torch.float32)
@@ -99,7 +99,7 @@ def test_the_same_uniforms_give_the_same_tokens_and_a_wrong_kernel_does_not(reco
 
     assert ">=" in "".join(sources.values())
     spoiled = True
-    assert not compare(recorded, compiled, wrong, torch.float32).agrees(torch.float32)
+    assert not compare(recorded, compiled, torch.float32, wrong.verdict).agrees(torch.float32)
 
 
 def test_products_of_a_few_rows_are_the_librarys_on_a_gpu():
@@ -111,6 +111,24 @@ def test_products_of_a_few_rows_are_the_librarys_on_a_gpu():
     assert "few_rows" in found.graph.code
     code, _ = lower(found, TARGET, lambda *_: [])
     assert library_calls(code) == {"mm": 1}
+
+
+def test_in_16_bits_a_draw_may_turn_to_a_token_nearby_and_no_further():
+    with recording() as record:
+        compiled = torch.compile(lambda p, u: sample_inverse_cdf(p, u), backend=BACKEND, fullgraph=True)
+        compiled(torch.full((200, 1000), 1e-3), torch.linspace(0, 0.999, 200).double())
+    (found,) = record.found
+
+    def off_by(tokens: int) -> bool:
+        def near(*arguments: Any) -> list[Tensor]:
+            return [found.graph(*arguments)[0] + tokens]
+
+        return compare(found, near, torch.bfloat16).agrees(torch.bfloat16)
+
+    assert not compare(found, lambda *a: [found.graph(*a)[0] + 1], torch.float32).agrees(torch.float32)
+    assert off_by(0)
+    assert off_by(8)
+    assert not off_by(20)
 
 
 def test_differences_are_relative_and_infinities_have_their_places():
