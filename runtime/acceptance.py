@@ -120,9 +120,8 @@ def propose(law: Law) -> Callable[..., tuple[Tensor, Tensor]]:
     return propose_likeliest if law.kind == "greedy" else propose_token
 
 
-def draft(forward: Forward, law: Law) -> Callable[..., tuple[Tensor, Tensor]]:
-    """One drafted token of every row: the model, then the draw. A cache changes in place."""
-    proposed = propose(law)
+def draft(forward: Forward, proposed: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """One drafted token of every row: the model, then the draw (see ``propose``). A cache changes in place."""
 
     def draft_token(
         tokens: Tensor, settings: Settings, u: Tensor, places: Places, state: State, context: object

@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 class Region:
     """Compiles ``function`` for static shapes (marked dimensions stay symbolic) and keeps two clocks.
 
-    ``whole`` is False for a function that calls compiled pieces itself: only what is around them is compiled here.
+    ``whole`` is False for a function that calls compiled pieces itself: it runs as it is.
 
     Attributes:
         seconds: time spent running.
@@ -28,7 +28,7 @@ class Region:
         self.name = name
         self.seconds = self.compile_seconds = 0.0
         self.compilations = 0
-        self._function = compile_function(function, name, compiler, whole)
+        self._function = compile_function(function, name, compiler) if whole else function
 
     def __call__(self, *args: Any) -> Any:
         before = counters["stats"]["unique_graphs"]
@@ -57,8 +57,8 @@ def begin_run() -> None:
     _run.number = object()
 
 
-def compile_function(function: Callable[..., Any], name: str, compiler: str, whole: bool = True) -> Callable[..., Any]:
-    """``function`` compiled for static shapes, apart for each number of rows; ``whole`` forbids graph breaks.
+def compile_function(function: Callable[..., Any], name: str, compiler: str) -> Callable[..., Any]:
+    """``function`` compiled for static shapes in one graph, apart for each number of rows.
 
     Rows are the first axes of its tensors. Each number has a Dynamo cache of its own, so that no count of batch sizes
     meets the limit of recompilations. Dynamo's guards cost as much as a small layer: they are checked once a run for
@@ -76,15 +76,21 @@ def compile_function(function: Callable[..., Any], name: str, compiler: str, who
         rows = tuple(shape[0] for shape in shapes if shape)
         if rows not in compiled:
             own = _own_code(function, name)
-            compiled[rows] = own, torch.compile(own, fullgraph=whole, dynamic=False, **lowered_by(compiler))
+            compiled[rows] = own, torch.compile(own, fullgraph=True, dynamic=False, **lowered_by(compiler))
         own, checked = compiled[rows]
         result = checked(*args)
-        code = _admitted(own) if whole and _run.number is not None else None
+        code = _admitted(own) if _run.number is not None else None
         if code is not None:
             known.code[shapes] = code
         return result
 
     return call
+
+
+def compiled_apart(function: Callable[..., Any], name: str, compiler: str, whole: bool) -> Callable[..., Any]:
+    """What follows a model in its region: it is compiled with the model, or by itself behind one that is not ``whole``:
+    Dynamo would look at all weights and caches of the region only to come to the pieces."""
+    return function if whole else compile_function(function, name, compiler)
 
 
 def lowered_by(compiler: str) -> dict[str, Any]:

@@ -142,8 +142,8 @@ def _compile_pieces(graph: Any, name: str, compiler: str) -> Callable[..., Any]:
         compile_function(_as_function(piece), f"{name}_{part}", compiler)
         for piece, part in zip(graph.pieces, ("head", "layer", "tail"), strict=True)
     )
-
-    return torch._dynamo.disable(graph.with_pieces((head, layer, tail)))
+    split: Callable[..., Any] = graph.with_pieces((head, layer, tail))
+    return split
 
 
 def _as_function(piece: Callable[..., Any]) -> Callable[..., Any]:

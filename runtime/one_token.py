@@ -11,7 +11,7 @@ from smc_compile.result import Generation, Stats
 
 from .clock import Clock
 from .closing import Held, close_token
-from .compiled import Region, mark_dynamic, packed
+from .compiled import Region, compiled_apart, mark_dynamic, packed
 from .law import Law
 from .models import RuntimeModel
 from .population import Population
@@ -41,7 +41,8 @@ class AutoregressiveSession:
             self._step = Region("target_step", run_model(target.advance), compiler, target.whole)
             self._choose = Region("target_choose", choose(law), compiler)
         else:
-            self._step = Region("target_step", step(target.advance, law), compiler, target.whole)
+            chosen = compiled_apart(choose(law), "target_choose", compiler, target.whole)
+            self._step = Region("target_step", step(target.advance, chosen), compiler, target.whole)
 
     @property
     def regions(self) -> list[Region]:

@@ -75,9 +75,10 @@ def choose(law: Law | Mixture) -> Callable[..., tuple[Tensor, Tensor, Tensor, Te
     return choose_token
 
 
-def step(forward: Forward, law: Law | Mixture) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, State]]:
-    """One token of every row: the model, then the choice."""
-    chosen = choose(law)
+def step(
+    forward: Forward, chosen: Callable[..., tuple[Tensor, ...]]
+) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, State]]:
+    """One token of every row: the model, then the choice (see ``choose``)."""
 
     def next_token(
         tokens: Tensor,
@@ -90,7 +91,8 @@ def step(forward: Forward, law: Law | Mixture) -> Callable[..., tuple[Tensor, Te
         context: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, State]:
         rows, state = forward(tokens, places, state, context)  # rows: [R, V]
-        return *chosen(rows, tokens, ended, ends, settings, u), state
+        token, log_p, ended, bad = chosen(rows, tokens, ended, ends, settings, u)
+        return token, log_p, ended, bad, state
 
     return next_token
 
@@ -140,9 +142,8 @@ def judge(law: Law) -> Callable[..., Judged]:
     return judge_block
 
 
-def score(forward: Forward, law: Law) -> Callable[..., tuple[Judged, State]]:
-    """Target pass over pending and drafted tokens, and what it makes of them."""
-    judged = judge(law)
+def score(forward: Forward, judged: Callable[..., Judged]) -> Callable[..., tuple[Judged, State]]:
+    """Target pass over pending and drafted tokens, and what it makes of them (see ``judge``)."""
 
     def score_block(
         block: Tensor,

@@ -15,7 +15,7 @@ from smc_compile.result import Generation, Stats
 
 from .clock import Clock
 from .closing import Held, close
-from .compiled import Region, mark_dynamic, packed
+from .compiled import Region, compiled_apart, mark_dynamic, packed
 from .law import Law, Mixture
 from .models import RuntimeModel
 from .population import Population
@@ -66,9 +66,11 @@ class SMCSession:
             self._score = Region("score", run_model(target.score), compiler, target.whole)
             self._judge = Region("judge", judge(law), compiler)
         else:
-            self._draft_head = Region("draft_head", step(draft.advance, draft_law), compiler, draft.whole)
-            self._draft_step = Region("draft_step", step(draft.advance, draft_law), compiler, draft.whole)
-            self._score = Region("score", score(target.score, law), compiler, target.whole)
+            chosen = compiled_apart(choose(draft_law), "draft_choose", compiler, draft.whole)
+            judged = compiled_apart(judge(law), "judge", compiler, target.whole)
+            self._draft_head = Region("draft_head", step(draft.advance, chosen), compiler, draft.whole)
+            self._draft_step = Region("draft_step", step(draft.advance, chosen), compiler, draft.whole)
+            self._score = Region("score", score(target.score, judged), compiler, target.whole)
 
     @property
     def regions(self) -> list[Region]:

@@ -12,7 +12,7 @@ from smc_compile.result import Generation, Stats
 
 from .acceptance import Verdict, accept_drafted, conclude, draft, propose, set_out
 from .clock import Clock
-from .compiled import Region, packed
+from .compiled import Region, compiled_apart, packed
 from .law import Law
 from .memory import require_memory
 from .models import CachedModel
@@ -111,7 +111,8 @@ class SpeculativeSession:
         self._target, self._draft, self._law, self._draft_law = target, draft_model, law, draft_law
         self._n, self._k, self._rules = 1 if law.kind == "greedy" else n_particles, lookahead, rules
         self._sizes: set[int] = set()
-        advance = run_model(draft_model.advance) if rules else draft(draft_model.advance, draft_law)
+        proposed = compiled_apart(propose(draft_law), "draft_choose", compiler, draft_model.whole)
+        advance = run_model(draft_model.advance) if rules else draft(draft_model.advance, proposed)
         self._head = Region("draft_head", advance, compiler, draft_model.whole)
         self._step = Region("draft_step", advance, compiler, draft_model.whole)
         self._choose = Region("draft_choose", propose(draft_law), compiler)
