@@ -104,10 +104,15 @@ def tokens_within(seconds: float, run: Callable[[int], object], new_tokens: int)
     if new_tokens <= FEW_TOKENS:
         return new_tokens
     run(2)
+    first, few = (seconds_of(run, n) for n in (1, FEW_TOKENS))
+    each = max(few - first, 1e-9) / (FEW_TOKENS - 1)
+    return min(new_tokens, max(FEW_TOKENS, int((seconds - first) / each)))
+
+
+def seconds_of(run: Callable[[int], object], tokens: int) -> float:
     begin = time.perf_counter()
-    run(FEW_TOKENS)
-    each = (time.perf_counter() - begin) / FEW_TOKENS
-    return min(new_tokens, max(FEW_TOKENS, int(seconds / each)))
+    run(tokens)
+    return time.perf_counter() - begin
 
 
 def cut_note(tokens: int, new_tokens: int) -> str:

@@ -33,14 +33,14 @@ def test_the_twin_generates_as_many_tokens_as_it_is_asked_for():
     assert twin.generate(ids, max_new_tokens=9, do_sample=True, temperature=0.8, top_k=0).shape == (1, 16)
 
 
-@pytest.mark.parametrize(("each", "timed"), [(0.01, 256), (0.5, 120), (30.0, FEW_TOKENS)])
+@pytest.mark.parametrize(("each", "timed"), [(0.01, 256), (0.5, 100), (30.0, FEW_TOKENS)])
 def test_a_peer_that_would_take_minutes_is_timed_on_fewer_tokens(monkeypatch, each, timed):
     now = 0.0
 
     def run(tokens: int) -> None:
         nonlocal now
-        now += each * tokens
+        now += 10 + each * tokens  # the prompt takes ten seconds
 
     monkeypatch.setattr(transformers_peer.time, "perf_counter", lambda: now)
-    assert tokens_within(60, run, 256) == timed
+    assert tokens_within(60, run, 256) == pytest.approx(timed, abs=1)
     assert ("first" in cut_note(timed, 256)) == (timed < 256)

@@ -13,6 +13,8 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -36,23 +38,19 @@ def run_step(name: str, options: str, folder: Path, seconds: float) -> dict[str,
     """One command: its exit status (None when its time was over) and how long it took."""
     command = [sys.executable, "-m", "smc_compile", *options.split(), "--json", str(folder / f"{name}.json")]
     start = time.perf_counter()
-    with (folder / f"{name}.txt").open("w") as log:
-        try:
-            status: int | None = subprocess.run(
-                command, stdout=log, stderr=subprocess.STDOUT, timeout=seconds
-            ).returncode
-        except subprocess.TimeoutExpired:
-            status = None
+    status: int | None = None
+    with (folder / f"{name}.txt").open("w") as log, suppress(subprocess.TimeoutExpired):
+        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=seconds).returncode
     return {"command": f"smc-compile {options}", "status": status, "seconds": round(time.perf_counter() - start, 1)}
 
 
-def main() -> int:
+def main(given: Sequence[str] | None = None) -> int:
     """Run all steps; 1 if any failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where results go; made where it is missing")
     parser.add_argument("--minutes", type=float, default=9, help="for all steps together")
     parser.add_argument("--only", nargs="+", choices=list(STEPS), default=list(STEPS), help="these steps")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     if not torch.cuda.is_available():
         parser.error("torch sees no GPU here")
     arguments.folder.mkdir(parents=True, exist_ok=True)
