@@ -19,7 +19,7 @@
 constexpr int64_t PANEL = 4, BLOCK = 512, CHUNK = 64 * PANEL;
 constexpr int64_t ROWS = LANES >= 16 ? 6 : 3;  // 32 registers of 16 numbers, or 16 of 8
 constexpr int64_t GROUP = 36;  // rows of x that pass over a tile before the next one
-constexpr int64_t NARROW = 4;  // rows of x up to which a narrow weight is widened in registers
+constexpr int64_t FEW = 4;     // rows of x that stay in cache whole; a narrow weight is widened in registers
 constexpr int64_t LINE = 64;   // bytes
 constexpr int64_t PAIR = 2 * LANES;
 
@@ -160,7 +160,7 @@ inline void multiply_rows_fetching(int64_t lines, int64_t rows, const Args&... a
 template <int O, typename T>
 void multiply_tile(const float* x, int64_t rows, const T* tile, int64_t stride, int64_t n, Ahead<T> ahead, float* wide,
                    float* sums) {
-  const bool widened = !std::is_same_v<T, float> && rows > NARROW;
+  const bool widened = !std::is_same_v<T, float> && rows > FEW;
   if constexpr (!std::is_same_v<T, float>)
     for (int o = 0; widened && o < O; o++) widen(tile + o * stride, n, wide + o * n);
   const int64_t passes = (rows + ROWS - 1) / ROWS, steps = std::max<int64_t>(1, n / LANES);
@@ -195,12 +195,11 @@ struct Room {
   Numbers x, wide, sums;
 };
 
-// Columns [from, from + width) of y [rows, out], O of them at a time; the last of them read nothing further ahead.
+// Sums of W's rows [from, from + width), O of them at a time: a block of x stays in cache while W passes over it. The last
+// of them read nothing further ahead.
 template <int O, typename T>
-void chunk(const float* x, const T* w, const T* bias, T* y, int64_t rows, int64_t in, int64_t out, int64_t from,
-           int64_t width, Room& room) {
+void sum_many(const float* x, const T* w, int64_t rows, int64_t in, int64_t from, int64_t width, Room& room) {
   const int64_t groups = (rows + GROUP - 1) / GROUP;
-  std::fill_n(room.sums.data(), rows * CHUNK, 0.f);
   for (int64_t i = 0; i < in; i += BLOCK) {
     const int64_t n = std::min(BLOCK, in - i);
     for (int64_t r = 0; r < rows; r++) std::memcpy(room.x.data() + r * n, x + r * in + i, n * sizeof(float));
@@ -219,6 +218,33 @@ void chunk(const float* x, const T* w, const T* bias, T* y, int64_t rows, int64_
       }
     }
   }
+}
+
+// The same for so few rows that all of x stays in cache: W passes by in the order in which it lies.
+template <int O, typename T>
+void sum_few(const float* x, const T* w, int64_t rows, int64_t in, int64_t from, int64_t width, Room& room) {
+  for (int64_t i = 0; i < in; i += BLOCK)
+    for (int64_t r = 0, n = std::min(BLOCK, in - i); r < rows; r++)
+      std::memcpy(room.x.data() + i * rows + r * n, x + r * in + i, n * sizeof(float));
+  const int64_t end = (in + BLOCK - 1) / BLOCK * BLOCK;
+  for (int64_t o = 0; o < width; o += O) {
+    const T *tile = w + (from + o) * in, *below = tile + O * in;
+    for (int64_t i = 0; i < in; i += BLOCK) {
+      const auto later = [&](int64_t j) { return j < end ? tile + j : below + (j - end); };
+      const Ahead<T> ahead{later(i + BLOCK), later(i + 2 * BLOCK), in, 0};
+      multiply_tile<O, T>(room.x.data() + i * rows, rows, tile + i, in, std::min(BLOCK, in - i), ahead,
+                          room.wide.data(), room.sums.data() + o);
+    }
+  }
+}
+
+// Columns [from, from + width) of y [rows, out], O of them at a time.
+template <int O, typename T>
+void chunk(const float* x, const T* w, const T* bias, T* y, int64_t rows, int64_t in, int64_t out, int64_t from,
+           int64_t width, Room& room) {
+  std::fill_n(room.sums.data(), rows * CHUNK, 0.f);
+  if (rows <= FEW) sum_few<O>(x, w, rows, in, from, width, room);
+  else sum_many<O>(x, w, rows, in, from, width, room);
   for (int64_t r = 0; r < rows; r++)
     for (int64_t o = 0; o < width; o++)
       y[r * out + from + o] = T(room.sums.data()[r * CHUNK + o] + (bias ? float(bias[from + o]) : 0.f));
@@ -239,7 +265,7 @@ void product(const T* x, const T* w, const T* bias, T* y, int64_t rows, int64_t 
   {
     const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
     const int64_t first = me * panels / all * PANEL, last = (me + 1) * panels / all * PANEL;
-    Room room{Numbers(rows * BLOCK), Numbers(PANEL * BLOCK), Numbers(rows * CHUNK)};
+    Room room{Numbers(rows * (rows <= FEW ? in : BLOCK)), Numbers(PANEL * BLOCK), Numbers(rows * CHUNK)};
     for (int64_t o = first; o < last; o += CHUNK)
       chunk<PANEL, T>(xs, w, bias, y, rows, in, out, o, std::min(CHUNK, last - o), room);
     if (me == all - 1 && last < out) chunk<1, T>(xs, w, bias, y, rows, in, out, last, out - last, room);
