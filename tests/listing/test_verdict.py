@@ -114,21 +114,29 @@ def test_products_of_a_few_rows_are_the_librarys_on_a_gpu():
 
 
 def test_in_16_bits_a_draw_may_turn_to_a_token_nearby_and_no_further():
+    """What is told of that token differs with it; that of others does not."""
+
+    def token_and_score(p: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        token = sample_inverse_cdf(p, u)
+        return token, p.gather(1, token[:, None])[:, 0]
+
     with recording() as record:
-        compiled = torch.compile(lambda p, u: sample_inverse_cdf(p, u), backend=BACKEND, fullgraph=True)
+        compiled = torch.compile(token_and_score, backend=BACKEND, fullgraph=True)
         compiled(torch.full((200, 1000), 1e-3), torch.linspace(0, 0.999, 200).double())
     (found,) = record.found
 
-    def off_by(tokens: int) -> bool:
+    def agrees(tokens: int, scores: float, dtype: torch.dtype = torch.bfloat16) -> bool:
         def near(*arguments: Any) -> list[Tensor]:
-            return [found.graph(*arguments)[0] + tokens]
+            token, score = found.graph(*arguments)
+            return [token + tokens, score + scores]
 
-        return compare(found, near, torch.bfloat16).agrees(torch.bfloat16)
+        return compare(found, near, dtype).agrees(dtype)
 
-    assert not compare(found, lambda *a: [found.graph(*a)[0] + 1], torch.float32).agrees(torch.float32)
-    assert off_by(0)
-    assert off_by(8)
-    assert not off_by(20)
+    assert agrees(0, 0)
+    assert not agrees(1, 0, torch.float32)
+    assert not agrees(0, 1)
+    assert agrees(8, 1)
+    assert not agrees(20, 0)
 
 
 def test_differences_are_relative_and_infinities_have_their_places():
