@@ -16,7 +16,8 @@ from torch._dynamo.utils import counters
 import smc_compile.kernels.few_rows  # noqa: F401  (registers the op)
 from smc_compile.passes.ir import CachedLM
 
-# Where the kernel beats ATen, measured on AVX-512 without bf16 instructions and on AVX2 (smallest weights in numbers).
+# Where the kernel beats ATen, measured on AVX-512 without bf16 instructions and on AVX2, for which others are taken
+# (smallest weights in numbers).
 FEWEST = 2 if torch.cpu._is_avx512_supported() else 1
 ROWS = {torch.float32: range(FEWEST, 97), torch.bfloat16: range(1, 513)}
 SMALLEST = {torch.float32: 2**18, torch.bfloat16: 2**16}

@@ -44,7 +44,7 @@ class Region:
 
 
 class _Run(threading.local):
-    """What a thread is at: within it, arguments that go with tensors of equal shapes are alike too."""
+    """What a thread is at: within it, arguments that go with tensors of equal layouts are alike too."""
 
     number: object = None
 
@@ -62,18 +62,18 @@ def compile_function(function: Callable[..., Any], name: str, compiler: str) -> 
 
     Rows are the first axes of its tensors. Each number has a Dynamo cache of its own, so that no count of batch sizes
     meets the limit of recompilations. Dynamo's guards cost as much as a small layer: they are checked once a run for
-    tensors of equal shapes, after which the code that they admitted is called directly.
+    tensors of equal shapes and strides, after which the code that they admitted is called directly.
     """
     compiled: dict[tuple[int, ...], tuple[types.FunctionType, Callable[..., Any]]] = {}
     known = threading.local()
 
     def call(*args: Any) -> Any:
-        shapes = tuple([a.shape for a in args if isinstance(a, torch.Tensor)])
+        layouts = tuple([(a.shape, a.stride()) for a in args if isinstance(a, torch.Tensor)])
         if getattr(known, "run", None) is not _run.number:
             known.run, known.code = _run.number, {}
-        if shapes in known.code:
-            return known.code[shapes](*args)
-        rows = tuple(shape[0] for shape in shapes if shape)
+        if layouts in known.code:
+            return known.code[layouts](*args)
+        rows = tuple(shape[0] for shape, _ in layouts if shape)
         if rows not in compiled:
             own = _own_code(function, name)
             compiled[rows] = own, torch.compile(own, fullgraph=True, dynamic=False, **lowered_by(compiler))
@@ -81,7 +81,7 @@ def compile_function(function: Callable[..., Any], name: str, compiler: str) -> 
         result = checked(*args)
         code = _admitted(own) if _run.number is not None else None
         if code is not None:
-            known.code[shapes] = code
+            known.code[layouts] = code
         return result
 
     return call

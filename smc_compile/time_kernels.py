@@ -56,7 +56,7 @@ def kernels_table(timed: Timed) -> Table:
 def timed_summary(regions: Sequence[Timed], seconds: float) -> str:
     """One line about a cycle: its regions one after the other."""
     ways = [[r.calls * us / 1e3 for us in (r.eager, r.inductor, r.ours)] for r in regions]
-    eager, inductor, ours = map(sum, zip(*ways, strict=True))
+    eager, inductor, ours = map(sum, zip(*ways, strict=True)) if ways else (0.0, 0.0, 0.0)
     failed = [r.name for r in regions if not r.passes]
     parts = [
         f"{len(regions)} regions; those of a cycle: eager {eager:.2f} ms, Inductor {inductor:.2f}, ours {ours:.2f}"

@@ -117,7 +117,7 @@ def seconds_of(run: Callable[[int], object], tokens: int) -> float:
 
 def cut_note(tokens: int, new_tokens: int) -> str:
     """What a note ends with where not all tokens are timed."""
-    return f"; timed on its first {tokens} tokens, since all take minutes" if tokens < new_tokens else ""
+    return f"; timed on the prompt and its first {tokens} tokens, since all take minutes" if tokens < new_tokens else ""
 
 
 def library_run(twin: Any, ids: Tensor, temperature: float, **more: Any) -> Callable[[int, int], Tensor]:

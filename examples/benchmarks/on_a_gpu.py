@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -38,10 +38,24 @@ def run_step(name: str, options: str, folder: Path, seconds: float) -> dict[str,
     """One command: its exit status (None when its time was over) and how long it took."""
     command = [sys.executable, "-m", "smc_compile", *options.split(), "--json", str(folder / f"{name}.json")]
     start = time.perf_counter()
-    status: int | None = None
-    with (folder / f"{name}.txt").open("w") as log, suppress(subprocess.TimeoutExpired):
-        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=seconds).returncode
+    with (folder / f"{name}.txt").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            status: int | None = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            status = None
+            end(process)
     return {"command": f"smc-compile {options}", "status": status, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """As Ctrl-C does, upon which commands keep what they have measured; if that does not help, at once."""
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -54,7 +68,7 @@ def main(given: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         parser.error("torch sees no GPU here")
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + 60 * arguments.minutes
+    deadline = time.monotonic() + 60 * arguments.minutes
     report = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(),
@@ -62,7 +76,7 @@ def main(given: Sequence[str] | None = None) -> int:
         "steps": {},
     }
     for name in arguments.only:
-        left = end - time.monotonic()
+        left = deadline - time.monotonic()
         if left <= 0:
             print(f"{name}: not begun, the time is over")
             continue

@@ -228,9 +228,9 @@ void sum_few(const float* x, const T* w, int64_t rows, int64_t in, int64_t from,
       std::memcpy(room.x.data() + i * rows + r * n, x + r * in + i, n * sizeof(float));
   const int64_t end = (in + BLOCK - 1) / BLOCK * BLOCK;
   for (int64_t o = 0; o < width; o += O) {
-    const T *tile = w + (from + o) * in, *below = tile + O * in;
+    const T* tile = w + (from + o) * in;
+    const auto later = [&](int64_t i) { return tile + i / end * O * in + i % end; };
     for (int64_t i = 0; i < in; i += BLOCK) {
-      const auto later = [&](int64_t j) { return j < end ? tile + j : below + (j - end); };
       const Ahead<T> ahead{later(i + BLOCK), later(i + 2 * BLOCK), in, 0};
       multiply_tile<O, T>(room.x.data() + i * rows, rows, tile + i, in, std::min(BLOCK, in - i), ahead,
                           room.wide.data(), room.sums.data() + o);

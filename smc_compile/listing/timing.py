@@ -2,7 +2,7 @@
 
 Plain Inductor and eager PyTorch get the graph with our kernels' ops in tensor code. All three take turns, and before
 each call whatever caches hold is overwritten: in a cycle, too, weights have passed by since the last call. On a GPU
-each is recorded as a CUDA graph first, as cycles are, so that none waits for the host.
+each is recorded as a CUDA graph first, so that none waits for the host, as cycles of SMC do not.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from statistics import median
@@ -20,7 +21,9 @@ import torch
 from torch import fx
 from torch.profiler import ProfilerActivity, profile
 
+from smc_compile.errors import SMCError
 from smc_compile.kernels import attend, few_rows, thresholds
+from smc_compile.measure import reason
 from smc_compile.runtime.compiled import lowered_by
 from smc_compile.runtime.replay import cuda_graphs
 
@@ -68,19 +71,28 @@ class Timed:
 def time_region(recorded: Recorded, device: torch.device, dtype: torch.dtype, compiler: str = "inductor") -> Timed:
     """Compile the region, compare it with eager on the arguments that it met, and time it on the last of them.
 
-    ``compiler`` is what ``Options`` calls so, "inductor" or "max-autotune", and means ours alone.
+    ``compiler`` is what ``Options`` calls so, "inductor" or "max-autotune", and means ours alone. Whatever a compiler
+    or a device raises is the verdict's problem: other regions go on.
     """
-    in_tensor_code = plain(recorded.graph)
-    with torch.no_grad():
-        ours, inductor = compiled(recorded.graph, recorded, compiler), compiled(in_tensor_code, recorded, "inductor")
-        verdict = compare(recorded, ours, dtype, reference=in_tensor_code)
-        timed = Timed(recorded.name, recorded.a_cycle, verdict, verdict.agrees(dtype))
-        if verdict.problem:
-            return timed
-        calls = [prepared(function, recorded.calls[-1], device) for function in (in_tensor_code, inductor, ours)]
-        timed.eager, timed.inductor, timed.ours = in_turn(calls, device)
-        timed.kernels = kernel_times(calls[-1], device)
+    timed = Timed(recorded.name, recorded.a_cycle, Verdict(), False)
+    try:
+        with torch.no_grad(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            _time(timed, recorded, device, dtype, compiler)
+    except Exception as error:
+        timed.agrees, timed.verdict.problem = False, reason(error)
     return timed
+
+
+def _time(timed: Timed, recorded: Recorded, device: torch.device, dtype: torch.dtype, compiler: str) -> None:
+    in_tensor_code = plain(recorded.graph)
+    ours, inductor = compiled(recorded.graph, recorded, compiler), compiled(in_tensor_code, recorded, "inductor")
+    timed.verdict = compare(recorded, ours, dtype, reference=in_tensor_code)
+    timed.agrees = timed.verdict.agrees(dtype)
+    if not compare(recorded, inductor, dtype, reference=in_tensor_code).agrees(dtype):
+        raise SMCError("plain Inductor differs from eager")
+    calls = [prepared(function, recorded.calls[-1], device) for function in (in_tensor_code, inductor, ours)]
+    timed.eager, timed.inductor, timed.ours = in_turn(calls, device)
+    timed.kernels = kernel_times(calls[-1], device)
 
 
 def plain(graph: fx.GraphModule) -> fx.GraphModule:

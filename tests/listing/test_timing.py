@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from smc_compile.listing import time_copy_rows as time_copy_rows_file
 from smc_compile.listing import timing
 from smc_compile.listing.record import BACKEND, Recorded, recording
 from smc_compile.listing.sessions import Pair
@@ -64,10 +65,22 @@ def test_plain_is_without_kernels_of_ours(recorded) -> None:
 
 def test_wrong_code_is_seen(recorded, monkeypatch) -> None:
     right = timing.compiled
-    monkeypatch.setattr(timing, "compiled", lambda *given: lambda *args: [x + 1e-2 for x in right(*given)(*args)])
+
+    def wrong(graph, recorded, compiler):
+        function = right(graph, recorded, compiler)
+        return (lambda *args: [x + 1e-2 for x in function(*args)]) if graph is recorded.graph else function
+
+    monkeypatch.setattr(timing, "compiled", wrong)
     found = time_region(recorded, CPU, torch.float32)
     assert not found.passes
     assert found.verdict.beyond > 0
+
+
+def test_what_a_compiler_or_a_device_raises_is_told_and_no_more(recorded, monkeypatch) -> None:
+    monkeypatch.setattr(timing, "prepared", lambda *_: 1 / 0)
+    found = time_region(recorded, CPU, torch.float32)
+    assert not found.passes
+    assert found.verdict.problem == "ZeroDivisionError: division by zero"
 
 
 def test_calls_take_turns_after_a_flush_each(monkeypatch) -> None:
@@ -79,8 +92,11 @@ def test_calls_take_turns_after_a_flush_each(monkeypatch) -> None:
     assert len(times) == 2
 
 
-def test_rows_that_are_copied_are_compared_and_timed() -> None:
+def test_rows_that_are_copied_are_compared_and_timed(monkeypatch) -> None:
     config = LlamaConfig(500, 64, 1, 4, 2, 128, 64)
-    found = time_copy_rows(Pair(config, config, "smc", 4, 3, 16, 0.8, 0, 1.0, torch.float32), CPU)
+    pair = Pair(config, config, "smc", 4, 3, 16, 0.8, 0, 1.0, torch.float32)
+    found = time_copy_rows(pair, CPU)
     assert found.passes
     assert min(found.eager, found.inductor, found.ours) > 0
+    monkeypatch.setattr(time_copy_rows_file, "RowCopy", lambda caches: lambda *_: None)
+    assert not time_copy_rows(pair, CPU).passes
