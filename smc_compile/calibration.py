@@ -25,7 +25,7 @@ from smc_compile.runtime.session import SMCSession
 
 ROWS = (1, 2, 3, 4, 8, 16, 32, 48, 49, 96, 192, 384)  # with both sides of where products change kernels
 SMALL, RESIDENT = 2**16, 2**18  # numbers in one weight, which stays in a core's cache
-STREAMED, SIDE = 2**24, 1024  # numbers in weights of SIDE x SIDE that pass by, on a GPU four times as many
+STREAMED, SIDE = 2**26, 1024  # bytes of weights of SIDE x SIDE that pass by, on a GPU four times as many
 ENOUGH = 2**31  # operations that measure a product of many rows well
 WIDTH = 64  # of a head
 TOKENS = 61  # of a generation that costs nothing but the host's part
@@ -66,7 +66,7 @@ class Rates:
         if numbers <= SMALL:
             return numbers * float(np.interp(rows, ROWS, self.small)) * beyond(rows)
         near, far = (float(np.interp(rows, ROWS, of)) * beyond(rows) for of in (self.resident, self.streamed))
-        bounds = np.log2([RESIDENT * itemsize, STREAMED * itemsize])
+        bounds = np.log2([RESIDENT * itemsize, STREAMED])
         return numbers * float(np.interp(np.log2(working_set), bounds, [near, far]))
 
 
@@ -82,11 +82,12 @@ def rates(dtype: torch.dtype, device: torch.device) -> Rates:
 
 @cache
 def _rates(dtype: torch.dtype, device: torch.device, threads: int) -> Rates:
+    streamed = STREAMED // (SIDE**2 * dtype.itemsize) * (4 if device.type == "cuda" else 1)
     with torch.no_grad():
         return Rates(
             product_seconds(dtype, device, SMALL, 1),
             product_seconds(dtype, device, RESIDENT, 1),
-            product_seconds(dtype, device, SIDE * SIDE, STREAMED // SIDE**2 * (4 if device.type == "cuda" else 1)),
+            product_seconds(dtype, device, SIDE * SIDE, streamed),
             *attention_seconds(dtype, device),
             *batched_seconds(dtype, device),
             element_seconds(device),

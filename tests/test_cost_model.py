@@ -100,7 +100,7 @@ def test_rates_are_interpolated_and_go_on_beyond_what_was_measured():
     assert found.product(SMALL, 5, 1e12, 4) == SMALL * 5
     assert found.product(SMALL + 1, 6, RESIDENT * 4, 4) == (SMALL + 1) * 6
     assert found.product(SMALL + 1, 6, STREAMED * 8, 4) == (SMALL + 1) * 18
-    halfway = 4 * (RESIDENT * STREAMED) ** 0.5
+    halfway = (4 * RESIDENT * STREAMED) ** 0.5
     assert found.product(SMALL + 1, 6, halfway, 4) == pytest.approx((SMALL + 1) * 12)
     assert found.product(SMALL, 10 * ROWS[-1], 1e12, 4) == SMALL * 10 * ROWS[-1]
 
