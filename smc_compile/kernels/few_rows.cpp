@@ -132,18 +132,12 @@ inline void multiply(const float* x, const W* w, int64_t w_stride, int64_t n, co
   for (int r = 0; r < R; r++) add_sums<O>(acc[r], sums + r * CHUNK);
 }
 
-template <int O, int LINES, typename W, typename... Args>
+// ``rows`` is at most what fits in registers.
+template <int O, int LINES, int R = 1, typename W, typename... Args>
 inline void multiply_rows(int64_t rows, const float* x, const W* w, const Args&... args) {
-  switch (rows) {
-    case 1: return multiply<1, O, LINES>(x, w, args...);
-    case 2: return multiply<2, O, LINES>(x, w, args...);
-    case 3: return multiply<3, O, LINES>(x, w, args...);
-    case 4: return multiply<4, O, LINES>(x, w, args...);
-  }
-  if constexpr (std::is_same_v<W, float>) {
-    if (rows == 5) return multiply<5, O, LINES>(x, w, args...);
-    if (rows == 6) return multiply<6, O, LINES>(x, w, args...);
-  }
+  constexpr int64_t MOST = std::is_same_v<W, float> ? ROWS : std::min(ROWS, FEW);
+  if (rows == R) return multiply<R, O, LINES>(x, w, args...);
+  if constexpr (R < MOST) return multiply_rows<O, LINES, R + 1>(rows, x, w, args...);
 }
 
 template <int O, typename... Args>
