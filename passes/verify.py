@@ -35,8 +35,8 @@ def validate(lm: CausalLM, cached: CachedLM, weights: Sequence[Tensor]) -> float
         check_prefix_tables(cached, weights, total)
         actual, at = replay(cached, ids, weights, PROMPT, BLOCKS)
         *ends, last = at.unique().tolist()
-        by_end = {end: _rows(FewRows(lm.graph_module), lm, ids[:, : end + 1], weights) for end in ends}
-        by_end[last] = _rows(fx.Interpreter(lm.graph_module), lm, ids[:, : last + 1], weights)  # by nothing of ours
+        by_end = {end: _rows(lm, ids[:, : end + 1], weights, FewRows) for end in ends}
+        by_end[last] = _rows(lm, ids[:, : last + 1], weights)  # by nothing of ours
         expected = torch.stack([torch.stack([by_end[int(end)][b] for end in at[b]]) for b in range(len(at))])
     dtype = _compute_dtype(weights, expected)
     error = relative_error(actual, expected, dtype in NARROW)
@@ -227,9 +227,11 @@ class FewRows(fx.Interpreter):
         return super().call_function(linear if target is torch.ops.aten.linear.default else target, args, kwargs)
 
 
-def _rows(interpreter: fx.Interpreter, lm: CausalLM, ids: Tensor, weights: Sequence[Tensor]) -> Tensor:
+def _rows(
+    lm: CausalLM, ids: Tensor, weights: Sequence[Tensor], interpreter: type[fx.Interpreter] = fx.Interpreter
+) -> Tensor:
     """The original model's rows for ids [B, S], also when S is one."""
-    result = interpreter.run(*_in_order(lm, ids, weights))
+    result = interpreter(lm.graph_module).run(*_in_order(lm, ids, weights))
     return result[0] if isinstance(result, (list, tuple)) else result
 
 

@@ -111,7 +111,7 @@ def test_a_session_for_a_gpu_that_is_not_there(monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr(list_kernels, "record_sessions", target_and_end)
     path = tmp_path / "rows.json"
-    options = "--target sm_80 --lookahead 1 --layers 1 --sessions 1 --top-k 0 --top-p 1 --n-particles 2"
+    options = "--target sm_90 --lookahead 1 --layers 1 --sessions 1 --top-k 0 --top-p 1 --n-particles 2"
     status = main(["kernels", *options.split(), "--json", str(path)])
     out = capsys.readouterr().out
     calls = {name: region.a_cycle for name, region in recorded.items()}
