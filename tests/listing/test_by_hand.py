@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 
+from smc_compile.listing import timing
 from smc_compile.listing.by_hand import WRITTEN_BY_HAND, Entry, check_by_hand
 
 SMALL = [replace(entry, typical=entry.operands) for entry in WRITTEN_BY_HAND]
 each = pytest.mark.parametrize("entry", SMALL, ids=lambda entry: entry.name)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_flush() -> Iterator[None]:
+    """What is timed here does not matter: caches need not be emptied."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(timing, "FLUSHED", 2**20)
+        yield
 
 
 def test_every_op_of_the_package_is_in_the_list() -> None:

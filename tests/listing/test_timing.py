@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -15,6 +17,14 @@ from smc_compile.llama import LlamaConfig
 from smc_compile.passes.few_rows import linear
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_flush() -> Iterator[None]:
+    """What is timed here does not matter: caches need not be emptied."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(timing, "FLUSHED", 2**20)
+        yield
 
 
 @pytest.fixture(scope="module")
