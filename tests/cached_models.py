@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from models import RMSNorm
+from model_parts import RMSNorm
 from torch import Tensor, nn
 
 

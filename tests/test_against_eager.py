@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import CACHEABLE, perturbed
+from model_parts import perturbed
+from models import CACHEABLE
 
 from smc_compile import Generation, generate
 from smc_compile.against_eager import ALLOWED, Agreement, checked, difference

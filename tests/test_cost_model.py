@@ -7,7 +7,8 @@ from functools import cache
 
 import pytest
 import torch
-from models import TinyTransformerLM, perturbed
+from model_parts import perturbed
+from toys import TinyTransformerLM
 
 from smc_compile.calibration import RESIDENT, ROWS, SMALL, STREAMED, Rates, rates
 from smc_compile.compile import Program, build_program

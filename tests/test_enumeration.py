@@ -1,7 +1,7 @@
 import pytest
 import torch
 from enumeration import chi_square_p_value, draw, sample_loop, sequence_law, total_variation, tv_noise_floor
-from models import TableLM, TinyTransformerLM
+from toys import TableLM, TinyTransformerLM
 
 PROMPT = torch.tensor([1, 0])
 

@@ -1,7 +1,10 @@
 import pytest
 import torch
-from models import CACHEABLE, REFUSED, GRUStep, TableLM, TinyTransformerLM, perturbed
+from model_parts import perturbed
+from models import CACHEABLE
+from refused_models import REFUSED
 from torch.export import Dim, export
+from toys import GRUStep, TableLM, TinyTransformerLM
 
 TOYS = {"table": TableLM, "tiny_transformer": TinyTransformerLM, "gru_step": GRUStep}
 MIXING = ["bidirectional", "bidirectional_eager", "peeking_mask", "flipped", "future_shift", "sequence_mean"]

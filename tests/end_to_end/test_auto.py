@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import CACHEABLE, TinyTransformerLM, perturbed
+from model_parts import perturbed
+from models import CACHEABLE
 from torch import Tensor, nn
+from toys import TinyTransformerLM
 
 import smc_compile
 from smc_compile import decode, explain, generate

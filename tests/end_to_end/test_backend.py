@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from enumeration import chi_square_p_value, sequence_law
-from models import TableLM
 from torch import Tensor, nn
+from toys import TableLM
 
 from smc_compile.recovered import _programs
 

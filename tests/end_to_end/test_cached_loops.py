@@ -9,9 +9,10 @@ import pytest
 import torch
 from cached_models import HandedLM, SlotLM
 from enumeration import chi_square_p_value, sequence_law
-from models import TableLM, build, perturbed
+from model_parts import build, perturbed
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from toys import TableLM
 
 pytest.importorskip("transformers", minversion="5")
 from transformers import DynamicCache, StaticCache

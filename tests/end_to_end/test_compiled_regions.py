@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from models import CACHEABLE, GRUStep, perturbed
+from model_parts import perturbed
+from models import CACHEABLE
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from toys import GRUStep
 
 from smc_compile import Generation, generate
 from smc_compile.generate import _programs

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import REFUSED, TableLM, TinyTransformerLM, perturbed
+from model_parts import perturbed
+from refused_models import REFUSED
 from torch import Tensor, nn
+from toys import TableLM, TinyTransformerLM
 
 from smc_compile import decode, explain, generate
 from smc_compile.errors import CacheError, LoopError, OptionError

@@ -11,8 +11,9 @@ import math
 import pytest
 import torch
 from enumeration import chi_square_p_value, sequence_law, total_variation, tv_noise_floor
-from models import TableLM, TinyTransformerLM, perturbed
+from model_parts import perturbed
 from replicates import distance, draft_chain, drawn, evidence_measure, replicate, weighted_law, z_scores
+from toys import TableLM, TinyTransformerLM
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 

@@ -6,8 +6,9 @@ import logging
 
 import pytest
 import torch
-from models import TableLM, perturbed
+from model_parts import perturbed
 from torch import Tensor, nn
+from toys import TableLM
 
 from smc_compile import generate
 from smc_compile.errors import InputError

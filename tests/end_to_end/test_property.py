@@ -11,7 +11,9 @@ import torch
 from enumeration import chi_square_p_value, sequence_law
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from models import LM, Alibi, Eager, EagerWhere, Llama, LlamaBuffered, SlidingWindow, Softcap, build, perturbed
+from matmul_models import Eager, EagerWhere, Softcap
+from model_parts import LM, build, perturbed
+from plain_models import Alibi, Llama, LlamaBuffered, SlidingWindow
 from torch import Tensor, nn
 
 from smc_compile import SMCError, decode

@@ -11,9 +11,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from enumeration import chi_square_p_value, sequence_law
-from models import TableLM, TinyTransformerLM, perturbed
+from model_parts import perturbed
 from replicates import drawn, evidence_measure, replicate, z_scores
 from torch import Tensor
+from toys import TableLM, TinyTransformerLM
 
 from smc_compile import GenerationError, generate
 from smc_compile.generate import _programs

@@ -9,9 +9,11 @@ import math
 
 import pytest
 import torch
-from models import CACHEABLE, TableLM, TinyTransformerLM, perturbed
+from model_parts import perturbed
+from models import CACHEABLE
 from replicates import recorded_cycles, replicate
 from torch import Tensor, nn
+from toys import TableLM, TinyTransformerLM
 
 from smc_compile import Generation, generate
 from smc_compile.errors import GenerationError

@@ -13,10 +13,12 @@ import math
 import pytest
 import torch
 from enumeration import chi_square_p_value, sequence_law
-from models import CACHEABLE, GRUStep, TableLM, TinyTransformerLM, perturbed
+from model_parts import perturbed
+from models import CACHEABLE
 from replicates import drawn, replicate
 from test_rules import Applied, no_third, penalty
 from torch import Tensor, nn
+from toys import GRUStep, TableLM, TinyTransformerLM
 
 import smc_compile
 from smc_compile import Generation, GenerationError, generate

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from enumeration import chi_square_p_value, sequence_law
-from models import GRUStep, TinyTransformerLM, perturbed
+from model_parts import perturbed
 from replicates import distance, drawn, evidence_measure, recorded_cycles, replicate, weighted_law, z_scores
 from torch import Tensor, nn
+from toys import GRUStep, TinyTransformerLM
 
 from smc_compile import generate
 from smc_compile.errors import GenerationError

@@ -6,7 +6,8 @@ import itertools
 
 import pytest
 import torch
-from models import TableLM, TinyTransformerLM, perturbed
+from model_parts import perturbed
+from toys import TableLM, TinyTransformerLM
 
 from smc_compile import GenerationError, generate
 from smc_compile.errors import OptionError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from models import REFUSED
+from refused_models import REFUSED
 from torch import nn
 from traces import Last, Step, export, export_then, model, op_names, rows_of, tokens, traced
 

@@ -7,7 +7,8 @@ from functools import cache
 import pytest
 import sympy
 import torch
-from models import CACHEABLE, GPT
+from models import CACHEABLE
+from plain_models import GPT
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 

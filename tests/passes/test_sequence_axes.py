@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import sympy
 import torch
-from models import REFUSED
+from refused_models import REFUSED
 from traces import Last, export_then, op_names, traced
 
 from smc_compile.errors import CacheError

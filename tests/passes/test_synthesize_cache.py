@@ -7,8 +7,10 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from models import CACHEABLE, TableLM, build
+from model_parts import build
+from models import CACHEABLE
 from torch import Tensor, nn
+from toys import TableLM
 from traces import Last, export, export_then, model, op_names, rows_of, tokens, traced
 
 from smc_compile.errors import CacheError

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import models
 import pytest
 import torch
 import torch.nn.functional as F
+from model_parts import build, perturbed
+from models import CACHEABLE
+from refused_models import Bidirectional
 from torch import nn
 
 import smc_compile
@@ -192,7 +194,7 @@ def test_forms(form, n):
 
 @pytest.mark.parametrize("name", ["gpt", "alibi", "eager", "additive_mask_cumsum"])
 def test_sizes_of_the_buffer_become_sizes_of_the_sequence(name):
-    model = models.CACHEABLE[name]()
+    model = CACHEABLE[name]()
     texts = []
     for n in (2, 3):
         loop, inputs = capture(padded_for, model, prompt(), n)
@@ -203,7 +205,7 @@ def test_sizes_of_the_buffer_become_sizes_of_the_sequence(name):
 
 
 def test_a_buffer_as_long_as_the_width_of_the_model():
-    model = models.CACHEABLE["llama"]()
+    model = CACHEABLE["llama"]()
     assert model.embed.embedding_dim == 16
     loop, inputs = capture(padded_for, model, prompt(), 16 - P)
     loop.check(inputs)
@@ -211,7 +213,7 @@ def test_a_buffer_as_long_as_the_width_of_the_model():
 
 
 def test_a_buffer_as_long_as_the_model_reaches():
-    model = models.CACHEABLE["gpt"](max_positions=P + 3)
+    model = CACHEABLE["gpt"](max_positions=P + 3)
     loop, inputs = capture(padded_for, model, prompt(), 3)
     loop.check(inputs)
 
@@ -235,8 +237,8 @@ class Bigram(nn.Module):
 def pair(name: str) -> tuple[nn.Module, nn.Module]:
     if name == "bigram":
         return Bigram(0), Bigram(1)
-    model = models.CACHEABLE[name](layers=1)
-    return model, models.perturbed(model)
+    model = CACHEABLE[name](layers=1)
+    return model, perturbed(model)
 
 
 @pytest.mark.usefixtures("untraced_regions")
@@ -357,7 +359,7 @@ def test_an_output_that_depends_on_the_length_is_recovered_for_each():
 
 
 def test_refuses_a_model_that_reads_the_padding():
-    model = models.build(models.Bidirectional)
+    model = build(Bidirectional)
     assert "not read causally" in refusal(padded_for, model, prompt(), 4).what
     error = refusal(padded_for, lambda ids: bigram(ids) + bigram(ids).mean(1, keepdim=True), prompt(), 4)
     assert "depend on the padding" in error.why

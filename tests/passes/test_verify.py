@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import CACHEABLE, REFUSED
+from models import CACHEABLE
+from refused_models import REFUSED
 from torch import fx
 from traces import Last, export_then, model, tokens, traced
 

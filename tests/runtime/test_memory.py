@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import CACHEABLE, GRUStep, perturbed
+from model_parts import perturbed
+from models import CACHEABLE
+from toys import GRUStep
 
 from smc_compile import generate
 from smc_compile.errors import InputError

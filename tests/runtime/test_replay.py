@@ -16,10 +16,12 @@ from typing import Any
 
 import pytest
 import torch
-from models import CACHEABLE, GRUStep, TableLM, TinyTransformerLM, perturbed
+from model_parts import perturbed
+from models import CACHEABLE
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from toys import GRUStep, TableLM, TinyTransformerLM
 
 from smc_compile import Generation, generate
 from smc_compile.errors import GenerationError, InputError, OptionError

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import TinyTransformerLM, perturbed
+from model_parts import perturbed
+from toys import TinyTransformerLM
 
 from smc_compile import generate
 from smc_compile.runtime import room
