@@ -21,7 +21,7 @@ from smc_compile.listing.absent_device import TARGETS, target_named
 from smc_compile.listing.by_hand import WRITTEN_BY_HAND, Outcome, check_by_hand
 from smc_compile.listing.copy_rows_region import examine_copy_rows
 from smc_compile.listing.interpreter import Interpreter
-from smc_compile.listing.rows import Kernel, Region, examine, short_name
+from smc_compile.listing.rows import Kernel, Region, compared, examine, short_name
 from smc_compile.listing.sessions import Pair, positions, record_sessions
 from smc_compile.listing.time_copy_rows import time_copy_rows
 from smc_compile.listing.timing import Timed, time_region
@@ -114,12 +114,8 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     finally:
         interpreter.close()
     outcomes = [] if target else written_by_hand(arguments.seed, console)
-    console.print()
-    console.print(summary(regions, outcomes, time.perf_counter() - begin), highlight=False)
-    if arguments.json:
-        write_json(arguments, regions, outcomes)
-        console.print(f"rows in {arguments.json}", style="dim", highlight=False)
-    return 0 if all(r.passes for r in regions) and all(o.passes for o in outcomes) else 1
+    conclude(arguments, summary(regions, outcomes, time.perf_counter() - begin), regions, outcomes, console)
+    return status_of(regions, outcomes)
 
 
 def run_timed(arguments: argparse.Namespace, pair: Pair, console: Console) -> int:
@@ -139,11 +135,27 @@ def run_timed(arguments: argparse.Namespace, pair: Pair, console: Console) -> in
         if device.type == "cpu":
             outcomes = written_by_hand(arguments.seed, console)
     finally:  # Ctrl-C keeps what was timed
-        console.print()
-        console.print(timed_summary(regions, time.perf_counter() - begin), highlight=False)
-        if arguments.json:
-            write_json(arguments, regions, outcomes)
-            console.print(f"rows in {arguments.json}", style="dim", highlight=False)
+        conclude(arguments, timed_summary(regions, time.perf_counter() - begin), regions, outcomes, console)
+    return status_of(regions, outcomes)
+
+
+def conclude(
+    arguments: argparse.Namespace,
+    line: str,
+    regions: Sequence[Region | Timed],
+    outcomes: list[Outcome],
+    console: Console,
+) -> None:
+    """The last line, and the file of rows."""
+    console.print()
+    console.print(line, highlight=False)
+    if arguments.json:
+        write_json(arguments, regions, outcomes)
+        console.print(f"rows in {arguments.json}", style="dim", highlight=False)
+
+
+def status_of(regions: Sequence[Region | Timed], outcomes: list[Outcome]) -> int:
+    """1 if a check failed, else 0."""
     return 0 if all(r.passes for r in regions) and all(o.passes for o in outcomes) else 1
 
 
@@ -208,24 +220,10 @@ def describe(arguments: argparse.Namespace, pair: Pair) -> str:
 def show(region: Region, console: Console) -> None:
     """The region's heading, table and notes."""
     console.print()
-    console.print(heading(region), highlight=False)
+    console.print(compared(region.name, region.calls, region.verdict, region.agrees), highlight=False)
     console.print(table_of(region))
     for line in notes(region):
         console.print(f"  {line}", highlight=False, markup=False)
-
-
-def heading(region: Region) -> str:
-    """The region, its calls a cycle, and what came of comparing it with eager."""
-    verdict = region.verdict
-    calls = f"{region.calls} call{'s' * (region.calls != 1)} a cycle"
-    if verdict.problem:
-        outcome = f"[red]not run: {verdict.problem}[/red]"
-    elif region.agrees:
-        outcome = f"[green]as eager in {verdict.runs} runs[/green], largest error {verdict.error:.0e}"
-        outcome += f", {verdict.beyond:.1%} of entries differ" if verdict.beyond else ""
-    else:
-        outcome = f"[red]differs from eager[/red]: error {verdict.error:.0e}, {verdict.beyond:.1%} of entries"
-    return f"[bold]{region.name}[/bold], {calls}: {outcome}"
 
 
 def table_of(region: Region) -> Table:

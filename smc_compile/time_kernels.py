@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from smc_compile.listing.rows import short_name
+from smc_compile.listing.rows import compared, short_name
 from smc_compile.listing.timing import Timed
 
 NAME = 60  # columns of a kernel's name
@@ -17,22 +17,15 @@ SHOWN = 0.01  # share of a region's time from which on a kernel has a line of it
 def show_timed(timed: Timed, console: Console) -> None:
     """The region's heading, its three times, and its kernels."""
     console.print()
-    console.print(timed_heading(timed), highlight=False)
+    console.print(compared(timed.name, timed.calls, timed.verdict, timed.agrees), highlight=False)
     if timed.kernels:
+        console.print(times_line(timed), highlight=False)
         console.print(kernels_table(timed))
 
 
-def timed_heading(timed: Timed) -> str:
-    """What the region takes a call, and what came of comparing it with eager."""
-    verdict = timed.verdict
-    calls = f"[bold]{timed.name}[/bold], {timed.calls} call{'s' * (timed.calls != 1)} a cycle"
-    if verdict.problem:
-        return f"{calls}: [red]not run: {verdict.problem}[/red]"
-    beyond = f", {verdict.beyond:.1%} of entries differ" if verdict.beyond else ""
-    if not timed.agrees:
-        return f"{calls}: [red]differs from eager[/red]: error {verdict.error:.0e}{beyond}"
+def times_line(timed: Timed) -> str:
+    """What the region takes a call."""
     return (
-        f"{calls}: [green]as eager in {verdict.runs} runs[/green], largest error {verdict.error:.0e}{beyond}\n"
         f"eager {timed.eager:.0f} us, plain Inductor {timed.inductor:.0f} us, ours [bold]{timed.ours:.0f} us[/bold]: "
         f"{timed.eager / timed.ours:.2f}x eager, {timed.inductor / timed.ours:.2f}x Inductor"
     )

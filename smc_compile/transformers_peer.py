@@ -109,9 +109,12 @@ def tokens_within(seconds: float, run: Callable[[int], object], new_tokens: int)
     return min(new_tokens, max(FEW_TOKENS, int((seconds - first) / each)))
 
 
-def seconds_of(run: Callable[[int], object], tokens: int) -> float:
+def seconds_of(run: Callable[[int], object], number: int) -> float:
+    """Wall-clock of ``run(number)``, the device's part included."""
     begin = time.perf_counter()
-    run(tokens)
+    run(number)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - begin
 
 
@@ -157,13 +160,7 @@ def fastest(values: Sequence[int], run: Callable[[int], object]) -> int:
     if len(values) == 1:
         return values[0]
     run(values[0])
-    seconds = {}
-    for value in values:
-        begin = time.perf_counter()
-        run(value)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds[value] = time.perf_counter() - begin
+    seconds = {value: seconds_of(run, value) for value in values}
     return min(seconds, key=lambda value: seconds[value])
 
 

@@ -16,6 +16,8 @@ from smc_compile.kernels import attend, few_rows, thresholds
 from .absent_device import CUDA, Target, absent_device
 from .record import Recorded
 
+# What each op with a kernel of ours is without it.
+IN_TENSOR_CODE = attend.IN_TENSOR_CODE | few_rows.IN_TENSOR_CODE | thresholds.IN_TENSOR_CODE
 # (code, flat arguments) -> outputs; arguments that the code changes are changed in place
 Execute = Callable[[str, list[Any]], Sequence[Any]]
 
@@ -50,7 +52,7 @@ def lower(recorded: Recorded, target: Target | None, execute: Execute) -> tuple[
 
     decompositions = dict(select_decomp_table())
     if target is not None:
-        decompositions |= attend.IN_TENSOR_CODE | few_rows.IN_TENSOR_CODE | thresholds.IN_TENSOR_CODE
+        decompositions |= IN_TENSOR_CODE
     with torch.no_grad():
         compiled = aot_module_simplified(
             recorded.graph,

@@ -74,6 +74,18 @@ def _kernel(recorded: Recorded, name: str, source: str, target: Target | None, v
     return kernel
 
 
+def compared(name: str, calls: int, verdict: Verdict, agrees: bool) -> str:
+    """A region, its calls a cycle, and what came of comparing it with eager, for the terminal."""
+    if verdict.problem:
+        outcome = f"[red]not run: {verdict.problem}[/red]"
+    elif agrees:
+        outcome = f"[green]as eager in {verdict.runs} runs[/green], largest error {verdict.error:.0e}"
+        outcome += f", {verdict.beyond:.1%} of entries differ" if verdict.beyond else ""
+    else:
+        outcome = f"[red]differs from eager[/red]: error {verdict.error:.0e}, {verdict.beyond:.1%} of entries"
+    return f"[bold]{name}[/bold], {calls} call{'s' * (calls != 1)} a cycle: {outcome}"
+
+
 def short_name(name: str, width: int) -> str:
     """triton_per_fused_add_mean_3 as "per 3  add mean": its kind, its number in the region, ops as far as they fit."""
     found = re.fullmatch(r"(?:triton_)?([a-z]+?)_fused_(.*?)_?(\d+)", name)

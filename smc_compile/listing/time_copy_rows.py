@@ -11,7 +11,7 @@ from smc_compile.kernels.copy_rows import RowCopy, gather_rows
 from smc_compile.llama import LlamaConfig
 
 from .sessions import Pair
-from .timing import Timed, in_turn, kernel_times, prepared
+from .timing import Timed, prepared, time_ways
 from .verdict import Verdict
 
 SLOTS = 512  # of a suffix
@@ -36,13 +36,12 @@ def time_copy_rows(pair: Pair, device: torch.device) -> Timed:
     verdict = Verdict(runs=1, beyond=wrong)
     timed = Timed("copy_rows, written by hand", 1, verdict, not wrong)
     by_inductor = torch.compile(gather_rows, dynamic=False)
-    calls = [
-        prepared(partial(gather_rows, twins, source), [], device),
-        prepared(partial(by_inductor, twins, source), [], device),
-        prepared(partial(ours, source, since, used), [], device),
-    ]
-    timed.eager, timed.inductor, timed.ours = in_turn(calls, device)
-    timed.kernels = kernel_times(calls[-1], device)
+    ways = (
+        partial(gather_rows, twins, source),
+        partial(by_inductor, twins, source),
+        partial(ours, source, since, used),
+    )
+    time_ways(timed, [prepared(way, [], device) for way in ways], device)
     return timed
 
 

@@ -22,17 +22,16 @@ from torch import fx
 from torch.profiler import ProfilerActivity, profile
 
 from smc_compile.errors import SMCError
-from smc_compile.kernels import attend, few_rows, thresholds
 from smc_compile.measure import reason
 from smc_compile.runtime.compiled import lowered_by
 from smc_compile.runtime.replay import cuda_graphs
 
+from .lower import IN_TENSOR_CODE
 from .record import Recorded, copy_of
 from .verdict import Verdict, compare
 
 ROUNDS = 9  # in turn, after one that is not timed
 FLUSHED = 2**28  # bytes: more than the caches of a processor or a GPU hold
-IN_TENSOR_CODE = attend.IN_TENSOR_CODE | few_rows.IN_TENSOR_CODE | thresholds.IN_TENSOR_CODE
 FLUSHING = re.compile("Memset|FillFunctor")  # what the profiler sees of it on a GPU
 BETWEEN = "between kernels"  # on a CPU: allocations, views, calls
 Call = Callable[[], Any]
@@ -90,7 +89,11 @@ def _time(timed: Timed, recorded: Recorded, device: torch.device, dtype: torch.d
     timed.agrees = timed.verdict.agrees(dtype)
     if not compare(recorded, inductor, dtype, reference=in_tensor_code).agrees(dtype):
         raise SMCError("plain Inductor differs from eager")
-    calls = [prepared(function, recorded.calls[-1], device) for function in (in_tensor_code, inductor, ours)]
+    time_ways(timed, [prepared(f, recorded.calls[-1], device) for f in (in_tensor_code, inductor, ours)], device)
+
+
+def time_ways(timed: Timed, calls: list[Call], device: torch.device) -> None:
+    """Fill in the times of eager, plain Inductor and ours."""
     timed.eager, timed.inductor, timed.ours = in_turn(calls, device)
     timed.kernels = kernel_times(calls[-1], device)
 
