@@ -97,6 +97,12 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     check_json_path(arguments.json)
     if arguments.device:
         check_device(arguments.device)
+    elif arguments.compiler != INDUCTORS[0]:
+        raise OptionError(
+            f"--compiler {arguments.compiler} needs --device.",
+            "it chooses products by timing them, and without a device nothing is timed",
+            "add --device cpu or --device cuda",
+        )
     console.print(describe(arguments, pair), style="dim", highlight=False)
     if arguments.device:
         return run_timed(arguments, pair, console)

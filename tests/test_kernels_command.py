@@ -88,6 +88,8 @@ def test_rows_are_kept(listed, tmp_path, capsys):
         (("--lookahead", "0"), "--lookahead must be at least 1"),
         (("--top-p", "0"), "top-p 0.0"),
         (("--device", "gpu"), "Cannot use --device gpu"),
+        (("--compiler", "max-autotune"), "--compiler max-autotune needs --device"),
+        (("--compiler", "max-autotune", "--target", "sm_90"), "--compiler max-autotune needs --device"),
     ],
 )
 def test_bad_options_are_told(options, told, capsys):

@@ -11,7 +11,7 @@ from smc_compile.kernels.copy_rows import RowCopy, gather_rows
 from smc_compile.llama import LlamaConfig
 
 from .sessions import Pair
-from .timing import Timed, prepared, time_ways
+from .timing import Timed, attempt, prepared, time_ways
 from .verdict import Verdict
 
 SLOTS = 512  # of a suffix
@@ -20,29 +20,29 @@ WRITTEN = SLOTS - 128
 
 def time_copy_rows(pair: Pair, device: torch.device) -> Timed:
     """Half of the particles die, each of which shares all but a quarter of its text with its ancestor."""
-    n = pair.n_particles
+    timed = Timed("copy_rows, written by hand", 1, Verdict(), False)
+    with attempt(timed, device):
+        _time(timed, pair, device)
+    return timed
+
+
+def _time(timed: Timed, pair: Pair, device: torch.device) -> None:
+    n, shared = pair.n_particles, WRITTEN - WRITTEN // 4
     rows = torch.arange(n, device=device)
-    source = rows - rows % 2
-    since = torch.full_like(rows, WRITTEN - WRITTEN // 4)
+    source, since = rows - rows % 2, torch.full_like(rows, shared)
     used = torch.tensor(WRITTEN, device=device)
     caches, twins = ([*suffixes(pair.target, n, pair, device), *suffixes(pair.draft, n, pair, device)] for _ in "ab")
     for cache, twin in zip(caches, twins, strict=True):
-        cache[:, :, : WRITTEN - WRITTEN // 4] = cache[:1, :, : WRITTEN - WRITTEN // 4].clone()  # what all share
+        cache[:, :, :shared] = cache[:1, :, :shared].clone()
         twin.copy_(cache)
     ours = RowCopy(caches)
     ours(source, since, used)
     gather_rows(twins, source)
     wrong = max(float((a != b)[:, :, :WRITTEN].double().mean()) for a, b in zip(caches, twins, strict=True))
-    verdict = Verdict(runs=1, beyond=wrong)
-    timed = Timed("copy_rows, written by hand", 1, verdict, not wrong)
-    by_inductor = torch.compile(gather_rows, dynamic=False)
-    ways = (
-        partial(gather_rows, twins, source),
-        partial(by_inductor, twins, source),
-        partial(ours, source, since, used),
-    )
+    timed.verdict, timed.agrees = Verdict(runs=1, beyond=wrong), not wrong
+    by_inductor, twin_of = torch.compile(gather_rows, dynamic=False), (twins, source)
+    ways = (partial(gather_rows, *twin_of), partial(by_inductor, *twin_of), partial(ours, source, since, used))
     time_ways(timed, [prepared(way, [], device) for way in ways], device)
-    return timed
 
 
 def suffixes(config: LlamaConfig, n: int, pair: Pair, device: torch.device) -> list[Tensor]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from statistics import median
@@ -74,12 +74,19 @@ def time_region(recorded: Recorded, device: torch.device, dtype: torch.dtype, co
     or a device raises is the verdict's problem: other regions go on.
     """
     timed = Timed(recorded.name, recorded.a_cycle, Verdict(), False)
+    with attempt(timed, device):
+        _time(timed, recorded, device, dtype, compiler)
+    return timed
+
+
+@contextmanager
+def attempt(timed: Timed, device: torch.device) -> Iterator[None]:
+    """What is raised inside is the verdict's problem."""
     try:
         with torch.no_grad(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            _time(timed, recorded, device, dtype, compiler)
+            yield
     except Exception as error:
         timed.agrees, timed.verdict.problem = False, reason(error)
-    return timed
 
 
 def _time(timed: Timed, recorded: Recorded, device: torch.device, dtype: torch.dtype, compiler: str) -> None:

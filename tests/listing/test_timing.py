@@ -110,3 +110,5 @@ def test_rows_that_are_copied_are_compared_and_timed(monkeypatch) -> None:
     assert min(found.eager, found.inductor, found.ours) > 0
     monkeypatch.setattr(time_copy_rows_file, "RowCopy", lambda caches: lambda *_: None)
     assert not time_copy_rows(pair, CPU).passes
+    monkeypatch.setattr(time_copy_rows_file, "RowCopy", lambda _: 1 / 0)
+    assert time_copy_rows(pair, CPU).verdict.problem == "ZeroDivisionError: division by zero"
