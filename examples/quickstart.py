@@ -5,7 +5,7 @@ import time
 import torch
 
 import smc_compile
-from smc_compile.pair import load_pair
+from smc_compile.pairs.shipped import load_pair
 
 target, draft, tokenizer, _ = load_pair()
 prompt = 'def read_lines(path):\n    """Return the lines of a text file without their line ends."""\n'

@@ -29,7 +29,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smc_compile.llama import Llama, LlamaConfig
+from smc_compile.pairs.llama import Llama, LlamaConfig
 
 END = "<|end|>"
 VOCABULARY = 2048

@@ -4,7 +4,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import smc_compile
-from smc_compile.pair import load_pair
+from smc_compile.pairs.shipped import load_pair
 
 # In your code: AutoModelForCausalLM.from_pretrained(...) twice, for a large and a small model of one tokenizer.
 *_, tokenizer, _ = load_pair()

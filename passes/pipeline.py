@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from smc_compile.passes.early_choice import early_choice
-from smc_compile.passes.export_lm import OwnedWeights, export_lm
-from smc_compile.passes.few_rows import few_rows
+from smc_compile.passes.cache.synthesize import synthesize_cache
+from smc_compile.passes.capture.export_lm import OwnedWeights, export_lm
+from smc_compile.passes.capture.sampler import Sampler, match_sampler
 from smc_compile.passes.ir import CachedLM, CausalLM
-from smc_compile.passes.match_sampler import Sampler, match_sampler
-from smc_compile.passes.outline_layers import outline_layers
-from smc_compile.passes.synthesize_cache import synthesize_cache
-from smc_compile.passes.verify import validate
+from smc_compile.passes.lower.early_head import early_choice
+from smc_compile.passes.lower.outline_layers import outline_layers
+from smc_compile.passes.lower.skinny_products import few_rows
+from smc_compile.passes.validate import validate
 
 
 @dataclass(frozen=True)

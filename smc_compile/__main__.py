@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from smc_compile import bench, demo, list_kernels, models, sweep
+from smc_compile.commands import bench, demo, models, sweep
+from smc_compile.commands import kernels as list_kernels
 from smc_compile.errors import SMCError
 
 DESCRIPTION = """\

@@ -16,13 +16,13 @@ from torch import Tensor, fx, nn
 
 from smc_compile.backend import LoopFinder
 from smc_compile.errors import InputError, LoopError, OptionError, SMCError
-from smc_compile.logits import traceable
 from smc_compile.options import Options
-from smc_compile.passes.cached_loop import ShortPrompt
-from smc_compile.passes.recover_loop import DecodeLoop, OutputLayout
-from smc_compile.recovered import LoopProgram, program_for, step_text
+from smc_compile.passes.loop.kv_loop import ShortPrompt
+from smc_compile.passes.loop.recover import DecodeLoop, OutputLayout
+from smc_compile.program.caller_caches import names_a_cache, own_copy, refuse_returned_cache
+from smc_compile.program.from_loop import LoopProgram, program_for, step_text
+from smc_compile.program.model_calls import traceable
 from smc_compile.result import Generation
-from smc_compile.user_caches import names_a_cache, own_copy, refuse_returned_cache
 
 PROBE = 3  # trips that are traced: two would do for an affine fit, the third checks it
 CHECK = 2

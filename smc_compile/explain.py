@@ -9,15 +9,18 @@ from typing import Any
 
 from torch import nn
 
-from smc_compile.compile import Model, Program, position_limit, with_states
 from smc_compile.decode import CompiledLoop
 from smc_compile.decode import decode as compile_loop
 from smc_compile.errors import OptionError, SMCError
-from smc_compile.generate import generate, last_program
+from smc_compile.generate import generate
 from smc_compile.options import Options
 from smc_compile.passes.pipeline import Traced
+from smc_compile.program.checks import position_limit
+from smc_compile.program.from_model import last_program
+from smc_compile.program.model import Model, with_states
+from smc_compile.program.program import Program
 from smc_compile.result import Generation
-from smc_compile.runtime.law import Mixture
+from smc_compile.runtime.algorithms.next_token import Mixture
 
 PROBED = 4  # position tables are tried up to this many times the length of the call
 

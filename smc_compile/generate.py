@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from smc_compile.compile import Model, Program, build_program, compile_model, require_eval, stateful
 from smc_compile.errors import InputError, OptionError
-from smc_compile.options import Options, is_stateful
-from smc_compile.processors import Processors, sort_processors
-from smc_compile.requests import (
+from smc_compile.inputs.processors import sort_processors
+from smc_compile.inputs.requests import (
     build_request,
     check_prompt,
     checked_lag,
@@ -26,14 +21,16 @@ from smc_compile.requests import (
     single_seed,
     spread,
 )
+from smc_compile.inputs.stopping import any_stop, criteria_stop, strings_stop
+from smc_compile.inputs.streaming import watch_for
+from smc_compile.options import Options
+from smc_compile.program.from_model import (
+    check_model,
+    program_for,
+    vocabulary,
+)
 from smc_compile.result import Generation
-from smc_compile.runtime.law import SETTINGS, Law, Mixture, Stage
-from smc_compile.stopping import any_stop, criteria_stop, strings_stop
-from smc_compile.streaming import watch_for
 
-WIDE_SHARE = 0.1  # of the draft's law without truncation, where the target truncates
-KEPT = 16  # programs kept; the oldest goes first, and with it its hold on the model
-_programs: OrderedDict[Any, Program] = OrderedDict()
 # What a generation_config holds; the rest goes beside it.
 IN_CONFIG = ("temperature", "top_k", "top_p", "min_p", "eos_token_id", "pad_token_id", "num_return_sequences")
 
@@ -86,7 +83,7 @@ def generate(
         num_return_sequences: independent populations for each prompt; row b*M + m of the result is prompt b's. A list
             with a value for each prompt serves all its rows, but seeds are given one for each row.
         seed: a 64-bit int, request b using seed + b, or a list with one for each.
-        streamer, stream: see ``smc_compile.streaming.watch_for``.
+        streamer, stream: see ``smc_compile.inputs.streaming.watch_for``.
         max_lag: with a streamer, settle what is older than so many tokens by drawing one of the particles' pasts: exact
             in expectation, at the price of the other particles.
         generation_config: of transformers; the model's own ``generate`` then prepares the request, and the sampler's
@@ -162,85 +159,3 @@ def refuse_beside_config(given: Mapping[str, Any]) -> None:
                 f"got {given[name]!r}, and the config has a value of its own",
                 f"set generation_config.{name}",
             )
-
-
-def check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module) and not is_stateful(model):
-        raise InputError("model must be an nn.Module or follow the step protocol", f"got {type(model).__name__}")
-
-
-def vocabulary(model: Any, processors: Sequence[Any], options: Options, ids: Tensor) -> int:
-    """How many scores processors are tried with: the model's, or a thousand where a stateful model does not say."""
-    if not processors:
-        return 0
-    if is_stateful(model):
-        return int(getattr(model, "vocab_size", 1000))
-    return compile_target(model, Law("logits"), options, ids).vocab_size or 1000
-
-
-def program_for(model: Any, processors: Processors, greedy: bool, options: Options, ids: Tensor) -> Program:
-    """One program per (model, draft, law, options without the seed).
-
-    Raises:
-        OptionError, InputError, CacheError, ValidationError: when the pair cannot be compiled.
-    """
-    chosen = tuple(value for name, value in vars(options).items() if name not in ("draft", "seed", "eos_token_id"))
-    signature = (id(model), id(options.draft), processors.key, greedy, chosen, _place(model), _place(options.draft))
-    if signature not in _programs:
-        _programs[signature] = _compile(model, processors, greedy, options, ids)
-    _programs.move_to_end(signature)
-    while len(_programs) > KEPT:
-        _programs.popitem(last=False)
-    return _programs[signature]
-
-
-def last_program() -> Program:
-    """The program that answered last."""
-    return next(reversed(_programs.values()))
-
-
-def _place(model: Any) -> tuple[torch.device, torch.dtype] | None:
-    parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
-    return next(((p.device, p.dtype) for p in parameters), None)
-
-
-def _compile(model: Any, processors: Processors, greedy: bool, options: Options, ids: Tensor) -> Program:
-    law = Law("greedy" if greedy else "logits", stages=processors.stages)
-    draft_law = draft_law_for(processors.stages, greedy, options)
-    target = compile_target(model, law, options, ids)
-    by_hand = bool(processors.by_hand)
-    return build_program(target, options, draft_law, ids, rules=processors.traced, by_hand=by_hand)
-
-
-def draft_law_for(stages: Sequence[Stage], greedy: bool, options: Options) -> Law | Mixture:
-    """What the draft follows: rejection accepts most where the draft truncates as the target does, and no token need be
-    in reach; for SMC all must be."""
-    if greedy:
-        return Law("greedy", stages=tuple(stages))
-    law = proposal(stages, options.draft_temperature)
-    return replace(law, share=0.0) if options.method == "speculative" and isinstance(law, Mixture) else law
-
-
-def proposal(stages: Sequence[Stage], draft_temperature: float | None) -> Law | Mixture:
-    """The draft follows its temperature and, mixed with that alone, what else the target's law does to scores."""
-    temperature = SETTINGS["temperature"][0]
-    own = temperature if draft_temperature is None else divide(draft_temperature)
-    wide = Law("logits", stages=(own,))
-    if all(stage is temperature for stage in stages):
-        return wide
-    narrow = Law("logits", stages=tuple(own if stage is temperature else stage for stage in stages))
-    return Mixture(narrow, wide, WIDE_SHARE)
-
-
-def divide(temperature: float) -> Stage:
-    def divided(scores: Tensor, _: Any) -> Tensor:
-        return scores / temperature
-
-    return divided
-
-
-def compile_target(model: Any, law: Law, options: Options, ids: Tensor) -> Model:
-    if is_stateful(model):
-        return stateful(model, law)
-    require_eval(model, "model")
-    return compile_model(model, law, options, ids, "target")

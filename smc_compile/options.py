@@ -25,7 +25,7 @@ class Options:
     Attributes:
         draft: the draft model, ``ids [B, S] -> logits [B, S, V]``, or one that follows the step protocol.
         n_particles: N, particles per request; for "speculative" the chains that are drafted and tried in turn. "auto"
-            chooses for "smc" when the program is first called, by the floors below (see ``smc_compile.choice``).
+            chooses for "smc" when the program is first called, by the floors below (see ``smc_compile.auto.choice``).
         lookahead: K, draft tokens per cycle; a cycle commits K+1 tokens ("speculative": 1 to K+1). "auto" chooses, too.
         ess_floor: for "auto": effective particles that must be left at the end of a cycle.
         time_budget: for "auto": milliseconds that a token of a request may take, prefill apart.

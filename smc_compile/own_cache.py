@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from smc_compile.errors import CacheError
-from smc_compile.passes.verify import TOLERANCE, relative_error
+from smc_compile.passes.closeness import TOLERANCE, relative_error
 
 State = tuple[Tensor, list[Tensor]]  # what is no tensor, pickled [R, bytes] uint8; then the cache's tensors, rows first
 KNOWN = ("past_key_values", "cache_params", "cache", "state")  # where the result is a tuple (logits, cache)

@@ -18,14 +18,22 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, StopStringCriteria
 
 from smc_compile.errors import OptionError
-from smc_compile.generate import IN_CONFIG, program_for, vocabulary
-from smc_compile.logits import logits_of
+from smc_compile.generate import IN_CONFIG
+from smc_compile.inputs.processors import sort_processors
+from smc_compile.inputs.requests import (
+    build_request,
+    check_prompt,
+    checked_lag,
+    request_seeds,
+    settings_of,
+    single_seed,
+)
+from smc_compile.inputs.stopping import any_stop, criteria_stop
+from smc_compile.inputs.streaming import watch_for
 from smc_compile.options import Options
-from smc_compile.processors import sort_processors
-from smc_compile.requests import build_request, check_prompt, checked_lag, request_seeds, settings_of, single_seed
+from smc_compile.program.from_model import program_for, vocabulary
+from smc_compile.program.model_calls import logits_of
 from smc_compile.result import Generation
-from smc_compile.stopping import any_stop, criteria_stop
-from smc_compile.streaming import watch_for
 
 # Fields that act through the length, the ids, the end or the output, or that describe the model and not the request.
 OURS = (

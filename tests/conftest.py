@@ -9,7 +9,8 @@ from importlib import import_module
 import pytest
 import torch
 
-from smc_compile.runtime import compiled, models
+from smc_compile.runtime.execution import incremental as models
+from smc_compile.runtime.execution import region as compiled
 
 # Models here are tiny: threads would only spin, and wait for cores that other processes use.
 torch.set_num_threads(1)

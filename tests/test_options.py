@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.toys import TableLM
 from torch import Tensor
-from toys import TableLM
 
 import smc_compile
 from smc_compile.errors import OptionError

@@ -37,7 +37,7 @@ def test_the_command_runs_from_elsewhere(tmp_path, command):
 
 def test_subpackages_import_from_elsewhere_and_nothing_generic_does(tmp_path):
     code = (
-        "import importlib.util as u, smc_compile.passes.pipeline, smc_compile.runtime.session\n"
+        "import importlib.util as u, smc_compile.passes.pipeline, smc_compile.runtime.sessions.smc\n"
         "print([n for n in ('passes', 'runtime', 'data', 'tests', 'examples') if u.find_spec(n)])"
     )
     done = python("-c", code, cwd=tmp_path)

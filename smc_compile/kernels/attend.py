@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .cpp_kernel import cpp_kernel
+from smc_compile.kernels.cpp_kernel import cpp_kernel
 
 SIGNATURE = (*["const NUMBER*"] * 5, "const bool*", "NUMBER*", *["int64_t"] * 15)
 TYPES = (torch.float32, torch.bfloat16)

@@ -52,7 +52,7 @@ class RowCopy:
 
 def copy_group(like: Tensor, addresses: Tensor, source: Tensor, since: Tensor, used: Tensor) -> None:
     """By the kernel, for contiguous caches shaped as ``like`` [R, H, S, d] that stand at ``addresses`` [C] int64."""
-    from .copy_rows_kernel import WORDS, copy_rows_kernel
+    from smc_compile.kernels.copy_rows_kernel import WORDS, copy_rows_kernel
 
     rows, heads, slots, width = like.shape
     size = next(size for size in WORDS if width * like.itemsize % size == 0)

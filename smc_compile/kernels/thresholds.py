@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .cpp_kernel import cpp_kernel
+from smc_compile.kernels.cpp_kernel import cpp_kernel
 
 TYPES = (torch.float32, torch.float64)  # the kernel reads their bits
 SIGNATURE = ("const NUMBER*", "const NUMBER*", "NUMBER*", *["int64_t"] * 4)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model_parts import perturbed
-from models import CACHEABLE
+from helpers.model_parts import perturbed
+from helpers.models import CACHEABLE
+from helpers.toys import TinyTransformerLM
 from torch import Tensor, nn
-from toys import TinyTransformerLM
 
 import smc_compile
 from smc_compile import decode, explain, generate
-from smc_compile.choice import LOOKAHEADS, PARTICLES, effective_particles, weight_variance
+from smc_compile.auto.choice import LOOKAHEADS, PARTICLES, effective_particles, weight_variance
 from smc_compile.errors import OptionError
-from smc_compile.generate import last_program
+from smc_compile.program.from_model import last_program
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 MODEL = TinyTransformerLM()

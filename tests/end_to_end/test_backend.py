@@ -9,11 +9,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from enumeration import chi_square_p_value, sequence_law
+from helpers.enumeration import chi_square_p_value, sequence_law
+from helpers.toys import TableLM
 from torch import Tensor, nn
-from toys import TableLM
 
-from smc_compile.recovered import _programs
+from smc_compile.program.from_loop import _programs
 
 V = 4
 MODEL, DRAFT = TableLM(V), TableLM(V, seed=1)

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import CACHEABLE
-from refused_models import REFUSED
+from helpers.models import CACHEABLE
+from helpers.refused_models import REFUSED
+from helpers.toys import TableLM, TinyTransformerLM
 from torch import Tensor, nn
-from toys import TableLM, TinyTransformerLM
 
 import smc_compile
 from smc_compile import generate

@@ -7,19 +7,19 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from cached_models import HandedLM, SlotLM
-from enumeration import chi_square_p_value, sequence_law
-from model_parts import build, perturbed
+from helpers.cached_models import HandedLM, SlotLM
+from helpers.enumeration import chi_square_p_value, sequence_law
+from helpers.model_parts import build, perturbed
+from helpers.toys import TableLM
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from toys import TableLM
 
 pytest.importorskip("transformers", minversion="5")
 from transformers import DynamicCache, StaticCache
 
 from smc_compile import decode, explain
+from smc_compile.commands.models import build as build_family
 from smc_compile.errors import InputError, LoopError
-from smc_compile.models import build as build_family
 
 Sample = Callable[[Tensor], Tensor]
 P, N = 5, 7

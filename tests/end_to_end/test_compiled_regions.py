@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from model_parts import perturbed
-from models import CACHEABLE
+from helpers.model_parts import perturbed
+from helpers.models import CACHEABLE
+from helpers.toys import GRUStep
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from toys import GRUStep
 
 from smc_compile import Generation, generate
-from smc_compile.generate import _programs
 from smc_compile.options import COMPILERS
-from smc_compile.runtime.compiled import begin_run, compile_function
+from smc_compile.program.from_model import _programs
+from smc_compile.runtime.execution.region import begin_run, compile_function
 
 VOCAB = 17
 PROMPTS = torch.tensor([[5, 3, 11, 7], [1, 16, 0, 2]])

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from enumeration import chi_square_p_value
+from helpers.enumeration import chi_square_p_value
 
 import smc_compile
 from smc_compile.errors import InputError, OptionError
-from smc_compile.generate import _programs
-from smc_compile.pair import load_pair
+from smc_compile.pairs.shipped import load_pair
+from smc_compile.program.from_model import _programs
 
 transformers = pytest.importorskip("transformers")
 VOCAB = 11

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.toys import TableLM
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from toys import TableLM
 
 import smc_compile
 from smc_compile import Generation, decode, generate

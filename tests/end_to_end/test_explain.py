@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model_parts import perturbed
-from refused_models import REFUSED
+from helpers.model_parts import perturbed
+from helpers.refused_models import REFUSED
+from helpers.toys import TableLM, TinyTransformerLM
 from torch import Tensor, nn
-from toys import TableLM, TinyTransformerLM
 
 from smc_compile import decode, explain, generate
 from smc_compile.errors import CacheError, LoopError, OptionError

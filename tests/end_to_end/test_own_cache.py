@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from replicates import recorded_cycles
+from helpers.replicates import recorded_cycles
 from torch import Tensor, nn
 
 from smc_compile import CacheError, OwnCache, generate
-from smc_compile.passes.verify import TOLERANCE, relative_error
+from smc_compile.passes.closeness import TOLERANCE, relative_error
 
 VOCAB, WIDTH = 11, 6
 
@@ -246,7 +246,7 @@ PROMPT = torch.tensor([[5, 9, 13, 40, 2]])
 def wide(family: str, seed: int = 0) -> OwnCache:
     """A tiny random model in float64 throughout."""
     pytest.importorskip("transformers", minversion="5")
-    from smc_compile.tiny import Float64Throughout, build
+    from smc_compile.pairs.tiny_transformers import Float64Throughout, build
 
     model = build(family)
     if seed:

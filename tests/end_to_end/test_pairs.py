@@ -6,9 +6,9 @@ import logging
 
 import pytest
 import torch
-from model_parts import perturbed
+from helpers.model_parts import perturbed
+from helpers.toys import TableLM
 from torch import Tensor, nn
-from toys import TableLM
 
 from smc_compile import generate
 from smc_compile.errors import InputError

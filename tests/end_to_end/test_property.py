@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from enumeration import chi_square_p_value, sequence_law
+from helpers.enumeration import chi_square_p_value, sequence_law
+from helpers.matmul_models import Eager, EagerWhere, Softcap
+from helpers.model_parts import LM, build, perturbed
+from helpers.plain_models import Alibi, Llama, LlamaBuffered, SlidingWindow
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from matmul_models import Eager, EagerWhere, Softcap
-from model_parts import LM, build, perturbed
-from plain_models import Alibi, Llama, LlamaBuffered, SlidingWindow
 from torch import Tensor, nn
 
 from smc_compile import SMCError, decode

@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
-from model_parts import perturbed
-from models import CACHEABLE
+from helpers.model_parts import perturbed
+from helpers.models import CACHEABLE
+from helpers.toys import TableLM, TinyTransformerLM
 from torch import Tensor, nn
-from toys import TableLM, TinyTransformerLM
 
 from smc_compile import Generation, generate
 from smc_compile.errors import GenerationError, InputError, OptionError
-from smc_compile.generate import _programs
+from smc_compile.program.from_model import _programs
 
 VOCAB = 7
 PROMPTS = torch.tensor([[6, 6, 1, 0, 2], [3, 3, 4, 1, 5], [6, 6, 6, 6, 2], [6, 2, 1, 0, 4]])

@@ -10,14 +10,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from enumeration import chi_square_p_value, sequence_law
-from model_parts import perturbed
-from replicates import drawn, evidence_measure, replicate, z_scores
+from helpers.enumeration import chi_square_p_value, sequence_law
+from helpers.model_parts import perturbed
+from helpers.replicates import drawn, evidence_measure, replicate, z_scores
+from helpers.toys import TableLM, TinyTransformerLM
 from torch import Tensor
-from toys import TableLM, TinyTransformerLM
 
 from smc_compile import GenerationError, generate
-from smc_compile.generate import _programs
+from smc_compile.program.from_model import _programs
 
 VOCAB = 3
 PROMPT = torch.tensor([1, 0, 2])

@@ -9,16 +9,16 @@ import math
 
 import pytest
 import torch
-from model_parts import perturbed
-from models import CACHEABLE
-from replicates import recorded_cycles, replicate
+from helpers.model_parts import perturbed
+from helpers.models import CACHEABLE
+from helpers.replicates import recorded_cycles, replicate
+from helpers.toys import TableLM, TinyTransformerLM
 from torch import Tensor, nn
-from toys import TableLM, TinyTransformerLM
 
 from smc_compile import Generation, generate
 from smc_compile.errors import GenerationError
-from smc_compile.generate import _programs
-from smc_compile.runtime.session import MAX_TRIES
+from smc_compile.program.from_model import _programs
+from smc_compile.runtime.sessions.smc import MAX_TRIES
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 

@@ -12,20 +12,20 @@ import math
 
 import pytest
 import torch
-from enumeration import chi_square_p_value, sequence_law
-from model_parts import perturbed
-from models import CACHEABLE
-from replicates import drawn, replicate
+from helpers.enumeration import chi_square_p_value, sequence_law
+from helpers.model_parts import perturbed
+from helpers.models import CACHEABLE
+from helpers.replicates import drawn, replicate
+from helpers.toys import GRUStep, TableLM, TinyTransformerLM
 from test_rules import Applied, no_third, penalty
 from torch import Tensor, nn
-from toys import GRUStep, TableLM, TinyTransformerLM
 
 import smc_compile
 from smc_compile import Generation, GenerationError, generate
 from smc_compile.errors import OptionError
-from smc_compile.generate import _programs
-from smc_compile.runtime import slots
-from smc_compile.runtime.slots import Slots
+from smc_compile.program.from_model import _programs
+from smc_compile.runtime.state import slots
+from smc_compile.runtime.state.slots import Slots
 
 interpreted = pytest.mark.usefixtures("interpreted")
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from enumeration import chi_square_p_value, sequence_law
-from model_parts import perturbed
-from replicates import distance, drawn, evidence_measure, recorded_cycles, replicate, weighted_law, z_scores
+from helpers.enumeration import chi_square_p_value, sequence_law
+from helpers.model_parts import perturbed
+from helpers.replicates import distance, drawn, evidence_measure, recorded_cycles, replicate, weighted_law, z_scores
+from helpers.toys import GRUStep, TinyTransformerLM
 from torch import Tensor, nn
-from toys import GRUStep, TinyTransformerLM
 
 from smc_compile import generate
 from smc_compile.errors import GenerationError

@@ -6,12 +6,12 @@ import itertools
 
 import pytest
 import torch
-from model_parts import perturbed
-from toys import TableLM, TinyTransformerLM
+from helpers.model_parts import perturbed
+from helpers.toys import TableLM, TinyTransformerLM
 
 from smc_compile import GenerationError, generate
 from smc_compile.errors import OptionError
-from smc_compile.runtime.settling import settled_tokens
+from smc_compile.runtime.state.settling import settled_tokens
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 pytest.importorskip("transformers", minversion="5")
 
 import smc_compile
-from smc_compile.compile import LastLogits
-from smc_compile.logits import logits_of, traceable
-from smc_compile.models import COMMON, families, windows
+from smc_compile.commands.models import COMMON, families, windows
+from smc_compile.pairs.tiny_transformers import Float64Throughout, LastLogits64, build
+from smc_compile.passes.closeness import TOLERANCE, relative_error
 from smc_compile.passes.pipeline import Traced, trace_model
-from smc_compile.passes.verify import TOLERANCE, relative_error, replay
-from smc_compile.tiny import Float64Throughout, LastLogits64, build
+from smc_compile.passes.validate import replay
+from smc_compile.program.model import LastLogits
+from smc_compile.program.model_calls import logits_of, traceable
 
 FAMILIES = COMMON.split()
 EAGER = FAMILIES[::3]

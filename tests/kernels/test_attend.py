@@ -8,7 +8,7 @@ from torch import Tensor
 
 from smc_compile.kernels import attend as op_file
 from smc_compile.kernels.attend import attend_in_tensor_code, suits
-from smc_compile.passes.cached_attention import attention_over_cache, hidden_by, hidden_later
+from smc_compile.passes.cache.attention_ops import attention_over_cache, hidden_by, hidden_later
 
 # b, n, h, g, t, p, s, d, v: requests, particles, key heads, queries of each, new tokens, prompt, suffix, widths
 SIZES = [

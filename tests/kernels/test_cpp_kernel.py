@@ -7,7 +7,7 @@ import torch
 from torch._inductor.codecache import CppPythonBindingsCodeCache
 from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
-from smc_compile.kernels import few_rows
+from smc_compile.kernels import skinny_linear as few_rows
 from smc_compile.kernels.cpp_kernel import cpp_kernel
 
 

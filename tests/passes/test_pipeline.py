@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.traces import Last, Step, model
 from torch import nn
-from traces import Last, Step, model
 
 from smc_compile.errors import CacheError, LoopError
 from smc_compile.passes.pipeline import trace_model

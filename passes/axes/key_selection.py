@@ -1,0 +1,171 @@
+"""Sparse attention: a query chooses the keys it attends to, by a ``topk`` over its scores.
+
+What ``topk`` returns are numbers of keys. In the cached form the keys are the P+S slots of a cache, so there they are
+numbers of slots: right where they mark those same keys in a mask over them (``scatter``), wrong as numbers of anything
+else. Slots that a query does not see (of later tokens, of padding, not yet written) must not take the place of others:
+the scores hide them before the choice, which is checked on values (:mod:`verify`). Where fewer than k are seen, hidden
+ones fill up the k, as later positions do in the original; whatever masks these, masks those. Of equal scores ``topk``
+takes any, in the original as here: only there may the two choose differently.
+"""
+
+from __future__ import annotations
+
+from operator import getitem
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from smc_compile.passes.axes.axis_types import CHOSEN, Atom, Axes, Axis, K, Q, Typing, expression, refuse
+from smc_compile.passes.axes.helpers import arguments, axis_index, merge_axis, op_name, operand_axes, settle, tensors
+
+# Ops that hand numbers of keys on as they are. A reshape is none of them: how many are chosen depends on the region.
+HANDED_ON = {"_to_copy", "to", "clone", "contiguous", "detach", "alias", "unsqueeze", "squeeze", "transpose", "permute"}
+
+
+def choose_keys(scores: Tensor, count: int, dim: int, in_order: bool) -> tuple[Tensor, Tensor]:
+    """The best ``count`` entries along ``dim`` and where they stand; all of them where there are fewer, or for 0."""
+    keys = scores.shape[dim]
+    values, slots = torch.topk(scores, min(count or keys, keys), dim, sorted=in_order)
+    return values, slots
+
+
+def choose_at_most_all(graph: fx.Graph) -> None:
+    """Let each ``topk`` of a fixed number along the sequence choose all entries where there are fewer, in place.
+
+    ``if S > k: scores.topk(k)`` leaves the ``topk`` in a trace of a longer sequence.
+    """
+    for node in list(graph.nodes):
+        if node.target is not torch.ops.aten.topk.default:
+            continue
+        bound = arguments(node)
+        size = bound["self"].meta["val"].shape[bound["dim"]]
+        if isinstance(size, int) or not isinstance(bound["k"], int):
+            continue
+        with graph.inserting_before(node):
+            length = graph.call_function(torch.ops.aten.sym_size.int, (bound["self"], bound["dim"]))
+            least = graph.call_function(torch.sym_min, (length, bound["k"]))
+        length.meta["val"], least.meta["val"] = size, bound["k"]
+        node.args = (bound["self"], least, *node.args[2:])
+
+
+def is_over_keys(typing: Typing, node: fx.Node) -> bool:
+    """Whether a ``topk`` runs along the positions that attention reads."""
+    bound = arguments(node)
+    axes = typing.of(bound["self"])
+    return axes[axis_index(bound["dim"], len(axes))] == (K,)
+
+
+def choice(typing: Typing, node: fx.Node) -> list[Axes]:
+    """Axes of a ``topk`` over keys: values and numbers of keys along an axis of their own."""
+    bound = arguments(node)
+    scores = bound["self"]
+    if not bound["largest"]:
+        raise refuse(node, "the keys with the least scores are chosen, but hidden keys have the least", "negate them")
+    if not _is_masked(typing, scores):
+        raise refuse(
+            node,
+            "keys are chosen by scores that no mask over positions hides, so later tokens take part in the choice",
+            'mask the scores before topk: scores.masked_fill(~causal, float("-inf")).topk(k, -1)',
+        )
+    count = _count(typing, node, expression(bound["k"]))
+    typing.chosen_sizes[count] = expression(bound["k"])
+    typing.slots[node] = scores
+    typing.hiding.append(scores)
+    axes = list(typing.of(scores))
+    axes[axis_index(bound["dim"], len(axes))] = (Atom(CHOSEN, count),)
+    return [tuple(axes)] * 2
+
+
+def _count(typing: Typing, node: fx.Node, k: sympy.Expr) -> int:
+    """How many keys are chosen of enough of them: k, or the k of min(k, S); 0 stands for all."""
+    if k == typing.length:
+        return 0
+    limits = [k] if k.is_Integer else list(k.args)
+    numbers = [int(limit) for limit in limits if limit.is_Integer]
+    is_least = k.is_Integer or (type(k).__name__ == "Min" and set(limits) == {sympy.Integer(numbers[0]), typing.length})
+    if len(numbers) != 1 or not is_least or numbers[0] < 1:
+        raise refuse(node, f"{k} keys are chosen, which depends on the length", "choose min(k, S) keys, k a constant")
+    return numbers[0]
+
+
+def _is_masked(typing: Typing, scores: fx.Node) -> bool:
+    """Whether something on the way from the products to the scores combines them with a table over [Q, K]."""
+    seen: set[fx.Node] = set()
+    stack = [scores]
+    while stack:
+        node = stack.pop()
+        if node in seen or not _has_keys(typing, node):
+            continue
+        seen.add(node)
+        if any(_is_table(typing, source) for source in node.all_input_nodes):
+            return True
+        stack.extend(node.all_input_nodes)
+    return False
+
+
+def _has_keys(typing: Typing, node: fx.Node) -> bool:
+    axes = typing.axes.get(node)
+    return isinstance(axes, tuple) and (K,) in axes
+
+
+def _is_table(typing: Typing, node: fx.Node) -> bool:
+    """Whether a token-free value has two axes over positions."""
+    value = node.meta.get("val")
+    if node in typing.dependent or not isinstance(value, torch.Tensor):
+        return False
+    return sum(bool(expression(size).free_symbols) for size in value.shape) == 2
+
+
+def follow_slots(typing: Typing, node: fx.Node) -> None:
+    """Mark a node that hands numbers of keys on; refuse one that reads them as numbers.
+
+    Raises:
+        CacheError: naming the op.
+    """
+    sources = [source for source in node.all_input_nodes if source in typing.slots]
+    if not sources:
+        return
+    if node.target is getitem and node.args[0] in typing.slots:  # (values, numbers of keys)
+        if node.args[1] == 1:
+            typing.slots[node] = typing.slots[sources[0]]
+    elif op_name(node) in HANDED_ON:
+        typing.slots[node] = typing.slots[sources[0]]
+    elif op_name(node) != "scatter" or sources != [arguments(node)["index"]]:
+        raise refuse(
+            node,
+            "the numbers of the chosen keys are used as numbers, but a cache keeps keys in an order of its own",
+            "only mark the chosen keys with them: mask.scatter(-1, indices, value)",
+        )
+
+
+def refuse_numbers_of_keys(node: fx.Node) -> None:
+    """Refuse a reduction over keys that says where among them it found its value, if anything reads that."""
+    finds = op_name(node) in ("argmax", "argmin")
+    reads = [user for user in node.users if user.target is getitem and user.args[1] == 1 and user.users]
+    if finds or (op_name(node) in ("max", "min", "median") and reads):
+        raise refuse(node, f"{op_name(node)} gives the number of a key", "choose it with topk and mark it with scatter")
+
+
+def scatter_over_keys(typing: Typing, node: fx.Node) -> Axes:
+    """Axes of ``x [..., Q, K].scatter(dim, chosen, value)``: a mark on each chosen key, rows as in ``x``."""
+    bound = arguments(node)
+    source, d = bound["self"], axis_index(bound["dim"], node.meta["val"].dim())
+    sizes = [expression(size) for size in node.meta["val"].shape]
+    written = tensors([bound["index"], bound.get("src")])
+    axes = operand_axes(typing, source)
+    if axes[d] not in (None, (K,)) or sizes[d] != typing.length:
+        raise refuse(node, "the chosen keys are marked along an axis that is not that of the keys")
+    for part in written:
+        rows = [expression(size) for i, size in enumerate(part.meta["val"].shape) if i != d]
+        if rows != [size for i, size in enumerate(sizes) if i != d]:
+            raise refuse(node, "chosen keys are marked in some rows only", "expand the mask after the scatter")
+    merged: list[Axis] = []
+    for i, size in enumerate(sizes):
+        axis = axes[i]
+        for part in written if i != d else []:
+            axis = merge_axis(node, axis, operand_axes(typing, part)[i])
+        merged.append((K,) if i == d else settle(typing, node, axis, size))
+    if (Q,) not in merged:
+        raise refuse(node, "keys are chosen, but not once for each position")
+    return tuple(merged)

@@ -1,0 +1,315 @@
+"""The iterations of an unrolled loop: which nodes belong to each, and the proof that all are alike."""
+
+from __future__ import annotations
+
+import heapq
+import math
+import os
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from smc_compile.errors import LoopError
+from smc_compile.passes.loop.op_tables import mutated_inputs, op_name, plain_tensor, tensor_info
+from smc_compile.passes.loop.token_labels import Layouts
+
+_COMPARISONS = frozenset(["eq", "ne", "isin", "lt", "le", "gt", "ge", "where", "logical_or", "or_", "and_", "any"])
+
+
+def user_line(node: fx.Node) -> str:
+    """The last line of user code that led to a node, as ``file.py:12: code``."""
+    frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*(?:\n    ([^\n]*))?', node.meta.get("stack_trace") or "")
+    own = [frame for frame in frames if not frame[0].startswith(_TORCH_ROOT)] or frames
+    if not own:
+        return "(no source line recorded)"
+    path, number, code = own[-1]
+    return f"{os.path.basename(path)}:{number}: {code.strip()}"
+
+
+def describe(node: fx.Node) -> str:
+    return f"`{node.name}` ({op_name(node) or node.op}) at {user_line(node)}"
+
+
+@dataclass
+class Trips:
+    """An unrolled loop seen as trips; trip t ends at ``tokens[t]`` and reads the prompt and ``tokens[:t]``.
+
+    With ``cached``, trips may hand values on to later ones, in inputs too.
+    """
+
+    layouts: Layouts
+    tokens: Sequence[fx.Node]
+    cached: bool = False
+    writers: dict[int, list[fx.Node]] = field(default_factory=dict)  # storage -> nodes that write to it
+    history: tuple[int, ...] = ()
+    carriers: frozenset[fx.Node] = frozenset()
+
+    def __post_init__(self) -> None:
+        self.history = self.layouts.history(self.tokens)
+        self.carriers = frozenset([self.layouts.prompt, *self.tokens])
+        self.writers = find_writers(self.layouts.nodes, self.cached)
+
+    def reads_history(self, node: fx.Node, source: fx.Node, trip: int) -> bool:
+        """True if `source` is the whole history of the trip when `node` reads it, be it followed by padding."""
+        return self.read_length(node, source, trip) is not None
+
+    def read_length(self, node: fx.Node, source: fx.Node, trip: int) -> int | None:
+        """The columns of the history and of constant padding that `node` reads; None if it reads something else."""
+        reading = self.layouts.readings.get((node, source))
+        if reading is None or not reading.exact or reading.columns is None:
+            return None
+        length, columns = self.length(trip), reading.columns
+        whole = columns[:length] == self.history[:length]
+        return len(columns) if whole and all(self.layouts.source(c) is None for c in columns[length:]) else None
+
+    def length(self, trip: int) -> int:
+        return self.layouts.prompt_length + trip
+
+    def check_reading(self, node: fx.Node, source: fx.Node, trip: int) -> None:
+        """A reading of tokens must be the whole history, if need be in another arrangement ([S, B], flat)."""
+        reading = self.layouts.readings.get((node, source))
+        if reading is None or not reading.sources & self.carriers:
+            return
+        if sorted(reading.columns or ()) == sorted(self.history[: self.length(trip)]):
+            return
+        what = f"Trip {trip} of the decode loop reads tokens other than as the whole sequence so far."
+        found = f"{describe(node)} reads `{source.name}`, which holds {self.spell(reading.columns)}"
+        expected = f"prompt[0:{self.layouts.prompt_length}] + tokens[0:{trip}]"
+        fix = NO_CACHE
+        if reading.columns and reading.columns[: self.length(trip)] == self.history[: self.length(trip)]:
+            fix = "give the model the filled part of the buffer only, model(buf[:, :length])[:, -1]"
+        if op_name(node) in _COMPARISONS:
+            fix = "leave the end-of-sequence test out of the loop and pass eos_token_id instead"
+        raise LoopError(what, f"{found}; a trip may read only {expected}", fix)
+
+    def spell(self, columns: tuple[int, ...] | None) -> str:
+        """Columns in words: ``prompt[0:4] + tokens[1:2] + constant 0``."""
+        if columns is None:
+            return "cells that do not form columns over the batch"
+        numbers = {token: t for t, token in enumerate(self.tokens)}
+        runs: list[tuple[str, int, int]] = []
+        for column in columns:
+            source = self.layouts.source(column)
+            if source is None:
+                name, at = f"constant {column}", -1
+            elif source is self.layouts.prompt:
+                name, at = "prompt", column - self.history[0]
+            elif source in numbers and self.layouts.is_token(column):
+                name, at = "tokens", numbers[source]
+            else:
+                name, at = f"`{source.name}`", -1
+            if runs and runs[-1][0] == name and (at < 0 or runs[-1][2] == at):
+                runs[-1] = (name, runs[-1][1], at + 1)
+            else:
+                runs.append((name, at, at + 1))
+        shown = [name if start < 0 else f"{name}[{start}:{stop}]" for name, start, stop in runs]
+        return " + ".join(shown[:8]) + (" + ..." if len(shown) > 8 else "")
+
+    def predecessors(self, node: fx.Node, trip: int) -> list[fx.Node]:
+        """What a node needs: its inputs, except the history, and the earlier writes to their storage."""
+        needed: dict[fx.Node, None] = {}
+        for source in node.all_input_nodes:
+            if self.reads_history(node, source, trip):
+                continue
+            needed[source] = None
+            needed.update(dict.fromkeys(self.writes(source, node)))
+        return list(needed)
+
+    def writes(self, source: fx.Node, before: fx.Node) -> list[fx.Node]:
+        """The writes to the storage of `source` that come before a node."""
+        info, order = tensor_info(source), self.layouts.order
+        found = self.writers.get(info.storage, []) if info is not None else []
+        return [writer for writer in found if order[writer] < order[before]]
+
+
+def find_writers(nodes: Sequence[fx.Node], to_inputs: bool = False) -> dict[int, list[fx.Node]]:
+    """Storage -> nodes that write to it, in program order. Writes to inputs and parameters are refused by default."""
+    inputs = [node for node in nodes if node.op in ("placeholder", "get_attr")]
+    owners = {info.storage: node for node in inputs if (info := tensor_info(node)) is not None}
+    writers: dict[int, list[fx.Node]] = defaultdict(list)
+    for node in nodes:
+        for target in mutated_inputs(node):
+            info = tensor_info(target)
+            if info is None:
+                continue
+            if info.storage in owners and not to_inputs:
+                raise LoopError(
+                    "The decode loop writes into one of its inputs.",
+                    f"{describe(node)} changes `{owners[info.storage].name}` in place",
+                    "write to a copy made inside the function; a model with its own cache or counters must run without",
+                )
+            writers[info.storage].append(node)
+    return dict(writers)
+
+
+def trip_nodes(trips: Trips, trip: int) -> list[fx.Node]:
+    """The closure of a trip's token, in program order. Refuses any reading of tokens but the whole history."""
+    order, nodes = trips.layouts.order, trips.layouts.nodes
+    queue, found = [-order[trips.tokens[trip]]], {trips.tokens[trip]}
+    while queue:
+        node = nodes[-heapq.heappop(queue)]
+        if node.op == "placeholder" and node is trips.layouts.prompt:
+            raise LoopError(
+                f"Trip {trip} of the decode loop does not read the whole sequence so far.",
+                f"the prompt `{node.name}` is used apart from the tokens drawn after it",
+                NO_CACHE,
+            )
+        for source in node.all_input_nodes:
+            if not trips.reads_history(node, source, trip):
+                trips.check_reading(node, source, trip)
+        for source in trips.predecessors(node, trip):
+            if source not in found:
+                found.add(source)
+                heapq.heappush(queue, -order[source])
+    return sorted(found, key=order.__getitem__)
+
+
+Leaves = dict[tuple[fx.Node, int], Any]  # (node of trip 0, leaf) -> (a, b) for a*S + b
+
+
+Varying = dict[tuple[fx.Node, int], dict[int, int]]  # (node of trip 0, leaf) -> value by trip, where it differs
+
+
+def compare_trips(trips: Trips) -> Leaves:
+    """Proves that every trip equals trip 0 node by node, up to integers a*S + b; returns (a, b) of those."""
+    varying: Varying = defaultdict(dict)
+    for trip in range(1, len(trips.tokens)):
+        _compare_trip(trips, trip, varying)
+    return {key: _affine(trips, key, values) for key, values in varying.items()}
+
+
+def _compare_trip(trips: Trips, trip: int, varying: Varying) -> None:
+    pairs = {trips.tokens[0]: trips.tokens[trip]}
+    pending = [trips.tokens[0]]
+    while pending:
+        first = pending.pop()
+        other = pairs[first]
+        _compare_calls(trips, first, other, trip, varying)
+        for source, counterpart in _operand_pairs(trips, first, other, trip):
+            if source not in pairs:
+                pairs[source] = counterpart
+                pending.append(source)
+            elif pairs[source] is not counterpart:
+                raise _unlike(source, counterpart, trip, f"`{pairs[source].name}`", f"`{counterpart.name}`")
+
+
+def _operand_pairs(trips: Trips, first: fx.Node, other: fx.Node, trip: int) -> list[tuple[fx.Node, fx.Node]]:
+    """Inputs that must correspond, and the earlier writes to them."""
+    pairs = []
+    for source, counterpart in zip(flatten(first), flatten(other), strict=True):
+        if isinstance(source, fx.Node) and not trips.reads_history(first, source, 0):
+            pairs.append((source, counterpart))
+            writes, others = trips.writes(source, first), trips.writes(counterpart, other)
+            if len(writes) != len(others):
+                raise _unlike(source, counterpart, trip, f"{len(writes)} writes in place", str(len(others)))
+            pairs.extend(zip(writes, others, strict=True))
+    return pairs
+
+
+def _compare_calls(trips: Trips, first: fx.Node, other: fx.Node, trip: int, varying: Varying) -> None:
+    if first is not other and (first.op == "placeholder" or other.op == "placeholder"):
+        raise _unlike(first, other, trip, f"the input `{first.name}`", f"`{other.name}`")
+    if first.op != other.op or not _same_target(first, other):
+        raise _unlike(first, other, trip, op_name(first) or str(first.target), op_name(other) or str(other.target))
+    leaves, others = flatten(first), flatten(other)
+    if len(leaves) != len(others):
+        raise _unlike(first, other, trip, str(first.args), str(other.args))
+    for i, (leaf, counterpart) in enumerate(zip(leaves, others, strict=True)):
+        if isinstance(leaf, fx.Node) and isinstance(counterpart, fx.Node):
+            if not _read_alike(trips, (first, leaf), (other, counterpart), trip):
+                raise _unlike(first, other, trip, f"`{leaf.name}`", f"`{counterpart.name}`")
+        elif _is_int(leaf) and _is_int(counterpart):
+            if leaf != counterpart:
+                varying[first, i][trip] = counterpart
+        elif not _same_constant(leaf, counterpart):
+            raise _unlike(first, other, trip, str(leaf), str(counterpart))
+
+
+def _read_alike(trips: Trips, first: tuple[fx.Node, fx.Node], other: tuple[fx.Node, fx.Node], trip: int) -> bool:
+    """Both read the history exactly, both read it in a buffer of one length, or neither reads it."""
+    length, found = trips.read_length(*first, 0), trips.read_length(*other, trip)
+    if length is None or found is None:
+        return length is found
+    return found == (length if length > trips.length(0) else trips.length(trip))
+
+
+def _same_target(first: fx.Node, other: fx.Node) -> bool:
+    if first.target == other.target:
+        return True
+    value, counterpart = plain_tensor(first.meta.get("constant")), plain_tensor(other.meta.get("constant"))
+    if value is None or counterpart is None:
+        return False
+    return value.dtype == counterpart.dtype and torch.equal(value, counterpart)
+
+
+def _same_constant(leaf: Any, other: Any) -> bool:
+    if isinstance(leaf, float) and isinstance(other, float) and math.isnan(leaf):
+        return math.isnan(other)
+    return type(leaf) is type(other) and leaf == other
+
+
+def _is_int(leaf: Any) -> bool:
+    return isinstance(leaf, int) and not isinstance(leaf, bool)
+
+
+def flatten(node: fx.Node) -> list[Any]:
+    """The leaves of a call's arguments, with the shape of their nesting among them."""
+    leaves: list[Any] = []
+    _flatten(node.args, leaves)
+    _flatten(dict(node.kwargs), leaves)
+    return leaves
+
+
+def _flatten(arg: Any, leaves: list[Any]) -> None:
+    if isinstance(arg, slice):
+        leaves.append("slice")
+        arg = (arg.start, arg.stop, arg.step)
+    if isinstance(arg, dict):
+        leaves.append(f"dict {sorted(arg)}")
+        arg = [arg[key] for key in sorted(arg)]
+    if isinstance(arg, tuple | list):
+        leaves.append(f"sequence of {len(arg)}")
+        for item in arg:
+            _flatten(item, leaves)
+        return
+    leaves.append(arg)
+
+
+def _affine(trips: Trips, key: tuple[fx.Node, int], values: dict[int, int]) -> tuple[int, int]:
+    """a, b with value = a*S + b for every trip, S being the length that the trip reads."""
+    node, leaf = key
+    base = flatten(node)[leaf]
+    slope = values.get(1, base) - base
+    offset = base - slope * trips.length(0)
+    for trip in range(len(trips.tokens)):
+        value = values.get(trip, base)
+        if value != slope * trips.length(trip) + offset:
+            why = f"{describe(node)} uses {base} in trip 0, {values.get(1, base)} in trip 1 and {value} in trip {trip}"
+            raise LoopError(
+                "An integer of the decode loop does not grow evenly from trip to trip.",
+                why + "; only a*S + b can be generalised, S being the sequence length",
+                "compute shapes and positions from ids.shape[1] by sums and constant multiples only",
+            )
+    return slope, offset
+
+
+def _unlike(first: fx.Node, other: fx.Node, trip: int, value: str, counterpart: str) -> LoopError:
+    return LoopError(
+        "The trips of the decode loop are not alike, so it cannot be compiled as one step.",
+        f"{describe(first)} has {value} in trip 0 but {counterpart} in trip {trip} (`{other.name}`)",
+        f"make every trip do the same: no values that change with the trip number, and {NO_CACHE}",
+    )
+
+
+_TORCH_ROOT = os.path.dirname(torch.__file__)
+
+
+NO_CACHE = (
+    "call the model on all tokens so far, model(ids)[:, -1], without a KV cache (use_cache=False): "
+    "the compiler inserts the cache itself"
+)

@@ -1,0 +1,113 @@
+"""One trip of an unrolled loop: its closure, the proof that all trips are alike, and the graph of a single trip."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import fx
+
+from smc_compile.passes.loop.iterations import (
+    Leaves,
+    Trips,
+)
+
+_KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack")
+
+
+def build_step(
+    gm: fx.GraphModule,
+    trips: Trips,
+    nodes: Sequence[fx.Node],
+    growing: Leaves,
+    fixed: Leaves | None = None,
+    seen: Sequence[fx.Node] = (),
+    padded: bool = False,
+) -> tuple[fx.GraphModule, list[fx.Node]]:
+    """The graph ``forward(ids, *invariants) -> token`` of one trip, and the placeholders behind the invariants.
+
+    Args:
+        growing: leaves that become a*S + b.
+        fixed: leaves that become other constants.
+        seen: nodes whose values are returned too.
+        padded: the trip as it was written: ``forward(buffer, length, *invariants)``.
+    """
+    graph = fx.Graph()
+    ids = graph.placeholder("ids")
+    length = graph.placeholder("length") if padded else None
+    invariants = [node for node in nodes if node.op == "placeholder"]
+    copies: dict[fx.Node, fx.Node] = {node: graph.placeholder(node.name) for node in invariants}
+    for node, copy in copies.items():
+        copy.meta = _kept_meta(node)
+    sizes = _emit_sizes(graph, ids, length, sorted(set(growing.values())))
+    by_node: dict[fx.Node, dict[int, Any]] = defaultdict(dict)
+    for (node, leaf), key in growing.items():
+        by_node[node][leaf] = sizes[key]
+    for (node, leaf), value in (fixed or {}).items():
+        by_node[node][leaf] = value
+    for node in nodes:
+        if node.op == "placeholder":
+            continue
+        history = {source: _as_read(graph, ids, length, trips, node, source) for source in node.all_input_nodes}
+        inputs = {source: copies[source] if read is None else read for source, read in history.items()}
+        args, kwargs = replace_leaves(node, by_node.get(node, {}), inputs)
+        copies[node] = graph.create_node(node.op, node.target, args, kwargs, name=node.name)
+        copies[node].meta = _kept_meta(node)
+    token = copies[trips.tokens[0]]
+    graph.output((token, *(copies[node] for node in seen)) if seen else token)
+    graph.lint()
+    return fx.GraphModule(gm, graph, class_name="Step"), invariants
+
+
+def _as_read(
+    graph: fx.Graph, ids: fx.Node, length: fx.Node | None, trips: Trips, node: fx.Node, source: fx.Node
+) -> fx.Node | None:
+    """The token ids in the shape in which a node reads the history; None if it reads something else."""
+    columns = trips.read_length(node, source, 0)
+    if columns is None:
+        return None
+    if length is not None and columns == trips.length(0):
+        ids = graph.call_method("narrow", (ids, 1, 0, length))
+    return ids if trips.layouts.readings[node, source].ndim == 2 else graph.call_method("squeeze", (ids, 0))
+
+
+def _kept_meta(node: fx.Node) -> dict[str, Any]:
+    return {key: node.meta[key] for key in _KEPT_META if key in node.meta}
+
+
+def _emit_sizes(
+    graph: fx.Graph, ids: fx.Node, length: fx.Node | None, wanted: Sequence[tuple[int, int]]
+) -> dict[tuple[int, int], Any]:
+    """Nodes for a*S + b; S is ids.size(1) unless it is given."""
+    if not wanted:
+        return {}
+    length = length or graph.call_method("size", (ids, 1))
+    sizes: dict[tuple[int, int], Any] = {}
+    for slope, offset in wanted:
+        value = length if slope == 1 else graph.call_function(operator.mul, (length, slope))
+        sizes[slope, offset] = graph.call_function(operator.add, (value, offset)) if offset else value
+    return sizes
+
+
+def replace_leaves(node: fx.Node, leaves: dict[int, Any], inputs: dict[fx.Node, fx.Node]) -> tuple[Any, Any]:
+    """The arguments of a node with its inputs, and some leaves, numbered as by `flatten`, replaced."""
+    numbers = itertools.count()
+    return _replace(node.args, numbers, leaves, inputs), _replace(dict(node.kwargs), numbers, leaves, inputs)
+
+
+def _replace(arg: Any, numbers: Iterator[int], leaves: dict[int, Any], inputs: dict[fx.Node, fx.Node]) -> Any:
+    at = next(numbers)
+    if isinstance(arg, slice):
+        next(numbers)  # `flatten` lists a slice as "slice", then as a sequence of three
+        return slice(*(_replace(item, numbers, leaves, inputs) for item in (arg.start, arg.stop, arg.step)))
+    if isinstance(arg, dict):
+        next(numbers)
+        done = {key: _replace(arg[key], numbers, leaves, inputs) for key in sorted(arg)}
+        return {key: done[key] for key in arg}
+    if isinstance(arg, tuple | list):
+        items = [_replace(item, numbers, leaves, inputs) for item in arg]
+        return items if isinstance(arg, list) else tuple(items)
+    return inputs[arg] if isinstance(arg, fx.Node) else leaves.get(at, arg)

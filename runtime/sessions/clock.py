@@ -1,0 +1,38 @@
+"""Where the wall-clock of one call went."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from smc_compile.result import Stats
+from smc_compile.runtime.execution.region import Region
+
+
+class Clock:
+    """Started with a call; knows what the regions had spent before it.
+
+    Attributes:
+        resample_seconds: what the host spent on moving states.
+    """
+
+    def __init__(self, regions: Sequence[Region]) -> None:
+        self._regions = regions
+        self._start = time.perf_counter()
+        self._before = {region.name: region.seconds for region in regions}
+        self._compiled = sum(region.compile_seconds for region in regions)
+        self._prefill = 0.0
+        self.resample_seconds = 0.0
+
+    def prefilled(self) -> None:
+        self._prefill = time.perf_counter() - self._start
+
+    def spent(self, *names: str) -> float:
+        """Seconds in the regions of these names."""
+        return sum(r.seconds - self._before[r.name] for r in self._regions if r.name in names)
+
+    def fill(self, stats: Stats) -> Stats:
+        stats.compile_seconds = sum(region.compile_seconds for region in self._regions) - self._compiled
+        stats.seconds = time.perf_counter() - self._start - stats.compile_seconds
+        stats.prefill_seconds = self._prefill
+        return stats

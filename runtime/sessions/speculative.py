@@ -1,0 +1,255 @@
+"""Speculative decoding by rejection: draft N chains, score, accept, commit. Exact, whatever the draft."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from smc_compile.result import Generation, Stats
+from smc_compile.runtime.algorithms.next_token import Law
+from smc_compile.runtime.algorithms.tensors import packed
+from smc_compile.runtime.algorithms.uniforms import RejectionStreams, Streams
+from smc_compile.runtime.execution.acceptance import Verdict, accept_drafted, conclude, draft, propose, set_out
+from smc_compile.runtime.execution.incremental import CachedModel
+from smc_compile.runtime.execution.memory import require_memory
+from smc_compile.runtime.execution.region import Region, compiled_apart
+from smc_compile.runtime.execution.region_bodies import draw, run_model
+from smc_compile.runtime.execution.text_processors import Rules
+from smc_compile.runtime.sessions.clock import Clock
+from smc_compile.runtime.sessions.ragged_texts import ends_by_text, ruled_texts
+from smc_compile.runtime.sessions.run import Run, drive, first_law, not_finite, require_law
+from smc_compile.runtime.state.population import Population
+from smc_compile.runtime.state.region_types import Ends, is_end
+from smc_compile.runtime.state.request import Request
+from smc_compile.runtime.state.settling import Watcher
+from smc_compile.runtime.state.slots import Slots, capacity
+
+
+@dataclass(kw_only=True)
+class Committed(Population):
+    """One text a request: requests advance by different counts, and ``made`` is the longest. Rows are requests."""
+
+    count: Tensor  # [B], tokens made
+    tail: Tensor  # [B, 2], the token before the pending one, of the prompt at first, and the pending one
+
+    def append(self, tokens: Tensor, log_p: Tensor, width: Tensor, ended: Tensor) -> None:
+        """Commit the first ``width`` [B] of ``tokens`` [B, K+1]; ``ended`` [B]: the last of them is the end."""
+        row, column = (torch.arange(tokens.shape[1], device=width.device) < width[:, None]).nonzero(as_tuple=True)
+        place = self.count[row] + column
+        self.tokens[row, place] = tokens[row, column]
+        self.log_p[row, place] = log_p[row, column]
+        behind = torch.cat([self.tail, tokens], 1)
+        self.tail = behind.gather(1, width[:, None] + torch.arange(2, device=width.device))
+        self.count = self.count + width
+        self.ended = self.ended | ended
+        self.made = int(self.count.max())
+        self.ess.append(torch.ones_like(self.log_evidence))
+        self.ancestors.append(torch.zeros_like(self.count)[:, None])
+
+    def wanted(self, request: Request) -> Tensor:
+        """Tokens still wanted [B]."""
+        return torch.where(self.ended, 0, (request.new_tokens - self.count).clamp_min(0))
+
+    def lengths(self, ends: Ends) -> Tensor:
+        return self.count
+
+    def finished(self, request: Request, ends: Ends) -> Tensor:
+        return self.wanted(request) == 0
+
+    def take(self, keep: Tensor, rows: Tensor) -> Self:
+        return replace(super().take(keep, keep), count=self.count[keep], tail=self.tail[keep])
+
+
+@dataclass(kw_only=True)
+class SpeculativeRun(Run):
+    """One call: ``p`` holds a row for each request, the models' states hold N."""
+
+    p: Committed
+    chains: int  # N
+    slots: Slots
+    uniforms: RejectionStreams
+    cycle: int = 0
+    accepted: int = 0  # drafted tokens committed
+    live: int = 0  # (request, cycle) pairs
+
+    @property
+    def n(self) -> int:
+        return self.chains
+
+    def by_row(self) -> None:
+        super().by_row()
+        self.request_ends = Ends(self.request.ends, self.request.pad)
+
+    def positions(self, offset: int, count: int) -> Tensor:
+        """Where ``count`` tokens stand [B, count], from ``offset`` behind the pending one on; none past the cap."""
+        last = self.request.lengths + self.p.count - 1 + offset
+        top = self.request.lengths + self.request.new_tokens - 1
+        return (last[:, None] + torch.arange(count, device=last.device)).minimum(top[:, None])
+
+    def _take(self, keep: list[int], models: object) -> None:
+        index = torch.tensor(keep, device=self.slots.target.device)
+        self.slots, self.uniforms = self.slots.take(index), self.uniforms.take(index)
+        super()._take(keep, models)  # type: ignore[arg-type]
+
+
+class SpeculativeSession:
+    """Rejection sampling with N chains of K drafted tokens a cycle; one chain where the law is greedy."""
+
+    def __init__(
+        self,
+        target: CachedModel,
+        draft_model: CachedModel,
+        law: Law,
+        draft_law: Law,
+        n_particles: int,
+        lookahead: int,
+        compiler: str,
+        rules: Rules,
+    ) -> None:
+        self._target, self._draft, self._law, self._draft_law = target, draft_model, law, draft_law
+        self._n, self._k, self._rules = 1 if law.kind == "greedy" else n_particles, lookahead, rules
+        self._sizes: set[int] = set()
+        proposed = compiled_apart(propose(draft_law), "draft_choose", compiler, draft_model.whole)
+        advance = run_model(draft_model.advance) if rules else draft(draft_model.advance, proposed)
+        self._head = Region("draft_head", advance, compiler, draft_model.whole)
+        self._step = Region("draft_step", advance, compiler, draft_model.whole)
+        self._choose = Region("draft_choose", propose(draft_law), compiler)
+        self._score = Region("score", run_model(target.score), compiler, target.whole)
+        self._accept = Region("accept", accept_drafted(law), compiler)
+        self._conclude = Region("conclude", conclude(law), compiler)
+
+    @property
+    def regions(self) -> list[Region]:
+        rules = [self._choose, *([self._rules.region] if self._rules.region else [])] if self._rules else []
+        return [self._head, self._step, self._score, self._accept, self._conclude, *rules]
+
+    @torch.no_grad()
+    def run(self, request: Request) -> Generation:
+        """Generate; raises GenerationError, with the partial result, when logits are not finite."""
+        return drive(self._begin(request), (self._target, self._draft), self._sizes, self._cycle, self._result)
+
+    def _begin(self, request: Request) -> SpeculativeRun:
+        clock = Clock(self.regions)
+        self._rules.begin(request)
+        n = int(request.new_tokens.max())
+        size = capacity(n, self._k + 1)
+        require_memory(request, self._n, size, self._k + 1, self._target, self._draft)
+        rows, context, target = self._target.begin(request, self._n, size)
+        _, draft_context, draft_state = self._draft.begin(request, self._n, size)
+        clock.prefilled()
+        log_p = first_law(rows, request, self._law, self._rules)
+        require_law(log_p, None)
+        streams = Streams(request.seeds, 1, 1, 1)
+        first = draw(log_p, streams.first()[:, 0], self._law.kind == "greedy")[:, None]  # [B, 1]
+        start = Population.start(request, 1, n, target, draft_state)
+        start.tokens[:, :1], start.log_p[:, :1] = first, log_p.gather(1, first).double()
+        ended = is_end(first, Ends(request.ends, request.pad))[:, 0]
+        tail = torch.cat([request.ids[:, -1:], first], 1)
+        p = Committed(**{**vars(start), "ended": ended}, count=torch.ones_like(request.lengths), tail=tail)
+        slots = Slots.start(request, size, self._k + 1)
+        run = SpeculativeRun(
+            asked=request,
+            request=request,
+            p=p,
+            streams=streams,
+            contexts=[context, draft_context],
+            keys=slots.target,
+            clock=clock,
+            stats=Stats("speculative", n, rules=self._rules.told()),
+            outcomes=[],
+            watcher=Watcher(request.watch) if request.watch is not None else None,
+            chains=self._n,
+            slots=slots,
+            uniforms=RejectionStreams(request.seeds, self._n, self._k, max(n - 1, 1)),
+        )
+        p.ended = ended | ends_by_text(run, torch.zeros_like(p.count), first, torch.ones_like(p.count))[:, 0]
+        return run
+
+    def _cycle(self, run: Run) -> None:
+        assert isinstance(run, SpeculativeRun)
+        p, slots = run.p, run.slots
+        run.stats.compactions += slots.compact(p.target, p.draft)
+        slots.open(run.request.lengths + p.count - 1)
+        drafted, log_q = self._propose(run)
+        verdict = self._verdict(run, drafted, log_q)
+        undefined = verdict.undefined | verdict.undefined_draft
+        if undefined.any():
+            who = "target" if verdict.undefined.any() else "draft"
+            raise not_finite(undefined, run.request, p.made, who)
+        stopped = ends_by_text(run, p.count, verdict.tokens, verdict.width)  # [B, K+1]
+        width = torch.where(stopped.any(1), stopped.int().argmax(1) + 1, verdict.width)
+        ended = stopped.any(1) | verdict.ended
+        if self._n > 1:
+            chain = verdict.chain + self._n * torch.arange(len(width), device=width.device)
+            slots.share(chain.repeat_interleave(self._n), p.target, p.draft)
+        slots.close(width)
+        run.accepted += int(verdict.accepted.minimum(width).sum())
+        run.live += int((width > 0).sum())
+        run.cycle += 1
+        p.append(verdict.tokens, verdict.log_p, width, ended)
+
+    def _propose(self, run: SpeculativeRun) -> tuple[Tensor, list[Tensor]]:
+        """K tokens a row from the draft [R, K], and the laws that they were drawn from, K times [R, V]."""
+        p, u = run.p, run.uniforms.draft(run.cycle)
+        tokens = p.tail.repeat_interleave(self._n, 0)  # [R, 2]
+        ended = run.nothing.new_zeros(len(tokens), dtype=torch.bool)
+        wanted = p.wanted(run.request).repeat_interleave(self._n)
+        drafted: list[Tensor] = []
+        log_q: list[Tensor] = []
+        for k in range(self._k):
+            count = tokens.shape[1]
+            places = run.slots.places(run.slots.draft, run.positions(k + 1 - count, count), k + 2 - count)
+            region = self._step if k else self._head
+            uniform = packed(u[:, k])
+            if self._rules:
+                rows, _ = region(tokens, places, p.draft, run.contexts[1])
+                so_far = torch.stack(drafted, 1) if k else run.nothing
+                live = ~ended & (wanted > k)
+                rows = ruled_texts(run, p.count, self._rules, self._draft_law, rows[:, None], so_far, live[:, None])[
+                    :, 0
+                ]
+                token, law = self._choose(rows, run.settings, uniform)
+                ended = ended | is_end(token[:, None], run.ends)[:, 0]
+            else:
+                token, law = region(tokens, run.settings, uniform, places, p.draft, run.contexts[1])
+            drafted.append(token)
+            log_q.append(law)
+            tokens = token[:, None]
+        return torch.stack(drafted, 1), log_q
+
+    def _verdict(self, run: SpeculativeRun, drafted: Tensor, log_q: list[Tensor]) -> Verdict:
+        """What the target accepts of the drafts."""
+        p, width = run.p, self._k + 1
+        block = torch.cat([p.tail[:, 1:].repeat_interleave(self._n, 0), drafted], 1)  # [R, K+1]
+        places = run.slots.places(run.slots.target, run.positions(0, width), 0)
+        rows, _ = self._score(block, places, p.target, run.contexts[0])
+        wanted = p.wanted(run.request)
+        if self._rules:
+            over = is_end(drafted, run.ends).int().cumsum(1) > 0  # [R, K]
+            over = torch.cat([torch.zeros_like(over[:, :1]), over], 1)
+            live = ~over & (torch.arange(width, device=over.device) < wanted.repeat_interleave(self._n)[:, None])
+            rows = rows.view(*block.shape, -1)
+            rows = ruled_texts(run, p.count, self._rules, self._law, rows, drafted, live).flatten(0, 1)
+        batch, settings = len(wanted), run.request.settings
+        rows, drafted = rows.view(batch, self._n, width, -1), drafted.view(batch, self._n, -1)
+        walk = set_out(batch, self._n, self._law.scores(rows[:1, 0, 0]).shape[-1], rows.device)
+        u = run.uniforms.accept(run.cycle)
+        for k in range(self._k if self._law.kind != "greedy" else 0):
+            q = log_q[k].view(batch, self._n, -1)
+            walk = self._accept(walk, rows, q, packed(drafted[:, :, k]), settings, packed(u[:, :, k]))
+        u_last = run.uniforms.last(run.cycle)
+        verdict: Verdict = self._conclude(walk, rows, drafted, run.request_ends, wanted, settings, u_last)
+        return verdict
+
+    def _result(self, run: Run, whole: bool) -> Generation:
+        assert isinstance(run, SpeculativeRun)
+        result = run.result(whole)
+        clock, stats = run.clock, run.stats
+        stats.accepted = run.accepted / max(run.live, 1)
+        stats.draft_seconds = clock.spent("draft_head", "draft_step", "draft_choose")
+        stats.score_seconds = clock.spent("score", "accept", "conclude")
+        stats.rules_seconds += self._rules.seconds
+        return result

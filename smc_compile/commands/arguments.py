@@ -1,0 +1,149 @@
+"""Options of ``smc-compile bench``, and what is refused before anything is built."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+
+from smc_compile.errors import OptionError
+from smc_compile.options import INDUCTORS
+from smc_compile.pairs.presets import DEFAULT, DTYPES, PRESETS
+
+SHAPES = (  # option, what it is
+    ("layers", "L", "layers"),
+    ("dim", "D", "width"),
+    ("heads", "H", "attention heads"),
+    ("kv-heads", "H", "heads of keys and values"),
+    ("hidden", "D", "width inside the MLP"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``bench``."""
+    add_pair_arguments(parser)
+    request = parser.add_argument_group("request")
+    request.add_argument("--prompt-length", type=int, default=128, metavar="P", help="tokens of the prompt")
+    request.add_argument("--new-tokens", type=int, default=256, metavar="T", help="tokens to generate")
+    request.add_argument("--temperature", type=float, default=0.8, metavar="T", help="temperature")
+    request.add_argument("--n-particles", type=int, nargs="+", default=[4, 2], metavar="N", help="particles")
+    request.add_argument(
+        "--lookahead", type=int, nargs="+", default=[8], metavar="K", help="draft tokens a cycle; one, or one per N"
+    )
+    request.add_argument(
+        "--chains", type=int, nargs="+", default=[1], metavar="N", help="chains of exact speculation, at each K"
+    )
+    peers = parser.add_argument_group("rows of others")
+    peers.add_argument(
+        "--assistant-tokens",
+        type=int,
+        nargs="+",
+        default=[2, 4, 8],
+        metavar="K",
+        help="draft tokens of assisted transformers; the fastest in a short pilot is timed",
+    )
+    peers.add_argument("--gpt-fast", metavar="FOLDER", help="a folder with model.py and generate.py of gpt-fast")
+    peers.add_argument("--skip-eager", action="store_true", help="leave the eager loop out")
+    peers.add_argument("--skip-transformers", action="store_true", help="leave the loops of transformers out")
+    peers.add_argument("--skip-assisted", action="store_true", help="leave assisted transformers out")
+    peers.add_argument("--skip-speculative", action="store_true", help="leave exact speculation out")
+    run_ = parser.add_argument_group("measurement")
+    run_.add_argument("--repeats", type=int, default=3, metavar="R", help="timed rounds")
+    run_.add_argument(
+        "--compiler", choices=INDUCTORS, default=INDUCTORS[0], help="of ours; max-autotune times products first"
+    )
+    run_.add_argument("--threads", type=int, metavar="T", help="CPU threads (default: torch's choice)")
+    run_.add_argument("--json", metavar="FILE", help="write the rows to FILE")
+
+
+def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that say which pair, of which type, where."""
+    pair = parser.add_argument_group("pair")
+    pair.add_argument(
+        "--preset", default=DEFAULT, metavar="NAME", help=f"shapes that single options change: {', '.join(PRESETS)}"
+    )
+    pair.add_argument(
+        "--acceptance",
+        type=acceptance,
+        default=0.7,
+        metavar="A",
+        help="share of drafted tokens that exact speculation accepts; none: unrelated random weights",
+    )
+    pair.add_argument(
+        "--dtype",
+        choices=sorted(DTYPES),
+        default="bfloat16",
+        help="type of the weights",
+    )
+    pair.add_argument("--device", default="cpu", help="cpu or cuda")
+    pair.add_argument("--seed", type=int, default=0, metavar="S", help="seed of weights, prompt and sampling")
+    for title, prefix in (("target", ""), ("draft", "draft-")):
+        group = parser.add_argument_group(f"{title} (default: the preset's)")
+        for name, letter, meaning in SHAPES:
+            group.add_argument(f"--{prefix}{name}", type=int, metavar=letter, help=meaning)
+        if title == "target":
+            group.add_argument("--vocab", type=int, metavar="V", help="vocabulary, shared with the draft")
+
+
+def acceptance(text: str) -> float | None:
+    """A share between 0 and 1, or None for "none"."""
+    if text.lower() == "none":
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a share between 0 and 1 nor none")
+    return value
+
+
+def pair_shapes(n_particles: list[int], lookahead: list[int]) -> list[tuple[int, int]]:
+    """(N, K) pairs; a single value on either side goes with every value on the other."""
+    if len(lookahead) == 1:
+        lookahead = lookahead * len(n_particles)
+    if len(n_particles) == 1:
+        n_particles = n_particles * len(lookahead)
+    if len(n_particles) != len(lookahead):
+        raise OptionError(
+            "--n-particles and --lookahead do not pair up.",
+            f"{len(n_particles)} values against {len(lookahead)}",
+            "give one value, or as many as the other has",
+        )
+    return list(zip(n_particles, lookahead, strict=True))
+
+
+def check_arguments(arguments: argparse.Namespace, counts: Sequence[str] = ("chains", "assistant_tokens")) -> None:
+    """Refuse shapes no model can have, and ``counts`` below 1. What else concerns generation is left to the library."""
+    sizes = ("layers", "dim", "heads", "kv_heads", "hidden", "vocab")
+    names = [*sizes, *(f"draft_{size}" for size in sizes if size != "vocab"), "prompt_length", "new_tokens", "repeats"]
+    for name in (*names, *counts, "threads"):
+        value = getattr(arguments, name)
+        least = min(value) if isinstance(value, list) else value
+        if least is not None and least < 1:
+            raise OptionError(f"--{name.replace('_', '-')} must be at least 1.", f"got {least}")
+    if arguments.temperature <= 0:
+        raise OptionError(
+            "--temperature must be above 0.", f"got {arguments.temperature:g}", "all rows sample from the same law"
+        )
+    for prefix in ("", "draft_"):
+        dim, heads, kv_heads = (getattr(arguments, prefix + size) for size in ("dim", "heads", "kv_heads"))
+        option = "--" + prefix.replace("_", "-")
+        if dim % (2 * heads):
+            raise OptionError(f"{option}dim must be a multiple of 2 {option}heads.", f"got {dim} and {heads}")
+        if heads % kv_heads:
+            raise OptionError(f"{option}heads must be a multiple of {option}kv-heads.", f"got {heads} and {kv_heads}")
+    check_device(arguments.device)
+
+
+def check_device(name: str) -> None:
+    """Raise OptionError unless it is a processor or a GPU that is there."""
+    try:
+        kind = torch.device(name).type
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0]
+        raise OptionError(f"Cannot use --device {name}.", why, "leave --device out to use cpu") from error
+    if kind not in ("cpu", "cuda"):
+        raise OptionError(f"Cannot use --device {name}.", "it is neither cpu nor cuda", "leave --device out to use cpu")

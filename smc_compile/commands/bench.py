@@ -1,0 +1,237 @@
+"""``smc-compile bench``: what each method costs on weights of given shapes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import asdict
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from examples.benchmarks.gpt_fast_peer import gpt_fast_loop
+from smc_compile.bench.against_eager import Agreement, checked, difference
+from smc_compile.bench.ceilings import Ceilings, Costs, costs, loop_passes, measure_ceilings
+from smc_compile.bench.contestants import contest
+from smc_compile.bench.figures import Row, make_rows
+from smc_compile.bench.measure import Contestant, Measurement, measure, reason
+from smc_compile.bench.peer_transformers import assisted_loop, library_loop
+from smc_compile.bench.report import check_json_path, write_json
+from smc_compile.bench.setting import (
+    build_pair,
+    rates,
+    set_threads,
+    warn_of_emulation,
+    where,
+)
+from smc_compile.bench.tables import compile_line, range_line, rows_table
+from smc_compile.commands.arguments import add_arguments, check_arguments, pair_shapes
+from smc_compile.pairs.llama import Llama, cache_numbers
+from smc_compile.pairs.nested import Tuned
+from smc_compile.pairs.presets import DTYPES, configs, fill_in, weight_count
+from smc_compile.pairs.random_weights import parameter_count, random_prompt
+from smc_compile.result import Generation
+
+HELP = """\
+Measure cost on weights of given shapes, beside the loops of others.
+
+Ways to generate from the same prompt take turns in one run: the plain loop in eager mode; transformers with its own
+cache, alone and assisted by the draft (where it is installed); gpt-fast (where --gpt-fast names its files); the
+compiled one-token loop; exact speculation; and SMC at each pair of --n-particles and --lookahead. The table shows
+medians, ratios within a round, and the share of what the machine reads and multiplies at best. The weights say
+nothing about text: the target contains the draft, with noise added until --acceptance of the drafted tokens are
+accepted. The defaults are a Llama-shaped target of 336M parameters and a draft of 31M, in bfloat16. Before anything is
+timed, the log-probabilities of ours are compared with the eager model's. Ctrl-C ends the measurement and keeps whole
+rounds.
+
+  smc-compile bench
+  smc-compile bench --preset 0.5b-60m --acceptance 0.9 --n-particles 8 16 --lookahead 6 --json rows.json
+  smc-compile bench --layers 4 --draft-layers 1 --vocab 4096 --acceptance none --dtype float32
+"""
+
+
+EAGER_TOKENS = 4  # a forward over the whole prompt for each
+
+
+__all__ = ["HELP", "add_arguments", "run"]
+
+
+Builder = Callable[[], Contestant]
+
+
+def run(arguments: argparse.Namespace, console: Console) -> None:
+    """Measure, print the table, write the JSON file; raises KeyboardInterrupt after that where it was interrupted."""
+    shapes = pair_shapes(arguments.n_particles, arguments.lookahead)
+    check_json_path(arguments.json)
+    target, draft, ids, tuned = prepare(arguments, max(k for _, k in shapes), console)
+    contestants, missing = all_contestants(target, draft, ids, arguments, shapes, console)
+    place = DTYPES[arguments.dtype], torch.device(arguments.device)
+    ceilings = measure_ceilings(*place)
+
+    def check(name: str, generation: Generation) -> Agreement:
+        return checked(name, difference(target, generation, arguments.temperature), place[0])
+
+    measured = measure(contestants, arguments.repeats, arguments.seed, console, place[1], check)
+    measured.failures = missing | measured.failures
+    if not measured.interrupted:
+        ceilings = ceilings.better(measure_ceilings(*place))
+    rows = make_rows(measured.results, ceilings)
+    show(measured, rows, ceilings, arguments, console)
+    if arguments.json:
+        stored = {name: value for name, value in vars(arguments).items() if name != "run"}
+        write_json(
+            arguments.json,
+            "bench",
+            stored,
+            rows,
+            target_parameters=parameter_count(target),
+            draft_parameters=parameter_count(draft),
+            tuned=asdict(tuned) if tuned else None,
+            ceilings=asdict(ceilings),
+            not_measured=measured.failures,
+            against_eager={name: agreement._asdict() for name, agreement in measured.agreements.items()},
+            interrupted=measured.interrupted,
+        )
+        console.print(f"rows in {arguments.json}", style="dim", highlight=False)
+    if measured.interrupted:
+        raise KeyboardInterrupt
+
+
+def prepare(
+    arguments: argparse.Namespace, lookahead: int, console: Console
+) -> tuple[Llama, Llama, Tensor, Tuned | None]:
+    """Check and complete the arguments, build the pair and the prompt [1, P], and say what they are.
+
+    Raises:
+        OptionError: where an option or the memory does not allow it.
+    """
+    fill_in(arguments)
+    check_arguments(arguments)
+    set_threads(arguments)
+    target_config, draft_config = configs(arguments, lookahead)
+    held_again = weight_count(target_config) if arguments.gpt_fast else 0  # gpt-fast holds most of it
+    target, draft, tuned = build_pair(arguments, target_config, draft_config, held_again, console)
+    console.print(where(arguments), highlight=False, style="dim")
+    warn_of_emulation(arguments, console)
+    console.print()
+    ids = random_prompt(
+        target_config.vocab_size, arguments.prompt_length, target.embedding.weight.device, arguments.seed
+    )
+    return target, draft, ids, tuned
+
+
+def all_contestants(
+    target: Llama,
+    draft: Llama,
+    ids: Tensor,
+    arguments: argparse.Namespace,
+    shapes: list[tuple[int, int]],
+    console: Console,
+) -> tuple[list[Contestant], dict[str, str]]:
+    """Everything that takes part, in the order of the table, and the peers that cannot, with the reason."""
+    sizes = costs(target, cache_numbers(target.config)), costs(draft, cache_numbers(draft.config))
+    lengths = sorted({k for _, k in shapes}, reverse=True)
+    ours = contest(
+        target,
+        draft,
+        ids,
+        max_new_tokens=arguments.new_tokens,
+        temperature=arguments.temperature,
+        shapes=shapes,
+        eager_tokens=None if arguments.skip_eager else min(EAGER_TOKENS, arguments.new_tokens),
+        speculative=[] if arguments.skip_speculative else [(n, k) for k in lengths for n in arguments.chains],
+        sizes=sizes,
+        compiler=arguments.compiler,
+    )
+    peers, missing = build_peers(peer_builders(target, draft, ids, arguments, sizes[0]), console)
+    first = 0 if arguments.skip_eager else 1
+    return [*ours[:first], *peers, *ours[first:]], missing
+
+
+def peer_builders(
+    target: Llama, draft: Llama, ids: Tensor, arguments: argparse.Namespace, size: Costs
+) -> dict[str, Builder]:
+    """How to make the rows of others that were asked for, by name."""
+    request = {"new_tokens": arguments.new_tokens, "temperature": arguments.temperature}
+    passes = loop_passes(size, ids.shape[1], arguments.new_tokens)
+    builders: dict[str, Builder] = {}
+    if not arguments.skip_transformers:
+        builders["transformers"] = lambda: library_loop(target, ids, **request, passes=passes)
+        if not arguments.skip_assisted:
+            tokens = arguments.assistant_tokens
+            builders["assisted"] = lambda: assisted_loop(target, draft, ids, **request, assistant_tokens=tokens)
+    if arguments.gpt_fast:
+        builders["gpt-fast"] = lambda: gpt_fast_loop(target, ids, arguments.gpt_fast, **request, passes=passes)
+    return builders
+
+
+def build_peers(builders: dict[str, Builder], console: Console) -> tuple[list[Contestant], dict[str, str]]:
+    """The peers that could be made, and why the others could not."""
+    peers: list[Contestant] = []
+    missing: dict[str, str] = {}
+    for name, build in builders.items():
+        with console.status(f"preparing {name}"):
+            try:
+                peers.append(build())
+            except Exception as error:  # whatever somebody else's code raises
+                missing[name] = reason(error)
+    return peers, missing
+
+
+def show(
+    measured: Measurement, rows: list[Row], ceilings: Ceilings, arguments: argparse.Namespace, console: Console
+) -> None:
+    """The table, and below it how to read it and what is not in it."""
+    names = [result.contestant.name for result in measured.results]
+    if measured.interrupted:
+        rounds = max((row["repeats"] for row in rows), default=0)
+        console.print(f"interrupted: {rounds} of {arguments.repeats} rounds measured", style="yellow", highlight=False)
+    if rows:
+        console.print(rows_table(rows, names, console.width, list(measured.failures)))
+        console.print()
+    for name, why in measured.failures.items():
+        console.print(f"{name}: not measured: {why}", markup=False, highlight=False)
+    if not rows:
+        return
+    contestants = [result.contestant for result in measured.results]
+    lines = [
+        *footnotes(contestants, rows, arguments),
+        agreement_line(measured.agreements),
+        range_line(rows, names),
+        ceilings_line(ceilings),
+        compile_line(measured.results),
+    ]
+    for line in lines:
+        console.print(line, style="dim", markup=False, highlight=False)
+
+
+def ceilings_line(ceilings: Ceilings) -> str:
+    """What the bound is made of."""
+    return f"{rates(ceilings)}: bandwidth and arithmetic are shares of that, for what a step must read and multiply"
+
+
+def agreement_line(agreements: dict[str, Agreement]) -> str:
+    """One line about how near ours are to the eager model."""
+    if not agreements:
+        return "nothing of ours was compared with the eager model"
+    name, worst = max(agreements.items(), key=lambda item: item[1].mean)
+    return (
+        f"log-probabilities of ours are those of the eager model, but for {worst.mean:.0e} nats on average and "
+        f"{worst.largest:.0e} at most ({name})"
+    )
+
+
+def footnotes(contestants: list[Contestant], rows: list[Row], arguments: argparse.Namespace) -> list[str]:
+    """How to read the table."""
+    notes = [f"{contestant.name}: {contestant.note}" for contestant in contestants if contestant.note]
+    repeats = max(row["repeats"] for row in rows)
+    rounds = "one round" if repeats == 1 else f"medians of {repeats} interleaved rounds"
+    tokens = " to ".join(str(n) for n in sorted({row["tokens"] for row in rows if row["method"] != "eager"}))
+    notes.append(f"{rounds} of {tokens or EAGER_TOKENS} tokens, prompt included")
+    notes.append("step: a cycle of SMC or speculation, or a token of a loop; accepted: drafted tokens kept a cycle")
+    if any(row["peak_bytes"] is not None for row in rows):
+        held = "of the process, everybody's weights included" if arguments.device == "cpu" else "of all tensors"
+        notes.append(f"peak: the most memory {held}, in a round")
+    notes.append("random weights: this measures cost, not the quality of text")
+    return notes

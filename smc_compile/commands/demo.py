@@ -1,0 +1,231 @@
+"""``smc-compile demo``: the shipped pair of models writes Python three ways."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from smc_compile.bench.contestants import Model, contest
+from smc_compile.bench.figures import Row, make_rows
+from smc_compile.bench.genealogy import check_picture_path, draw_ancestry
+from smc_compile.bench.measure import Result, measure, progress_bar
+from smc_compile.bench.report import check_json_path, write_json
+from smc_compile.bench.tables import compile_line, number, rows_table
+from smc_compile.errors import InputError, OptionError
+from smc_compile.generate import generate
+from smc_compile.pairs.shipped import END, load_pair
+from smc_compile.result import Generation
+
+HELP = """\
+Write Python with the shipped pair of models, three ways.
+
+The plain loop in eager mode, the same loop compiled with a cache, and SMC: their texts, their speed, where the time
+goes, and how the text of SMC scores under the target beside true samples of the target. A picture shows how the
+particles descend from each other. Takes less than two minutes, compilation included.
+
+  smc-compile demo
+  smc-compile demo --n-particles 32 --lookahead 6
+  smc-compile demo --prompt 'class Stack:'
+"""
+PROMPT = '''\
+def moving_average(values, window):
+    """Return the average of each run of `window` consecutive values."""
+'''
+SCORED = ("autoregressive", "smc")
+SCORING_BATCH = 64  # requests drawn at once
+TEXT_TITLES = {"eager": "plain loop, eager", "autoregressive": "compiled loop", "smc": "SMC"}
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean log-probability of a token under the target, over independent sequences."""
+
+    mean: float
+    stderr: float
+    sequences: int
+
+
+Scores = dict[str, Score]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``demo``."""
+    parser.add_argument("--prompt", metavar="TEXT", help="text to continue (default: the head of a function)")
+    parser.add_argument("--n-particles", type=int, default=8, metavar="N", help="particles")
+    parser.add_argument("--lookahead", type=int, default=4, metavar="K", help="draft tokens a cycle")
+    parser.add_argument("--max-new-tokens", type=int, default=96, metavar="T", help="tokens to generate")
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="temperature")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed")
+    parser.add_argument("--repeats", type=int, default=3, metavar="R", help="timed rounds")
+    parser.add_argument("--samples", type=int, default=128, metavar="M", help="sequences scored per method")
+    parser.add_argument("--json", metavar="FILE", help="write the rows to FILE")
+    parser.add_argument("--picture", default="demo-ancestry.svg", metavar="FILE", help="picture of the particles")
+
+
+def run(arguments: argparse.Namespace, console: Console) -> None:
+    """Generate, measure, score, print, draw."""
+    check_arguments(arguments)
+    if arguments.prompt is None:
+        arguments.prompt = PROMPT
+    target, draft, tokenizer, _ = load_pair()
+    ids = torch.tensor([tokenizer.encode(arguments.prompt).ids])
+    if ids.numel() == 0:
+        raise InputError("The prompt is empty.", "a model needs at least one token to start from")
+    contestants = contest(
+        target,
+        draft,
+        ids,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        shapes=[(arguments.n_particles, arguments.lookahead)],
+        eager_tokens=arguments.max_new_tokens,
+    )
+    measured = measure(contestants, arguments.repeats, arguments.seed, console)
+    if measured.interrupted:
+        raise KeyboardInterrupt
+    results = measured.results
+    scores = score_methods(target, draft, ids, arguments, console)
+    rows = add_scores(make_rows(results), scores)
+
+    show_texts(results, arguments.prompt, ids.shape[1], tokenizer, console)
+    console.print(rows_table(rows, [result.contestant.name for result in results], console.width))
+    console.print()
+    for line in quality_lines(scores):
+        console.print(line, highlight=False)
+    console.print(compile_line(results), style="dim", highlight=False)
+    picture = draw(results[-1].runs[0].generation, arguments, ids.shape[1], tokenizer)
+    console.print(f"genealogy of the particles in {picture}", style="dim", highlight=False)
+    if arguments.json:
+        stored = {name: value for name, value in vars(arguments).items() if name != "run"}
+        write_json(arguments.json, "demo", stored, rows)
+        console.print(f"rows in {arguments.json}", style="dim", highlight=False)
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """What the library does not check for us."""
+    for name, least in (("repeats", 1), ("samples", 2), ("max_new_tokens", 2)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise OptionError(f"--{name.replace('_', '-')} must be at least {least}.", f"got {value}")
+    check_json_path(arguments.json)
+    check_picture_path(arguments.picture)
+
+
+# ---- quality --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sequence_log_probs(model: Model, sequences: Tensor, prompt_length: int, temperature: float) -> Tensor:
+    """Mean log-probability of the new tokens of each sequence [M, P+n] -> [M], under softmax(logits / temperature)."""
+    means = []
+    for ids in sequences.split(16):
+        logits = model(ids[:, :-1])[:, prompt_length - 1 :].float()  # the last prompt token predicts the first new one
+        log_p = (logits / temperature).log_softmax(-1)
+        means.append(log_p.gather(-1, ids[:, prompt_length:, None])[..., 0].mean(-1))
+    return torch.cat(means)
+
+
+def score_methods(target: Model, draft: Model, ids: Tensor, options: argparse.Namespace, console: Console) -> Scores:
+    """Draw independent sequences with the one-token loop (true target samples) and with SMC, score both.
+
+    Many requests go in one batch, uncompiled: request b draws what it would draw alone with seed + b. Every sequence
+    has the full length: text after an end mark counts on both sides.
+    """
+    scores = {}
+    with progress_bar(console) as progress, torch.compiler.set_stance("force_eager"):
+        for index, method in enumerate(SCORED):
+            task = progress.add_task(f"sampling {TEXT_TITLES[method]}", total=options.samples)
+            values: list[Tensor] = []
+            for size in batch_sizes(options.samples):
+                seed = options.seed + 1_000_000 * (index + 1) + sum(map(len, values))
+                drawn = sample_batch(target, draft, ids.expand(size, -1), method, seed, options)
+                values.append(sequence_log_probs(target, drawn, ids.shape[1], options.temperature))
+                progress.advance(task, size)
+            scores[method] = summarise(torch.cat(values))
+    return scores
+
+
+def batch_sizes(samples: int) -> list[int]:
+    """Full batches, and a last one that may be smaller."""
+    full, rest = divmod(samples, SCORING_BATCH)
+    return [SCORING_BATCH] * full + ([rest] if rest else [])
+
+
+def sample_batch(
+    target: Model, draft: Model, ids: Tensor, method: str, seed: int, options: argparse.Namespace
+) -> Tensor:
+    """Independent sequences [B, P+n] after the prompts ids [B, P]."""
+    return generate(
+        target,
+        draft,
+        ids,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        n_particles=options.n_particles,
+        lookahead=options.lookahead,
+        seed=seed,
+        method=method,
+        compiler="eager",
+        validate=False,
+    ).sequences
+
+
+def summarise(values: Tensor) -> Score:
+    """Mean and its standard error."""
+    return Score(float(values.mean()), float(values.std() / values.numel() ** 0.5), values.numel())
+
+
+def add_scores(rows: Sequence[Row], scores: Scores) -> list[Row]:
+    """Rows with the mean log-probability filled in where it was measured."""
+    return [
+        {**row, "mean_log_prob": scores[row["method"]].mean, "mean_log_prob_stderr": scores[row["method"]].stderr}
+        if row["method"] in scores
+        else row
+        for row in rows
+    ]
+
+
+def quality_lines(scores: Scores) -> list[str]:
+    """The comparison with true samples, in words and numbers."""
+    smc, true = scores["smc"], scores["autoregressive"]
+    difference = 100 * (smc.mean - true.mean) / abs(true.mean)
+    error = 100 * (smc.stderr**2 + true.stderr**2) ** 0.5 / abs(true.mean)
+    return [
+        f"mean log-probability of a token under the target, {smc.sequences} sequences each: "
+        f"SMC {smc.mean:.3f} ± {smc.stderr:.3f},",
+        f"true target samples {true.mean:.3f} ± {true.stderr:.3f}, difference {difference:+.1f}% ± {number(error)}%",
+    ]
+
+
+# ---- showing --------------------------------------------------------------------------------------------------------
+
+
+def show_texts(
+    results: Sequence[Result], prompt: str, prompt_length: int, tokenizer: Tokenizer, console: Console
+) -> None:
+    """A panel for each method's first timed sequence, the prompt dimmed, up to the end mark if there is one."""
+    end = tokenizer.token_to_id(END)
+    for result in results:
+        tokens = result.runs[0].sequences[0, prompt_length:].tolist()
+        written = tokenizer.decode(tokens[: tokens.index(end)] if end in tokens else tokens)
+        text = Text(prompt.lstrip("\n"), style="dim").append(written.rstrip(), style="not dim")
+        title = TEXT_TITLES[result.contestant.method]
+        console.print(Panel(text, title=title, title_align="left", border_style="dim", width=min(100, console.width)))
+
+
+def draw(
+    generation: Generation | None, arguments: argparse.Namespace, prompt_length: int, tokenizer: Tokenizer
+) -> Path:
+    """The genealogy of the SMC text on show."""
+    assert generation is not None  # SMC returns a Generation
+    pieces = [tokenizer.decode([token]) for token in generation.sequences[0, prompt_length:].tolist()]
+    return draw_ancestry(generation, arguments.picture, tokens=pieces, lookahead=arguments.lookahead)

@@ -1,0 +1,97 @@
+"""Many independent runs in one call, and the estimates that can be taken from them.
+
+Request b of a batch uses seed + b and nothing else of the batch, so B equal prompts are B independent SMC runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smc_compile import Generation, generate
+from smc_compile.runtime.sessions.run import Run
+from smc_compile.runtime.sessions.smc import SMCSession
+
+
+def replicate(target: Any, draft: Any, prompt: Tensor, n: int, runs: int, **options: Any) -> Generation:
+    """``runs`` independent generations of n tokens after ``prompt`` [P]."""
+    ids = prompt.expand(runs, -1)
+    return generate(target, draft, ids, max_new_tokens=n, **{"compiler": "eager", "seed": 0, **options})
+
+
+def drawn(generation: Generation, law: Tensor) -> Tensor:
+    """New tokens [B, n] of the returned sequences."""
+    return generation.sequences[:, -law.ndim :]
+
+
+def weighted_law(generation: Generation, law: Tensor) -> Tensor:
+    """The law of the returned sequence given the particles, averaged over runs: less noisy than draws."""
+    return contributions(generation, law, generation.log_weights.softmax(-1)).mean(0).view(law.shape)
+
+
+def evidence_measure(generation: Generation, law: Tensor) -> Tensor:
+    """Evidence times normalised weight, per run and sequence [B, V^n]: unbiased for `law` at every N."""
+    return contributions(generation, law, generation.log_evidence[:, None].exp() * generation.log_weights.softmax(-1))
+
+
+def contributions(generation: Generation, law: Tensor, weights: Tensor) -> Tensor:
+    """Particle weights [B, N] summed by sequence: [B, V^n]."""
+    tokens = generation.particles[..., -law.ndim :]  # [B, N, n]
+    sequence = (tokens * torch.tensor(law.stride())).sum(-1)  # [B, N], the index in law.flatten()
+    return torch.zeros(len(tokens), law.numel(), dtype=torch.float64).scatter_add_(1, sequence, weights)
+
+
+def distance(estimate: Tensor, law: Tensor) -> float:
+    """Total variation."""
+    return float((estimate - law).abs().sum() / 2)
+
+
+def z_scores(samples: Tensor, expected: Tensor | float) -> Tensor:
+    """Independent samples [B, ...] against their expectation, in standard errors."""
+    return (samples.mean(0) - expected) / (samples.std(0) / len(samples) ** 0.5)
+
+
+def draft_chain(target: Callable, draft: Callable, prompt: Tensor, lookahead: int, scale: float = 1.0) -> Callable:
+    """The model that one particle follows: K tokens of the draft (logits times `scale`) after each of the target."""
+
+    def logits(ids: Tensor) -> Tensor:
+        from_target = (ids.shape[1] - len(prompt)) % (lookahead + 1) == 0
+        return target(ids) if from_target else draft(ids) * scale
+
+    return logits
+
+
+@dataclass
+class Cycle:
+    """What a session holds after a cycle. R = B*N rows."""
+
+    tokens: Tensor  # [R, made], the pending one last
+    ended: Tensor  # [R]
+    resampled: bool
+    target: list[Tensor]
+    draft: list[Tensor]
+
+
+@contextmanager
+def recorded_cycles() -> Iterator[list[Cycle]]:
+    """Copies of the tokens and states of every SMC session after each of its cycles."""
+    cycles: list[Cycle] = []
+    run_cycle = SMCSession._cycle
+
+    def recording(self: SMCSession, run: Run, cycle: int) -> None:
+        run_cycle(self, run, cycle)
+        p = run.p
+        moved = bool((p.ancestors[-1] != torch.arange(self._n)).any())
+        states = [[leaf.clone() for leaf in state] for state in (p.target, p.draft)]
+        cycles.append(Cycle(p.tokens[:, : p.made].clone(), p.ended.clone(), moved, *states))
+
+    SMCSession._cycle = recording
+    try:
+        yield cycles
+    finally:
+        SMCSession._cycle = run_cycle

@@ -1,0 +1,471 @@
+"""Recorded cycles: what a CUDA graph would replay, by a recorder that runs on any machine.
+
+The recorder notes every ATen op of a cycle with its tensors, and replays them at the same addresses without running
+any Python of ours, as a CUDA graph does with kernels: a replay is right only if nothing in it is decided by the host.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from helpers.model_parts import perturbed
+from helpers.models import CACHEABLE
+from helpers.toys import GRUStep, TableLM, TinyTransformerLM
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from smc_compile import Generation, generate
+from smc_compile.errors import GenerationError, InputError, OptionError
+from smc_compile.inputs.requests import build_request, settings_of
+from smc_compile.kernels.copy_rows import RowCopy
+from smc_compile.program.from_model import last_program
+from smc_compile.runtime.sessions import replay
+from smc_compile.runtime.sessions.replay import At, Recording, Replay
+from smc_compile.runtime.sessions.run import Run
+from smc_compile.runtime.sessions.smc import MAX_TRIES
+from smc_compile.runtime.state.population import Population
+
+VOCAB = 5
+PROMPTS = torch.tensor([[1, 0, 2], [3, 3, 4], [0, 4, 1], [2, 1, 0]])
+OPTIONS = {"n_particles": 6, "lookahead": 2, "ess_threshold": 0.9, "compiler": "eager", "validate": False}
+METHODS = ("smc", "autoregressive")
+Work = Callable[[], None]
+interpreted = pytest.mark.usefixtures("interpreted")
+
+
+class Recorder(TorchDispatchMode):
+    """Ops as they run, and the values of tensors from outside that they overwrite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[tuple[Any, ...]] = []
+        self.own: set[int] = set()  # storages made while recording, kept alive by ``ops``
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert torch.Tag.data_dependent_output not in function.tags, f"the host reads a value: {function}"
+        by_mask = any(isinstance(x, Tensor) and x.dtype == torch.bool for x in pytree.tree_leaves(args[1:]))
+        dynamic = torch.Tag.dynamic_output_shape in function.tags
+        assert not dynamic or (function is torch.ops.aten.index.Tensor and not by_mask), f"sizes are values: {function}"
+        for tensor, argument in zip(args, function._schema.arguments, strict=False):
+            if argument.is_write and isinstance(tensor, Tensor) and address(tensor) not in self.own:
+                whole = tensor._base if tensor._base is not None else tensor
+                self.before.setdefault(address(tensor), (whole, whole.clone()))
+        out = function(*args, **(kwargs or {}))
+        known = {address(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        self.own |= {address(x) for x in pytree.tree_leaves(out) if isinstance(x, Tensor)} - known
+        self.ops.append((function, args, kwargs or {}, out, known))
+        return out
+
+    def restore(self) -> None:
+        for tensor, value in self.before.values():
+            tensor.copy_(value)
+
+    def replay(self) -> None:
+        for function, args, kwargs, out, known in self.ops:
+            new = function(*args, **kwargs)
+            for fixed, value in zip(pytree.tree_leaves(out), pytree.tree_leaves(new), strict=True):
+                if isinstance(fixed, Tensor) and address(fixed) not in known:
+                    fixed.copy_(value)
+
+
+def address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+class Records(list[Recorder]):
+    """Records as a GPU does: without doing what is recorded."""
+
+    def __call__(self, work: Work) -> Work:
+        recorder = Recorder()
+        with recorder:
+            work()
+        recorder.restore()
+        self.append(recorder)
+        return recorder.replay
+
+
+@pytest.fixture
+def records(monkeypatch: pytest.MonkeyPatch) -> Records:
+    """Programs made from here on record their cycles; those of other tests are not touched."""
+    records = Records()
+    set_recorder(monkeypatch, records)
+    return records
+
+
+def set_recorder(monkeypatch: pytest.MonkeyPatch, record: Any) -> None:
+    monkeypatch.setattr("smc_compile.program.build.recorder_for", lambda *_: record)
+    monkeypatch.setattr(import_module("smc_compile.generate"), "_programs", OrderedDict())
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[nn.Module, nn.Module]:
+    target = TinyTransformerLM(VOCAB, max_positions=512).double()
+    return target, perturbed(target, 0.5)
+
+
+def run(pair: Any, ids: Tensor = PROMPTS, n: Any = 12, **options: Any) -> Generation:
+    return generate(*pair, ids, max_new_tokens=n, **{"seed": 7, **OPTIONS, **options})
+
+
+def by_host(pair: Any, *args: Any, **options: Any) -> Generation:
+    """The same without recordings, by a program of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        set_recorder(patch, None)
+        return run(pair, *args, **options)
+
+
+def assert_same(a: Generation, b: Generation) -> None:
+    """The same tokens; numbers but for their last bits, since prompts of another width are summed in another order."""
+    for name in ("sequences", "particles", "ancestors", "new_lengths"):
+        torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=0, atol=0, msg=name)
+    for name in ("log_weights", "log_evidence", "ess", "log_probs"):
+        torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=1e-9, atol=1e-9, equal_nan=True, msg=name)
+    assert a.stats.resamplings == b.stats.resamplings
+    assert a.stats.retries == b.stats.retries
+
+
+# --- the same as from the host ---------------------------------------------------------------------------------------
+
+
+@interpreted
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["llama", "sliding_window", "alibi", "eager"])
+def test_a_replayed_cycle_is_the_host_s_cycle(records, method, kind):
+    target = CACHEABLE[kind]().double()
+    pair, ids = (target, perturbed(target, 0.3)), torch.tensor([[1, 5, 2, 7], [3, 9, 4, 1]])
+    replayed = run(pair, ids, 11, method=method)
+    assert_same(replayed, by_host(pair, ids, 11, method=method))
+    assert len(records) == 1
+    assert replayed.stats.replayed == {"smc": 3, "autoregressive": 10}[method], "all but the first cycle"
+
+
+@interpreted
+@pytest.mark.parametrize("method", METHODS)
+def test_lengths_ends_and_requests_that_leave(records, pair, method):
+    options = {"method": method, "ids": PROMPTS.repeat(2, 1), "n": [12, 30, 9, 17, 40, 1, 2, 25]}
+    assert_same(run(pair, **options, eos_token_id=3), by_host(pair, **options, eos_token_id=3))
+    run(pair, PROMPTS[:2], method=method)
+    for _ in range(2):  # batches shrink to two requests, a size that has run
+        assert_same(run(pair, **options), by_host(pair, **options))
+    assert last_program().session._sizes == {2, 8}
+    assert len({r.run.request.batch for r in last_program().session._replay._recordings}) == 2
+
+
+@interpreted
+def test_padded_prompts(records, pair):
+    ids, mask = torch.tensor([[0, 0, 2], [0, 3, 4], [0, 4, 1]]), torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 1]])
+    assert_same(run(pair, ids, attention_mask=mask), by_host(pair, ids, attention_mask=mask))
+
+
+@interpreted
+@pytest.mark.parametrize("settings", [{"temperature": [0.5, 1.0, 1.5, 2.0]}, {"top_k": 3, "top_p": 0.8}])
+def test_settings_of_each_request(records, pair, settings):
+    assert_same(run(pair, **settings), by_host(pair, **settings))
+    assert records
+
+
+@interpreted
+def test_a_longer_answer_takes_new_recordings_as_it_grows(records, pair):
+    options = {"n": 230, "ids": PROMPTS[:1], "n_particles": 3, "lookahead": 7}
+    assert_same(run(pair, **options), by_host(pair, **options))
+    assert len(records) == 3, "128, 192 and 256 slots"
+
+
+@interpreted
+def test_every_recorded_cycle_of_a_dead_population_is_drawn_again(records):
+    class TopK(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = TableLM(VOCAB).double()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            logits = self.model(ids)
+            return logits.masked_fill(logits < logits.topk(2).values[..., -1:], -math.inf)
+
+    pair = TopK(), perturbed(TableLM(VOCAB).double(), 0.5)
+    options = {"ids": PROMPTS[:1].expand(64, -1), "n": 9, "n_particles": 2, "lookahead": 3}
+    replayed = run(pair, **options)
+    assert replayed.stats.retries > 0
+    assert_same(replayed, by_host(pair, **options))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_regions_are_recorded_and_compile_once(monkeypatch, method):
+    """What is recorded here is the call of compiled code itself."""
+    recordings: list[Work] = []
+
+    def record(work: Work) -> Work:
+        recordings.append(work)
+        return work
+
+    set_recorder(monkeypatch, record)
+    target = CACHEABLE["llama"]()
+    pair, options = (target, perturbed(target, 0.3)), {"compiler": "aot_eager", "method": method}
+    ids = torch.tensor([[1, 5, 2, 7]])
+    assert torch.equal(run(pair, ids, **options).sequences, by_host(pair, ids, **options).sequences)
+    run(pair, ids, **options)
+    compiled = {region.name: region.compilations for region in last_program().regions}
+    assert all(count <= 1 for count in compiled.values()), compiled
+    assert {"uniforms", "close"} <= set(compiled)
+    run(pair, torch.tensor([[1, 5]]), n=9, seed=3, **options)
+    assert compiled == {region.name: region.compilations for region in last_program().regions}
+    assert len(recordings) == 1
+
+
+# --- one recording for many calls ------------------------------------------------------------------------------------
+
+
+@interpreted
+@pytest.mark.parametrize("method", METHODS)
+def test_a_recording_serves_other_prompts_lengths_and_seeds(records, pair, method):
+    for ids, n, seed in ((PROMPTS, 12, 7), (PROMPTS.flip(0), 12, 8), (PROMPTS[:, :2], 33, 9), (PROMPTS, 100, 1)):
+        assert_same(run(pair, ids, n, seed=seed, method=method), by_host(pair, ids, n, seed=seed, method=method))
+    assert len(records) == 1
+
+
+@interpreted
+def test_a_result_is_not_touched_by_the_next_call(records, pair):
+    first = run(pair)
+    kept = copy.deepcopy(first)
+    run(pair, seed=8)
+    assert_same(first, kept)
+
+
+@interpreted
+def test_weights_are_read_at_every_call_wherever_they_are(records):
+    target = TinyTransformerLM(VOCAB, max_positions=512).double()
+    pair = target, perturbed(target, 0.5)
+    run(pair)
+    with torch.no_grad():
+        target.head.weight.mul_(0.5)
+    assert_same(run(pair), by_host(pair))
+    assert len(records) == 1, "changed in place"
+    target.head.weight.data = 3 * target.head.weight.data
+    assert_same(run(pair), by_host(pair))
+    assert len(records) == 2, "elsewhere"
+
+
+@interpreted
+def test_calls_under_way_together_do_not_share_a_recording(records, pair):
+    whole = [run(pair, PROMPTS[:1], n=20, seed=seed) for seed in (1, 2)]
+    session, settings = last_program().session, settings_of(1, temperature=1.0)
+    requests = [build_request(PROMPTS[:1], 20, torch.tensor([seed]), settings=settings) for seed in (1, 2)]
+    asked = [session.cycles(request) for request in requests]
+    for together in zip(*asked, strict=True):
+        runs = together
+    for one, alone in zip(runs, whole, strict=True):
+        assert torch.equal(one.result(True).sequences, alone.sequences)
+    assert len(records) == 2
+
+
+@interpreted
+def test_a_call_that_has_grown_does_not_share_with_another(records, pair):
+    whole = [run(pair, PROMPTS[:1], n=170, seed=seed) for seed in (1, 2)]
+    settings, session = settings_of(1, temperature=1.0), last_program().session
+    first, second = (
+        session.cycles(build_request(PROMPTS[:1], 170, torch.tensor([seed]), settings=settings)) for seed in (1, 2)
+    )
+    one = next(run for run in first if run.p.made > 140)  # in suffixes of the second size
+    *_, other = second
+    *_, one = first
+    assert torch.equal(one.result(True).sequences, whole[0].sequences)
+    assert torch.equal(other.result(True).sequences, whole[1].sequences)
+
+
+@interpreted
+@pytest.mark.parametrize("kind", ["gpt_sliced_positions", "gpt"])
+def test_neither_weights_nor_requests_are_written_to(records, kind):
+    """Position tables may be views of weights, and a request is the caller's."""
+    target = CACHEABLE[kind](max_positions=300).double()
+    pair, before = (target, perturbed(target, 0.3)), copy.deepcopy(target.state_dict())
+    run(pair, torch.ones(1, 128, dtype=torch.int64), n=128)  # tables of just the length that is recorded
+    made, session, settings = len(records), last_program().session, settings_of(1, temperature=1.0)
+    requests = [
+        build_request(torch.full((1, length), 2), 128, torch.tensor([length]), settings=settings) for length in (9, 70)
+    ]
+    first = session.run(requests[0])
+    session.run(requests[1])
+    assert_same(session.run(requests[0]), first)
+    assert len(records) == made, "all of them in the first call's"
+    assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
+
+
+@interpreted
+def test_what_cannot_be_recorded_is_told_with_what_there_is(monkeypatch, pair):
+    def refuse(work: Work) -> Work:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    good = by_host(pair, PROMPTS[:1], n=20, ess_threshold=0.0)
+    set_recorder(monkeypatch, refuse)
+    with pytest.raises(GenerationError, match="cannot be recorded as a CUDA graph") as error:
+        run(pair, PROMPTS[:1], n=20, ess_threshold=0.0)
+    made = error.value.partial.sequences.shape[1]
+    assert made == 3 + 1 + 2 * 3, "the first cycle, and the one that compiled"
+    assert torch.equal(error.value.partial.particles, good.particles[:, :, :made])
+
+
+@interpreted
+def test_recordings_are_kept_up_to_a_number(records, pair, monkeypatch):
+    monkeypatch.setattr(replay, "KEPT", 2)
+    for batch in (1, 2, 3, 4):
+        run(pair, PROMPTS[:batch])
+    assert len(last_program().session._replay._recordings) <= 3, "those kept, and the one in use"
+
+
+@interpreted
+def test_recordings_give_their_memory_back_before_a_call_is_refused(records, pair, monkeypatch):
+    run(pair)
+    session = last_program().session
+    monkeypatch.setattr(
+        "smc_compile.runtime.execution.memory.free_bytes", lambda _: 0 if session._replay._recordings else 2**40
+    )
+    run(pair)
+    assert len(records) == 2
+    monkeypatch.setattr("smc_compile.runtime.execution.memory.free_bytes", lambda _: 0)
+    with pytest.raises(InputError, match="do not fit into memory"):
+        run(pair)
+
+
+# --- what breaks, and what stays with the host -----------------------------------------------------------------------
+
+
+@interpreted
+@pytest.mark.parametrize("method", METHODS)
+def test_nan_in_the_middle_raises_with_what_was_generated(records, pair, method):
+    target = copy.deepcopy(pair[0])
+    options = {"method": method, "ess_threshold": 0.0, "n": 40, "ids": PROMPTS[:1, :1], "seed": 6}
+    options |= {"n_particles": 2, "lookahead": 1}  # token 3 comes in the third cycle then
+    good = run((target, pair[1]), **options)
+    with torch.no_grad():
+        target.embed.weight[3] = math.nan
+    with pytest.raises(GenerationError, match="target's logits are NaN") as error:
+        run((target, pair[1]), **options)
+    made = error.value.partial.sequences.shape[1]
+    assert error.value.partial.stats.replayed > 0
+    assert torch.equal(error.value.partial.particles, good.particles[:, :, :made])
+
+
+@interpreted
+def test_nan_logits_of_the_draft_are_told_apart(records, pair):
+    draft = copy.deepcopy(pair[1])
+    with torch.no_grad():
+        draft.embed.weight[3] = math.nan
+    with pytest.raises(GenerationError, match="draft's logits are NaN"):
+        run((pair[0], draft), PROMPTS[:1, :1], 40)
+
+
+@interpreted
+def test_a_population_that_stays_dead_raises_after_its_tries(records):
+    """Token 0 leads to what only the draft can draw; it comes after the first cycle."""
+    target, draft = TableLM(4).double(), TableLM(4, seed=1).double()
+    with torch.no_grad():
+        for model in (target, draft):
+            model.table.fill_(-math.inf)
+            model.table[torch.arange(4), torch.tensor([0, 2, 3, 0])] = 0.0
+        target.table[0], draft.table[0] = target.table[1], draft.table[3]
+    with pytest.raises(GenerationError, match=f"weight zero after {MAX_TRIES} tries") as error:
+        run((target, draft), torch.tensor([[1]]), lookahead=1)
+    assert error.value.partial.sequences.tolist() == [[1, 2, 3, 0]]
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stopping_criteria": [lambda ids, scores=None: ids[:, -1] == 3]},
+        {"logits_processor": [lambda ids, scores: scores.masked_fill(ids[:, -1:] == 2, 0.5)]},
+        {"max_lag": 4, "streamer": lambda _: None},
+    ],
+    ids=["stop", "rule", "max_lag"],
+)
+def test_where_the_host_takes_part_cycles_run_from_there(records, pair, options, monkeypatch):
+    if "streamer" in options:
+        options = options | {"streamer": type("Stream", (), {"put": lambda *_: None, "end": lambda _: None})()}
+    result = run(pair, PROMPTS[:1], **options)
+    assert not records
+    assert result.stats.replayed == 0
+    assert_same(result, by_host(pair, PROMPTS[:1], **options))
+
+
+@interpreted
+def test_nothing_is_recorded_without_a_gpu_or_for_states_of_their_own(pair):
+    assert run(pair).stats.replayed == 0
+    recurrent = GRUStep(VOCAB).double()
+    assert run((recurrent, recurrent)).stats.replayed == 0
+
+
+def test_the_option_is_a_switch(pair):
+    with pytest.raises(OptionError, match="cuda_graph must be True or False"):
+        run(pair, cuda_graph="yes")
+
+
+# --- nothing goes to the host, nothing comes from it -----------------------------------------------------------------
+
+
+class OnMeta(TorchDispatchMode):
+    """Every tensor of every op is on the device that has no values."""
+
+    ops = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves((args, kwargs, out)):
+            assert not isinstance(tensor, Tensor) or tensor.is_meta, f"{function} has a tensor of the host"
+        self.ops += 1
+        return out
+
+
+@interpreted
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("settings", [{}, {"top_k": 3, "top_p": 0.8, "temperature": 0.7}])
+@pytest.mark.parametrize("kind", ["llama", "eager"])
+def test_a_cycle_runs_on_a_device_whose_values_cannot_be_read(monkeypatch, method, settings, kind):
+    """Not one value, and not one tensor, passes between the host and the device: a CUDA graph cannot do that."""
+    works: list[tuple[Run, At, RowCopy]] = []
+
+    class Remembers(Replay):
+        def _recording_of(self, run: Run) -> Recording:
+            recording = super()._recording_of(run)
+            works.append((self._work, recording.run, recording.at))
+            return recording
+
+    monkeypatch.setattr("smc_compile.runtime.sessions.smc.Replay", Remembers)
+    monkeypatch.setattr("smc_compile.runtime.sessions.autoregressive.Replay", Remembers)
+    set_recorder(monkeypatch, lambda work: work)
+    target = CACHEABLE[kind]()
+    run((target, perturbed(target)), torch.tensor([[1, 5, 2]]), method=method, **settings)
+    work, home, at = works[0]
+    home, at = on_meta(home), At(*(tensor.to("meta") for tensor in at))
+    with torch.no_grad(), OnMeta() as seen:
+        work(home, at, RowCopy([*home.p.target, *home.p.draft]))
+    assert seen.ops > 100, "the cycle ran op by op"
+
+
+def on_meta(home: Run) -> Run:
+    def moved(value: Any) -> Any:
+        return pytree.tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, value)
+
+    p = Population(**{name: moved(value) for name, value in vars(home.p).items()})
+    request = replace(home.request, **{name: moved(value) for name, value in vars(home.request).items()})
+    streams = copy.copy(home.streams)
+    streams.seeds = streams.seeds.to("meta")
+    run = copy.copy(home)
+    run.p, run.request, run.streams, run.contexts, run.keys = (
+        p,
+        request,
+        streams,
+        moved(home.contexts),
+        moved(home.keys),
+    )
+    run.ends, run.settings, run.nothing = moved(home.ends), moved(home.settings), moved(home.nothing)
+    return run

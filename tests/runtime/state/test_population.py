@@ -1,0 +1,52 @@
+"""What particles have in common is known, so that a copy moves only what differs."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from smc_compile.runtime.algorithms.resampling import keep_survivors
+from smc_compile.runtime.state.population import own_and_source, shared_after
+
+WIDTH = 3  # slots that a cycle writes
+
+
+def grown(caches: Tensor, used: int, generator: torch.Generator) -> Tensor:
+    """Every particle writes slots of its own: [B, N, S]."""
+    caches = caches.clone()
+    caches[:, :, used : used + WIDTH] = torch.rand(*caches.shape[:2], WIDTH, generator=generator)
+    return caches
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 9), st.integers(0, 2**31), st.floats(0.1, 1.0))
+def test_copies_of_what_differs_are_copies_of_everything(batch, n, seed, often):
+    generator = torch.Generator().manual_seed(seed)
+    cycles = 12
+    part = whole = torch.zeros(batch, n, WIDTH * cycles)
+    shared = torch.zeros(batch, n, n, dtype=torch.int64)
+    for cycle in range(cycles):
+        used = WIDTH * (cycle + 1)
+        state = generator.get_state()
+        part = grown(part, used - WIDTH, generator)
+        generator.set_state(state)
+        whole = grown(whole, used - WIDTH, generator)
+        drawn = torch.randint(n, (batch, n), generator=generator).sort(-1).values
+        resampled = torch.rand(batch, 1, generator=generator) < often
+        ancestors = torch.where(resampled, keep_survivors(drawn), torch.arange(n))
+        since = own_and_source(shared, ancestors)
+        shared = shared_after(shared, ancestors, used)
+        whole = whole.gather(1, ancestors[:, :, None].expand_as(whole))
+        moved = part.gather(1, ancestors[:, :, None].expand_as(part))
+        part = torch.where(torch.arange(part.shape[2]) >= since[:, :, None], moved, part)
+        assert torch.equal(part, whole)
+    equal = (whole[:, :, None] == whole[:, None]).int().cumprod(-1).sum(-1)  # [B, N, N]
+    assert (shared.minimum(torch.tensor(used)) <= equal).all(), "never more than is the same"
+
+
+def test_after_everybody_descends_from_one_only_later_slots_are_copied():
+    shared = shared_after(torch.zeros(1, 4, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64), 10)
+    assert (shared == 10).all()
+    assert own_and_source(shared, torch.tensor([[0, 1, 1, 3]])).tolist() == [[10, 10, 10, 10]]
