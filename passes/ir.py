@@ -15,7 +15,7 @@ Sizes = tuple[int, ...]
 
 @dataclass(frozen=True)
 class CausalLM:
-    """One trip of a decode loop as a functional ATen graph: ``ids [B, S] -> rows [B, V]`` at the last position.
+    """One iteration of a decode loop as a functional ATen graph: ``ids [B, S] -> rows [B, V]`` at the last position.
 
     Attributes:
         graph_module: placeholders are the token ids and then the weights; S is symbolic, B is ``batch``.

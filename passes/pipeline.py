@@ -14,7 +14,7 @@ from smc_compile.passes.capture.sampler import Sampler, match_sampler
 from smc_compile.passes.ir import CachedLM, CausalLM
 from smc_compile.passes.lower.early_head import early_choice
 from smc_compile.passes.lower.outline_layers import outline_layers
-from smc_compile.passes.lower.skinny_products import few_rows
+from smc_compile.passes.lower.skinny_products import skinny_linear
 from smc_compile.passes.validate import validate
 
 
@@ -55,7 +55,7 @@ def trace_model(step: nn.Module, ids: Tensor, weights: Sequence[Tensor], check: 
     if sampled:
         lm, sampler = match_sampler(lm)
         lap("match_sampler")
-    cached = few_rows(early_choice(synthesize_cache(lm)))
+    cached = skinny_linear(early_choice(synthesize_cache(lm)))
     lap("synthesize_cache")
     error = None
     if check:

@@ -43,7 +43,7 @@ def smc(
     def run(*arguments: Any) -> Any:
         loop = finder.loop_for(arguments)
         _refuse_state(loop)
-        outputs, _ = program_for(loop, arguments, parsed).run(loop, arguments, loop.trips)
+        outputs, _ = program_for(loop, arguments, parsed).run(loop, arguments, loop.iterations)
         return outputs
 
     return run
@@ -111,7 +111,11 @@ def _expression(size: Any) -> Any:
 
 
 def _alike(loop: DecodeLoop, other: DecodeLoop) -> bool:
-    same = loop.outputs == other.outputs and loop.trips == other.trips and loop.fixed_floats == other.fixed_floats
+    same = (
+        loop.outputs == other.outputs
+        and loop.iterations == other.iterations
+        and loop.fixed_floats == other.fixed_floats
+    )
     return same and step_text(loop.step.graph) == step_text(other.step.graph)
 
 

@@ -1,4 +1,4 @@
-"""``@smc_compile.decode``: compile a decode loop from three of its trips: the cost does not grow with n."""
+"""``@smc_compile.decode``: compile a decode loop from three of its iterations: the cost does not grow with n."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from smc_compile.program.from_loop import LoopProgram, program_for, step_text
 from smc_compile.program.model_calls import traceable
 from smc_compile.result import Generation
 
-PROBE = 3  # trips that are traced: two would do for an affine fit, the third checks it
+PROBE = 3  # iterations that are traced: two would do for an affine fit, the third checks it
 CHECK = 2
 
 
@@ -35,7 +35,7 @@ def decode(function: Callable[..., Any] | None = None, *, trip_count: str | None
         def decode(model, ids, n): ...
 
     Args:
-        trip_count: name of the integer argument that counts the trips; found by tracing when not given.
+        trip_count: name of the integer argument that counts the iterations; found by tracing when not given.
         **options: see ``smc_compile.options.Options``.
 
     The result is called like the function. ``result.last`` is the ``Generation`` behind the latest call.
@@ -54,7 +54,7 @@ def decode(function: Callable[..., Any] | None = None, *, trip_count: str | None
 class _Call:
     """What the backend of one traced function is asked for, and what it answers."""
 
-    trips: int | None = None  # None: only look at the loop
+    iterations: int | None = None  # None: only look at the loop
     prompt: Tensor | None = None  # what to answer, if a longer prompt is traced
     loop: DecodeLoop | None = None
     program: LoopProgram | None = None
@@ -78,7 +78,7 @@ class CompiledLoop:
             )
         self._trip_count = trip_count
         self._offset = 0  # 1: a total length, which counts the prompt too
-        self._extra = 0  # trips = argument - prompt + extra: a token may be drawn before the loop
+        self._extra = 0  # iterations = argument - prompt + extra: a token may be drawn before the loop
         self._fixed_lengths: list[int | None] = []  # what fills up an output whose length is always the same
         self._call = _Call()
         self._traced = _trace(function, self._backend)
@@ -113,15 +113,15 @@ class CompiledLoop:
         if self._trip_count is None or self._call.program is None:
             self._find_trip_count(traced)
         assert self._trip_count is not None
-        trips = self._trips(bound)
-        call = _Call(trips, bound.arguments[given[0]] if longer else None)
+        iterations = self._iterations(bound)
+        call = _Call(iterations, bound.arguments[given[0]] if longer else None)
         result = self._run(traced, call)
         if call.loop is not None and call.loop.cached is not None:
             refuse_returned_cache(result)
         self.last = call.generation
         return result
 
-    def _trips(self, bound: inspect.BoundArguments) -> int:
+    def _iterations(self, bound: inspect.BoundArguments) -> int:
         """How many tokens a call asks for.
 
         Raises:
@@ -130,14 +130,14 @@ class CompiledLoop:
         assert self._trip_count is not None
         asked = bound.arguments[self._trip_count]
         integer = isinstance(asked, int) and not isinstance(asked, bool)
-        trips = asked - self._prompt_offset(bound) + self._extra if integer else 0
-        if trips < 1:
+        iterations = asked - self._prompt_offset(bound) + self._extra if integer else 0
+        if iterations < 1:
             raise InputError(
                 f"{self._trip_count} asks for no tokens",
                 f"{self._trip_count}={asked!r}",
                 "ask for at least one new token",
             )
-        return trips
+        return iterations
 
     @property
     def program(self) -> LoopProgram | None:
@@ -154,13 +154,13 @@ class CompiledLoop:
             return 0
         return next((v.shape[-1] for v in bound.arguments.values() if _may_be_prompt(v)), 0)
 
-    def _run(self, bound: inspect.BoundArguments, call: _Call, trips: int = PROBE, name: str | None = None) -> Any:
+    def _run(self, bound: inspect.BoundArguments, call: _Call, iterations: int = PROBE, name: str | None = None) -> Any:
         """Call the traced function with a short trip count; its backend answers with as many tokens as were asked."""
         name = name or self._trip_count
         assert name is not None
         own = {key: own_copy(value) for key, value in bound.arguments.items()}
         shifted = inspect.BoundArguments(self._signature, OrderedDict(own))
-        shifted.arguments[name] = trips + self._prompt_offset(bound)
+        shifted.arguments[name] = iterations + self._prompt_offset(bound)
         self._call = call
         try:
             return self._traced(*shifted.args, **shifted.kwargs)
@@ -176,7 +176,7 @@ class CompiledLoop:
             raise _failed(error) from error
 
     def _find_trip_count(self, bound: inspect.BoundArguments) -> None:
-        """Which integer argument counts the trips, and whether it counts the prompt too: change it and count draws."""
+        """Which integer argument counts the iterations, and whether it counts the prompt too: change it and count draws."""
         names = [self._trip_count] if self._trip_count else [n for n, v in bound.arguments.items() if type(v) is int]
         refusals = []
         others = []
@@ -185,70 +185,74 @@ class CompiledLoop:
                 found = self._look(bound, PROBE, name)
                 if isinstance(found, SMCError):
                     refusals.append(found)
-                elif found is not None and found.trips == PROBE:
+                elif found is not None and found.iterations == PROBE:
                     self._confirm(bound, name, found)
                     return
-                elif found is not None and found.trips == PROBE + 1:
+                elif found is not None and found.iterations == PROBE + 1:
                     others.append((self._offset, name, found))
         for self._offset, name, found in others:  # a token is drawn before the loop
             other = self._look(bound, CHECK, name)
-            if isinstance(other, DecodeLoop) and other.trips == CHECK + 1:
+            if isinstance(other, DecodeLoop) and other.iterations == CHECK + 1:
                 self._confirm(bound, name, found, extra=1)
                 return
         if refusals:
             raise refusals[0]
         raise LoopError(
-            "no argument counts the trips of the loop",
+            "no argument counts the iterations of the loop",
             f"integer arguments: {', '.join(map(str, names)) or 'none'}",
             "take the number of new tokens as an integer argument, or name it: decode(trip_count='n')",
         )
 
     def _confirm(self, bound: inspect.BoundArguments, name: str, found: DecodeLoop, extra: int = 0) -> None:
-        """The same step must come out for another number of trips, or the number takes part in the law."""
+        """The same step must come out for another number of iterations, or the number takes part in the distribution."""
         other = self._look(bound, CHECK, name)
         if isinstance(other, SMCError):
             raise other
         same = other is not None and step_text(other.step.graph) == step_text(found.step.graph)
-        if other is None or other.trips != CHECK + extra or not same:
+        if other is None or other.iterations != CHECK + extra or not same:
             raise LoopError(
-                f"argument {name!r} does not only count trips",
-                f"with {name}={PROBE} the loop has {found.trips} trips, with {CHECK} {other.trips if other else 0}"
-                + ("" if other is None or other.trips != CHECK + extra else ", and what a trip computes differs"),
+                f"argument {name!r} does not only count iterations",
+                f"with {name}={PROBE} the loop has {found.iterations} iterations, with {CHECK} {other.iterations if other else 0}"
+                + (
+                    ""
+                    if other is None or other.iterations != CHECK + extra
+                    else ", and what an iteration computes differs"
+                ),
                 "keep the number of new tokens out of the sampling, or name the right argument: decode(trip_count='n')",
             )
         self._trip_count, self._extra = name, extra
         self._fixed_lengths = [_fixed_length(*pair) for pair in zip(found.outputs, other.outputs, strict=True)]
 
-    def _for_trips(self, loop: DecodeLoop, trips: int) -> DecodeLoop:
-        """The loop with the padding that its outputs have after this many trips."""
+    def _for_iterations(self, loop: DecodeLoop, iterations: int) -> DecodeLoop:
+        """The loop with the padding that its outputs have after this many iterations."""
         outputs: list[OutputLayout | None] = []
         for layout, pad in zip(loop.outputs, self._fixed_lengths, strict=True):
             if layout is None:
                 outputs.append(None)
                 continue
             padding = layout.padding
-            if pad is not None and trips - loop.trips > len(padding):
+            if pad is not None and iterations - loop.iterations > len(padding):
                 raise InputError(
                     "the tokens do not fit the buffer of the loop",
-                    f"{trips} new tokens were asked for, and there is room for {loop.trips + len(padding)}",
+                    f"{iterations} new tokens were asked for, and there is room for {loop.iterations + len(padding)}",
                     "make the buffer longer, or ask for fewer tokens",
                 )
             if pad is not None:
-                more = trips - loop.trips
+                more = iterations - loop.iterations
                 padding = padding[more:] if more > 0 else (pad,) * -more + padding
             outputs.append(replace(layout, padding=padding))
         return replace(loop, outputs=tuple(outputs))
 
-    def _look(self, bound: inspect.BoundArguments, trips: int, name: str) -> DecodeLoop | SMCError | None:
-        """The loop that a trace with this many trips shows, without running it."""
+    def _look(self, bound: inspect.BoundArguments, iterations: int, name: str) -> DecodeLoop | SMCError | None:
+        """The loop that a trace with this many iterations shows, without running it."""
         call = _Call()
         try:
-            self._run(bound, call, trips, name)
+            self._run(bound, call, iterations, name)
         except _Looked:
             return call.loop
         except SMCError as error:
             return error
-        except Exception as error:  # the user's own code, perhaps since the argument does not count trips
+        except Exception as error:  # the user's own code, perhaps since the argument does not count iterations
             failed = _failed(error)
             failed.__cause__ = error
             return failed
@@ -267,28 +271,28 @@ class CompiledLoop:
             if isinstance(finder, SMCError):
                 raise finder
             found = call.loop = finder.loop_for(arguments) if finder.loop is not None else None
-            if call.trips is None:
+            if call.iterations is None:
                 raise _Looked
             if found is None:
                 raise LoopError("the function holds no decode loop", "no token is drawn and fed back")
             call.program = program_for(found, arguments, self._options)
-            shown = self._for_trips(found, call.trips)
+            shown = self._for_iterations(found, call.iterations)
             if call.prompt is not None:
                 at = found.prompt_index
                 arguments = (*arguments[:at], call.prompt, *arguments[at + 1 :])
-            _check_longest(found, arguments[found.prompt_index].shape[-1], call.trips)
-            outputs, call.generation = call.program.run(shown, arguments, call.trips)
+            _check_longest(found, arguments[found.prompt_index].shape[-1], call.iterations)
+            outputs, call.generation = call.program.run(shown, arguments, call.iterations)
             return outputs
 
         return run
 
 
-def _check_longest(loop: DecodeLoop, prompt: int, trips: int) -> None:
-    """Three trips show only one path of a loop that takes another for long texts."""
-    if loop.longest is not None and prompt + trips - 1 > loop.longest:
+def _check_longest(loop: DecodeLoop, prompt: int, iterations: int) -> None:
+    """Three iterations show only one path of a loop that takes another for long texts."""
+    if loop.longest is not None and prompt + iterations - 1 > loop.longest:
         raise InputError(
             "the text becomes longer than what the loop was traced for",
-            f"the model reads up to {prompt} + {trips} - 1 tokens; beyond {loop.longest} the loop takes another path: "
+            f"the model reads up to {prompt} + {iterations} - 1 tokens; beyond {loop.longest} the loop takes another path: "
             "its cache is full or cropped, or a window of the model begins",
             "make the cache longer, ask for fewer tokens, or write the loop without a cache, model(ids)[:, -1]",
         )
@@ -308,14 +312,14 @@ def _may_be_prompt(value: Any) -> bool:
 
 
 def _fixed_length(layout: OutputLayout | None, shorter: OutputLayout | None) -> int | None:
-    """The padding of an output whose length does not depend on the number of trips; None if it grows with them."""
+    """The padding of an output whose length does not depend on the number of iterations; None if it grows with them."""
     if layout == shorter or layout is None or shorter is None:
         return None
     rest = shorter.padding[PROBE - CHECK :]
     if layout != replace(shorter, padding=rest):
         raise LoopError(
-            "an output of the loop changes with the number of trips in other ways than by its tokens",
-            f"after {PROBE} trips it is {layout}, after {CHECK} {shorter}",
+            "an output of the loop changes with the number of iterations in other ways than by its tokens",
+            f"after {PROBE} iterations it is {layout}, after {CHECK} {shorter}",
             "return prompt + tokens, or all tokens",
         )
     return shorter.padding[0]
@@ -341,7 +345,7 @@ def _failed(error: Exception, context: bool = False) -> LoopError:
     return LoopError(
         "the loop fails with these arguments",
         "\n".join(line.removeprefix("Developer debug context: ")[:300] for line in lines) or _first_lines(error),
-        "run the plain loop to see the error, or name the number of trips: decode(trip_count='n')",
+        "run the plain loop to see the error, or name the number of iterations: decode(trip_count='n')",
     )
 
 

@@ -92,19 +92,21 @@ def _explain_generate(args: tuple[Any, ...], options: dict[str, Any]) -> Explana
     except SMCError as error:
         return Explanation(False, error)
     program = last_program()
-    law = program.target.law
-    stages = [getattr(stage, "name", stage.__name__) for stage in law.stages]
-    sampler = "argmax" if law.kind == "greedy" else f"softmax of logits after {', '.join(stages)}"
+    distribution = program.target.distribution
+    warpers = [getattr(warper, "name", warper.__name__) for warper in distribution.warpers]
+    sampler = "argmax" if distribution.kind == "greedy" else f"softmax of logits after {', '.join(warpers)}"
     found = {"sampler": [sampler, *proposal_line(program)], "rules on the text": result.stats.rules}
     return Explanation(True, None, _sections(found, program, result, time.perf_counter() - start))
 
 
 def proposal_line(program: Program) -> list[str]:
     """What the draft follows, where that is not its temperature alone."""
-    law = program.draft.law if program.draft else None
-    if not isinstance(law, Mixture):
+    distribution = program.draft.distribution if program.draft else None
+    if not isinstance(distribution, Mixture):
         return []
-    return [f"draft: the same of its own logits, mixed with {law.share:.0%} of its law under the temperature alone"]
+    return [
+        f"draft: the same of its own logits, mixed with {distribution.share:.0%} of its distribution under the temperature alone"
+    ]
 
 
 def _describe(loop: CompiledLoop, seconds: float) -> Explanation:
@@ -113,10 +115,12 @@ def _describe(loop: CompiledLoop, seconds: float) -> Explanation:
     assert loop.last is not None
     sampler = loop.program.traced.sampler
     assert sampler is not None
-    law = {"logits": "softmax of logits", "probs": "unnormalised probabilities", "greedy": "argmax"}[sampler.kind]
+    distribution = {"logits": "softmax of logits", "probs": "unnormalised probabilities", "greedy": "argmax"}[
+        sampler.kind
+    ]
     found = {
         "loop": list(loop.loop.report),
-        "sampler": [f"{sampler.form}: {law}, temperature {sampler.temperature:g}"],
+        "sampler": [f"{sampler.form}: {distribution}, temperature {sampler.temperature:g}"],
     }
     return Explanation(True, None, _sections(found, loop.program.program, loop.last, seconds))
 
@@ -141,7 +145,7 @@ def _sections(
 
 def method_note(program: Program, result: Generation) -> str:
     """What one would ask next about the method."""
-    greedy = program.target.law.kind == "greedy"
+    greedy = program.target.distribution.kind == "greedy"
     if program.method == "speculative":
         accepted = f"{result.stats.accepted:.2f} of {program.options.lookahead} drafted tokens accepted a cycle"
         return f" (exact{', the greedy text' if greedy else ''}; {accepted})"

@@ -60,7 +60,7 @@ def generate(
     generation_config: Any = None,
     **options: Any,
 ) -> Generation:
-    """Sample new tokens after each prompt from the model's next-token law: with SMC, or exactly (``method``).
+    """Sample new tokens after each prompt from the model's next-token distribution: with SMC, or exactly (``method``).
 
     Whatever says "each" may be one value for all requests or a list with one for each; values that differ between
     requests or calls do not recompile.
@@ -73,7 +73,7 @@ def generate(
         attention_mask: [B, P], 0 at the padding.
         temperature: divides the target's logits, each; 0 for all takes the most likely token (by exact speculation with
             a draft, by the one-token loop without).
-        top_k, top_p, min_p: truncate the target's law in this order, each; 0, 1 and 0 change nothing.
+        top_k, top_p, min_p: truncate the target's distribution in this order, each; 0, 1 and 0 change nothing.
         eos_token_id: tokens that end a sequence: an int, a list for all, or a list of lists, one a request.
         pad_token_id: what follows an end, each; by default the (first) token of ``eos_token_id``.
         stop_strings: strings that end a sequence, a list for all or a list of lists; they need a ``tokenizer``.
@@ -123,10 +123,10 @@ def generate(
         each(max_new_tokens),
         request_seeds(seed, ids),
         mask=mask,
-        ends=each(eos_token_id) if eos_token_id is not None else parsed.eos_token_id,
+        eos_ids=each(eos_token_id) if eos_token_id is not None else parsed.eos_token_id,
         pad=each(pad_token_id),
         settings={} if greedy else values,
-        rules=processors.by_hand,
+        text_processors=processors.on_host,
         stop=any_stop(
             strings_stop(each(stop_strings), tokenizer, batch, ids.shape[1]), criteria_stop(stopping_criteria)
         ),

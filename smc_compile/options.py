@@ -121,7 +121,7 @@ class Options:
             name = 'n_particles="auto"' if self.n_particles == AUTO else "ess_floor"
             raise OptionError(
                 f'{name} is for method="smc"',
-                "exact rejection sampling carries no weights: more chains cost time and change no law",
+                "exact rejection sampling carries no weights: more chains cost time and change no distribution",
                 'give n_particles as a number (1 is one chain), and choose the lookahead with "auto"',
             )
         if self.n_particles == AUTO and not floors:

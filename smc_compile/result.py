@@ -57,7 +57,7 @@ class Generation:
         ess: [B, C], effective sample size at the end of each cycle, before resampling; NaN in the cycles after a
             request finished.
         ancestors: [B, C, N] int64, the particle each particle descends from at each cycle (identity: no resampling).
-        log_probs: [B, n] float64, log-probability of each new token of ``sequences`` under the target's law (after its
+        log_probs: [B, n] float64, log-probability of each new token of ``sequences`` under the target's distribution (after its
             temperature, truncation and rules), in nats; 0 after the end.
         new_lengths: [B] int64, new tokens of ``sequences`` up to and with the one that ends it.
         particle_log_probs: [B, N, n], as ``log_probs``.

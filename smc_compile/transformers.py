@@ -2,7 +2,7 @@
 
 The library prepares the request as always: it merges the generation config, expands ``num_return_sequences`` and builds
 the logits processors and stopping criteria. Processors that are tensor code on the scores go into the target's compiled
-law; those that read the text apply to every particle, on target and draft; criteria are asked after every token. What
+distribution; those that read the text apply to every particle, on target and draft; criteria are asked after every token. What
 cannot be honoured is refused by name, before any work.
 """
 
@@ -141,7 +141,7 @@ def generate(
     before, given, after = split_warpers(logits_processor)
     sampled = bool(config.do_sample)
     settings = settings_of(len(input_ids), **given) if sampled else {}
-    ends, criteria = split_ends(stopping_criteria)
+    eos_ids, criteria = split_eos_ids(stopping_criteria)
     assert config.max_length is not None  # the library has set it
     processors = sort_processors(
         before, list(settings), vocabulary(model, logits_processor, options, input_ids), after, input_ids.device
@@ -151,10 +151,10 @@ def generate(
         config.max_length - input_ids.shape[1],
         request_seeds(seed, input_ids),
         mask=model_kwargs.get("attention_mask"),
-        ends=ends,
-        pad=pad_of(config, ends),
+        eos_ids=eos_ids,
+        pad=pad_of(config, eos_ids),
         settings=settings,
-        rules=processors.by_hand,
+        text_processors=processors.on_host,
         stop=any_stop(criteria_stop(criteria)),
         max_lag=checked_lag(max_lag),
         watch=watch_for(token_streamer, stream, input_ids),
@@ -205,23 +205,23 @@ def split_warpers(processors: Sequence[Any]) -> tuple[list[Any], dict[str, Any],
     return list(processors[:first]), {"temperature": 1.0, **found}, list(processors[last:])
 
 
-def split_ends(criteria: Sequence[Any]) -> tuple[list[int] | None, list[Any]]:
+def split_eos_ids(criteria: Sequence[Any]) -> tuple[list[int] | None, list[Any]]:
     """The tokens that end a sequence, and the criteria beside them; lengths are counted by the session."""
-    ends: list[int] = []
+    eos_ids: list[int] = []
     others = []
     for criterion in criteria:
         if type(criterion).__name__ == "EosTokenCriteria":
-            ends += criterion.eos_token_id.flatten().tolist()
+            eos_ids += criterion.eos_token_id.flatten().tolist()
         elif type(criterion).__name__ != "MaxLengthCriteria":
             others.append(criterion)
-    return ends or None, others
+    return eos_ids or None, others
 
 
-def pad_of(config: GenerationConfig, ends: list[int] | None) -> int | None:
+def pad_of(config: GenerationConfig, eos_ids: list[int] | None) -> int | None:
     """What follows an end, as the library fills up: its padding token, or the first end."""
     if config.pad_token_id is not None and config.pad_token_id >= 0:
         return int(config.pad_token_id)
-    return ends[0] if ends else None
+    return eos_ids[0] if eos_ids else None
 
 
 def trimmed(result: Generation, prompt: int) -> Generation:

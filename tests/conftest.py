@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture
 def interpreted() -> Iterator[None]:
-    """Regions run as they are written, untraced: tests of laws and states then start in a third of the time.
+    """Regions run as they are written, untraced: tests of distributions and states then start in a third of the time.
 
     That compiled regions give the same is the subject of test_compiled_regions.py.
     """
@@ -31,8 +31,8 @@ def untraced_regions(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same where a loop must be traced: Dynamo sees the loop alone. Programs made so serve no other test."""
     for module in (compiled, models):
         monkeypatch.setattr(module, "compile_function", lambda function, *_: function)
-    for name in ("generate", "recovered"):
-        monkeypatch.setattr(import_module(f"smc_compile.{name}"), "_programs", OrderedDict())
+    for name in ("from_model", "from_loop"):
+        monkeypatch.setattr(import_module(f"smc_compile.program.{name}"), "_programs", OrderedDict())
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,8 @@ from smc_compile.passes.axes.axis_types import (
     expression,
     refuse,
 )
+from smc_compile.passes.axes.key_selection import follow_slots
+from smc_compile.passes.axes.pointwise import rule_for
 from smc_compile.passes.ir import CausalLM
 
 
@@ -28,9 +30,6 @@ def type_axes(lm: CausalLM) -> Typing:
     Raises:
         CacheError: naming the op that mixes positions or requests, or that no rule covers.
     """
-    from smc_compile.passes.axis_rules import rule_for
-    from smc_compile.passes.key_selection import follow_slots
-
     typing = Typing(lm, expression(lm.ids.meta["val"].shape[1]))
     typing.dependent.add(lm.ids)
     typing.axes[lm.ids] = ((B,), (Q,))

@@ -1,4 +1,4 @@
-"""Trace one trip of a decode loop into a functional ATen graph with a symbolic sequence length."""
+"""Trace one iteration of a decode loop into a functional ATen graph with a symbolic sequence length."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recover what a loop samples from: walk back from the draw to the logits or probabilities that fix its law."""
+"""Recover what a loop samples from: walk back from the draw to the logits or probabilities that fix its distribution."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ NOISE_TOLERANCE = 0.008
 
 @dataclass(frozen=True)
 class Sampler:
-    """The law of the next token.
+    """The distribution of the next token.
 
     Attributes:
         kind: "logits" (softmax of the rows), "probs" (rows are unnormalised probabilities) or "greedy" (argmax).
@@ -60,7 +60,7 @@ class Sampler:
 
 
 def match_sampler(lm: CausalLM) -> tuple[CausalLM, Sampler]:
-    """Cut the draw off ``lm``: the returned graph ends in the rows [B, V] that fix the law.
+    """Cut the draw off ``lm``: the returned graph ends in the rows [B, V] that fix the distribution.
 
     Raises:
         LoopError: when the draw is none of multinomial, exponential race, Gumbel-max or argmax.
@@ -140,13 +140,15 @@ def _multinomial(draw: fx.Node) -> tuple[fx.Node, str, str]:
     bound = arguments(draw)
     if bound["num_samples"] != 1:
         raise LoopError(
-            "the loop draws several tokens at once", user_line(draw), "draw one token a trip: multinomial(probs, 1)"
+            "the loop draws several tokens at once",
+            user_line(draw),
+            "draw one token an iteration: multinomial(probs, 1)",
         )
-    rows, kind = _law_of_probs(draw.args[0])  # type: ignore[arg-type]
+    rows, kind = _distribution_of_probs(draw.args[0])  # type: ignore[arg-type]
     return rows, kind, "multinomial of softmax" if kind == "logits" else "multinomial of probabilities"
 
 
-def _law_of_probs(probs: fx.Node) -> tuple[fx.Node, str]:
+def _distribution_of_probs(probs: fx.Node) -> tuple[fx.Node, str]:
     """Logits under a final softmax are kept in log space; anything else is taken as probabilities."""
     source = probs
     while _name(source) in ("view", "reshape", "squeeze", "_to_copy", "to", "clone", "contiguous"):
@@ -167,7 +169,9 @@ def _argmax(draw: fx.Node) -> tuple[fx.Node, str, str]:
     if draw.target is operator.getitem:
         draw = draw.args[0]  # type: ignore[assignment]
     if arguments(draw).get("k", 1) != 1:
-        raise LoopError("the loop draws several tokens at once", user_line(draw), "draw one token a trip: topk(x, 1)")
+        raise LoopError(
+            "the loop draws several tokens at once", user_line(draw), "draw one token an iteration: topk(x, 1)"
+        )
     scores = draw.args[0]
     assert isinstance(scores, fx.Node)
     dim = arguments(draw).get("dim")
@@ -183,14 +187,14 @@ def _argmax(draw: fx.Node) -> tuple[fx.Node, str, str]:
         and _is_noise(operands[1], scores)
         and not _noise_sources(operands[0])
     ):
-        _check_law(operands[1], "exponential")
-        rows, kind = _law_of_probs(operands[0])
+        _check_distribution(operands[1], "exponential")
+        rows, kind = _distribution_of_probs(operands[0])
         return rows, kind, "exponential race"
     if op_name(scores) in ("add", "sub") and len(operands) == 2 and not scores.kwargs:
         sign = -1 if op_name(scores) == "sub" else 1
         logits, noise = operands if not _noise_sources(operands[0]) else operands[::-1]
         if _is_noise(noise, scores) and not _noise_sources(logits) and (sign == 1 or noise is operands[1]):
-            _check_law(noise, "standard Gumbel", sign)
+            _check_distribution(noise, "standard Gumbel", sign)
             return logits, "logits", "Gumbel-max"
     raise LoopError(
         "the loop's sampler is not recognised",
@@ -240,8 +244,8 @@ CDF: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def _check_law(noise: fx.Node, name: str, sign: int = 1) -> None:
-    """Measure the noise: its Kolmogorov-Smirnov distance to the law that makes the argmax an exact draw."""
+def _check_distribution(noise: fx.Node, name: str, sign: int = 1) -> None:
+    """Measure the noise: its Kolmogorov-Smirnov distance to the distribution that makes the argmax an exact draw."""
     sample = torch.sort(sign * _draw_noise(noise, NOISE_SAMPLES).double()).values
     cdf = CDF[name](sample)
     grid = torch.arange(1, NOISE_SAMPLES + 1, dtype=torch.float64) / NOISE_SAMPLES
@@ -281,7 +285,7 @@ def _draw_noise(noise: fx.Node, count: int) -> torch.Tensor:
 
 
 def _temperature(rows: fx.Node, kind: str) -> float:
-    """The scalar that divides the logits, found by walking back from the law to the model's output; 1.0 if none."""
+    """The scalar that divides the logits, found by walking back from the distribution to the model's output; 1.0 if none."""
     node, in_logits = rows, kind != "probs"  # a factor of probabilities is no temperature
     while node.op == "call_function":
         name, factor = _name(node), node.args[1] if len(node.args) > 1 else None

@@ -1,12 +1,12 @@
-"""The first trip of a loop with a cache, without the cache: keys and values themselves instead of a buffer they fill.
+"""The first iteration of a loop with a cache, without the cache: keys and values themselves instead of a buffer they fill.
 
     buffer[:, :, 0:S] = k        attention over `buffer` [B, H, M, d], masked behind S
     becomes                      attention over `k` [B, H, S, d]
 
-S is the length that the trip reads, M that of the buffer. Values that had an axis of M now have one of S; a mask of M
+S is the length that the iteration reads, M that of the buffer. Values that had an axis of M now have one of S; a mask of M
 columns that meets them loses its columns behind S. An empty cache that `k` is concatenated to goes as well. The step is
 run on fake tensors at a length S that is no other size of the model, so what S and M mean is read off the shapes. That
-the result is the same is not proved here but measured on all trips: see `cached_loop`.
+the result is the same is not proved here but measured on all iterations: see `cached_loop`.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class _Rewriter:
         self.known = {node: value for node, value in zip(self.inputs, known, strict=True) if value is not None}
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.length = self.free_length()
-        self.old: dict[fx.Node, Any] = {}  # values as the trip was written
+        self.old: dict[fx.Node, Any] = {}  # values as the iteration was written
         self.new: dict[fx.Node, Any] = {}  # values without buffers
         self.copies: dict[fx.Node, Any] = {}
         self.buffers: dict[fx.Node, Buffer] = {}  # by the node that writes
@@ -139,7 +139,7 @@ class _Rewriter:
             return self.call(node, args, kwargs)
         except Exception as error:
             raise LoopError(
-                "The first trip of a loop with a cache cannot be run at another length than the prompt's.",
+                "The first iteration of a loop with a cache cannot be run at another length than the prompt's.",
                 f"{describe(node)} with {self.length} tokens: {str(error).splitlines()[0] if str(error) else error!r}",
                 "make what is as long as the prompt inside of the function (a mask: torch.ones_like(ids)); let shapes "
                 "depend on ids.shape only; and mark the prompt as dynamic, torch.compile(..., dynamic=True)",

@@ -14,7 +14,7 @@ from torch import fx
 from smc_compile.passes.loop.op_tables import TensorInfo, op_name, plain_tensor
 from smc_compile.passes.loop.while_loops import Counted, decode_body, evaluate_constants
 
-UNROLLED = 3  # trips of a while_loop that are copied: two make an affine fit, the third checks it
+UNROLLED = 3  # iterations of a while_loop that are copied: two make an affine fit, the third checks it
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Concrete:
 
     Attributes:
         fixed_floats: (placeholder, value) of the lifted floats that became constants.
-        unrolled: trips of a while_loop that are in the graph; their nodes know ``meta["trip"]``.
-        remaining: trips of that while_loop that are not; they are proved to be like those that are.
+        unrolled: iterations of a while_loop that are in the graph; their nodes know ``meta["iteration"]``.
+        remaining: iterations of that while_loop that are not; they are proved to be like those that are.
     """
 
     graph: fx.Graph
@@ -36,7 +36,7 @@ class Concrete:
 def concretise(
     gm: fx.GraphModule, example_inputs: Sequence[Any], sizes: dict[sympy.Expr, int] | None = None
 ) -> Concrete:
-    """Copy the graph with the sizes of `example_inputs`; a while_loop that draws tokens becomes its first trips.
+    """Copy the graph with the sizes of `example_inputs`; a while_loop that draws tokens becomes its first iterations.
 
     Args:
         sizes: values of symbolic sizes that replace those of the inputs.
@@ -134,7 +134,7 @@ class _Copier:
         return value.item()
 
     def unroll(self, node: fx.Node, body: fx.GraphModule) -> None:
-        """Copies the first trips of a while_loop; the others are proved to go on in the same way."""
+        """Copies the first iterations of a while_loop; the others are proved to go on in the same way."""
         carried, constants = node.args[2], node.args[3]
         assert isinstance(carried, tuple | list)
         assert isinstance(constants, tuple | list)
@@ -143,20 +143,20 @@ class _Copier:
         folded = evaluate_constants(self.graph.nodes, {})
         values = [folded.get(o) if isinstance(o, fx.Node) else o for o in operands]
         cond = operator.attrgetter(str(node.args[0].target))(self.gm)  # type: ignore[union-attr]
-        trips = Counted(node, cond, body, values, len(carried)).trips()
+        iterations = Counted(node, cond, body, values, len(carried)).iterations()
         inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
         for inner, outer in zip(inputs, sources, strict=True):
             if outer in self.floats:
                 self.floats[inner] = self.floats[outer]  # type: ignore[index]
         path = f"{node.args[1].target}."  # type: ignore[union-attr]
-        for trip in range(min(trips, UNROLLED)):
-            operands[: len(carried)] = self.copy_trip(body, operands, path, self.unrolled + trip)
+        for iteration in range(min(iterations, UNROLLED)):
+            operands[: len(carried)] = self.copy_iteration(body, operands, path, self.unrolled + iteration)
         self.known[node] = operands[: len(carried)]
-        self.remaining += max(trips - UNROLLED, 0)
-        self.unrolled += min(trips, UNROLLED)
+        self.remaining += max(iterations - UNROLLED, 0)
+        self.unrolled += min(iterations, UNROLLED)
 
-    def copy_trip(self, body: fx.GraphModule, operands: Sequence[Any], path: str, trip: int) -> list[Any]:
-        """Copies the body once and returns what it carries on; every trip has storages of its own."""
+    def copy_iteration(self, body: fx.GraphModule, operands: Sequence[Any], path: str, iteration: int) -> list[Any]:
+        """Copies the body once and returns what it carries on; every iteration has storages of its own."""
         before = len(self.graph.nodes)
         storages: dict[int, int] = {}
         inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
@@ -168,9 +168,9 @@ class _Copier:
                 storages[value.untyped_storage()._cdata] = operand.meta["tensor"].storage
         for node in body.graph.nodes:
             if node.op not in ("placeholder", "output"):
-                self.copy(node, path, lambda cdata: storages.setdefault(cdata, hash((trip, cdata))))
+                self.copy(node, path, lambda cdata: storages.setdefault(cdata, hash((iteration, cdata))))
         for copy in list(self.graph.nodes)[before:]:
-            copy.meta["trip"] = trip
+            copy.meta["iteration"] = iteration
         carried = next(iter(reversed(body.graph.nodes))).args[0]
         return [self.known[out] if isinstance(out, fx.Node) else out for out in carried]  # type: ignore[union-attr]
 

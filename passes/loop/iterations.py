@@ -36,10 +36,10 @@ def describe(node: fx.Node) -> str:
 
 
 @dataclass
-class Trips:
-    """An unrolled loop seen as trips; trip t ends at ``tokens[t]`` and reads the prompt and ``tokens[:t]``.
+class Iterations:
+    """An unrolled loop seen as iterations; iteration t ends at ``tokens[t]`` and reads the prompt and ``tokens[:t]``.
 
-    With ``cached``, trips may hand values on to later ones, in inputs too.
+    With ``cached``, iterations may hand values on to later ones, in inputs too.
     """
 
     layouts: Layouts
@@ -54,38 +54,38 @@ class Trips:
         self.carriers = frozenset([self.layouts.prompt, *self.tokens])
         self.writers = find_writers(self.layouts.nodes, self.cached)
 
-    def reads_history(self, node: fx.Node, source: fx.Node, trip: int) -> bool:
-        """True if `source` is the whole history of the trip when `node` reads it, be it followed by padding."""
-        return self.read_length(node, source, trip) is not None
+    def reads_history(self, node: fx.Node, source: fx.Node, iteration: int) -> bool:
+        """True if `source` is the whole history of the iteration when `node` reads it, be it followed by padding."""
+        return self.read_length(node, source, iteration) is not None
 
-    def read_length(self, node: fx.Node, source: fx.Node, trip: int) -> int | None:
+    def read_length(self, node: fx.Node, source: fx.Node, iteration: int) -> int | None:
         """The columns of the history and of constant padding that `node` reads; None if it reads something else."""
         reading = self.layouts.readings.get((node, source))
         if reading is None or not reading.exact or reading.columns is None:
             return None
-        length, columns = self.length(trip), reading.columns
+        length, columns = self.length(iteration), reading.columns
         whole = columns[:length] == self.history[:length]
         return len(columns) if whole and all(self.layouts.source(c) is None for c in columns[length:]) else None
 
-    def length(self, trip: int) -> int:
-        return self.layouts.prompt_length + trip
+    def length(self, iteration: int) -> int:
+        return self.layouts.prompt_length + iteration
 
-    def check_reading(self, node: fx.Node, source: fx.Node, trip: int) -> None:
+    def check_reading(self, node: fx.Node, source: fx.Node, iteration: int) -> None:
         """A reading of tokens must be the whole history, if need be in another arrangement ([S, B], flat)."""
         reading = self.layouts.readings.get((node, source))
         if reading is None or not reading.sources & self.carriers:
             return
-        if sorted(reading.columns or ()) == sorted(self.history[: self.length(trip)]):
+        if sorted(reading.columns or ()) == sorted(self.history[: self.length(iteration)]):
             return
-        what = f"Trip {trip} of the decode loop reads tokens other than as the whole sequence so far."
+        what = f"Iteration {iteration} of the decode loop reads tokens other than as the whole sequence so far."
         found = f"{describe(node)} reads `{source.name}`, which holds {self.spell(reading.columns)}"
-        expected = f"prompt[0:{self.layouts.prompt_length}] + tokens[0:{trip}]"
+        expected = f"prompt[0:{self.layouts.prompt_length}] + tokens[0:{iteration}]"
         fix = NO_CACHE
-        if reading.columns and reading.columns[: self.length(trip)] == self.history[: self.length(trip)]:
+        if reading.columns and reading.columns[: self.length(iteration)] == self.history[: self.length(iteration)]:
             fix = "give the model the filled part of the buffer only, model(buf[:, :length])[:, -1]"
         if op_name(node) in _COMPARISONS:
             fix = "leave the end-of-sequence test out of the loop and pass eos_token_id instead"
-        raise LoopError(what, f"{found}; a trip may read only {expected}", fix)
+        raise LoopError(what, f"{found}; an iteration may read only {expected}", fix)
 
     def spell(self, columns: tuple[int, ...] | None) -> str:
         """Columns in words: ``prompt[0:4] + tokens[1:2] + constant 0``."""
@@ -110,11 +110,11 @@ class Trips:
         shown = [name if start < 0 else f"{name}[{start}:{stop}]" for name, start, stop in runs]
         return " + ".join(shown[:8]) + (" + ..." if len(shown) > 8 else "")
 
-    def predecessors(self, node: fx.Node, trip: int) -> list[fx.Node]:
+    def predecessors(self, node: fx.Node, iteration: int) -> list[fx.Node]:
         """What a node needs: its inputs, except the history, and the earlier writes to their storage."""
         needed: dict[fx.Node, None] = {}
         for source in node.all_input_nodes:
-            if self.reads_history(node, source, trip):
+            if self.reads_history(node, source, iteration):
                 continue
             needed[source] = None
             needed.update(dict.fromkeys(self.writes(source, node)))
@@ -147,95 +147,101 @@ def find_writers(nodes: Sequence[fx.Node], to_inputs: bool = False) -> dict[int,
     return dict(writers)
 
 
-def trip_nodes(trips: Trips, trip: int) -> list[fx.Node]:
-    """The closure of a trip's token, in program order. Refuses any reading of tokens but the whole history."""
-    order, nodes = trips.layouts.order, trips.layouts.nodes
-    queue, found = [-order[trips.tokens[trip]]], {trips.tokens[trip]}
+def iteration_nodes(iterations: Iterations, iteration: int) -> list[fx.Node]:
+    """The closure of an iteration's token, in program order. Refuses any reading of tokens but the whole history."""
+    order, nodes = iterations.layouts.order, iterations.layouts.nodes
+    queue, found = [-order[iterations.tokens[iteration]]], {iterations.tokens[iteration]}
     while queue:
         node = nodes[-heapq.heappop(queue)]
-        if node.op == "placeholder" and node is trips.layouts.prompt:
+        if node.op == "placeholder" and node is iterations.layouts.prompt:
             raise LoopError(
-                f"Trip {trip} of the decode loop does not read the whole sequence so far.",
+                f"Iteration {iteration} of the decode loop does not read the whole sequence so far.",
                 f"the prompt `{node.name}` is used apart from the tokens drawn after it",
                 NO_CACHE,
             )
         for source in node.all_input_nodes:
-            if not trips.reads_history(node, source, trip):
-                trips.check_reading(node, source, trip)
-        for source in trips.predecessors(node, trip):
+            if not iterations.reads_history(node, source, iteration):
+                iterations.check_reading(node, source, iteration)
+        for source in iterations.predecessors(node, iteration):
             if source not in found:
                 found.add(source)
                 heapq.heappush(queue, -order[source])
     return sorted(found, key=order.__getitem__)
 
 
-Leaves = dict[tuple[fx.Node, int], Any]  # (node of trip 0, leaf) -> (a, b) for a*S + b
+Leaves = dict[tuple[fx.Node, int], Any]  # (node of iteration 0, leaf) -> (a, b) for a*S + b
 
 
-Varying = dict[tuple[fx.Node, int], dict[int, int]]  # (node of trip 0, leaf) -> value by trip, where it differs
+Varying = dict[
+    tuple[fx.Node, int], dict[int, int]
+]  # (node of iteration 0, leaf) -> value by iteration, where it differs
 
 
-def compare_trips(trips: Trips) -> Leaves:
-    """Proves that every trip equals trip 0 node by node, up to integers a*S + b; returns (a, b) of those."""
+def compare_iterations(iterations: Iterations) -> Leaves:
+    """Proves that every iteration equals iteration 0 node by node, up to integers a*S + b; returns (a, b) of those."""
     varying: Varying = defaultdict(dict)
-    for trip in range(1, len(trips.tokens)):
-        _compare_trip(trips, trip, varying)
-    return {key: _affine(trips, key, values) for key, values in varying.items()}
+    for iteration in range(1, len(iterations.tokens)):
+        _compare_iteration(iterations, iteration, varying)
+    return {key: _affine(iterations, key, values) for key, values in varying.items()}
 
 
-def _compare_trip(trips: Trips, trip: int, varying: Varying) -> None:
-    pairs = {trips.tokens[0]: trips.tokens[trip]}
-    pending = [trips.tokens[0]]
+def _compare_iteration(iterations: Iterations, iteration: int, varying: Varying) -> None:
+    pairs = {iterations.tokens[0]: iterations.tokens[iteration]}
+    pending = [iterations.tokens[0]]
     while pending:
         first = pending.pop()
         other = pairs[first]
-        _compare_calls(trips, first, other, trip, varying)
-        for source, counterpart in _operand_pairs(trips, first, other, trip):
+        _compare_calls(iterations, first, other, iteration, varying)
+        for source, counterpart in _operand_pairs(iterations, first, other, iteration):
             if source not in pairs:
                 pairs[source] = counterpart
                 pending.append(source)
             elif pairs[source] is not counterpart:
-                raise _unlike(source, counterpart, trip, f"`{pairs[source].name}`", f"`{counterpart.name}`")
+                raise _unlike(source, counterpart, iteration, f"`{pairs[source].name}`", f"`{counterpart.name}`")
 
 
-def _operand_pairs(trips: Trips, first: fx.Node, other: fx.Node, trip: int) -> list[tuple[fx.Node, fx.Node]]:
+def _operand_pairs(
+    iterations: Iterations, first: fx.Node, other: fx.Node, iteration: int
+) -> list[tuple[fx.Node, fx.Node]]:
     """Inputs that must correspond, and the earlier writes to them."""
     pairs = []
     for source, counterpart in zip(flatten(first), flatten(other), strict=True):
-        if isinstance(source, fx.Node) and not trips.reads_history(first, source, 0):
+        if isinstance(source, fx.Node) and not iterations.reads_history(first, source, 0):
             pairs.append((source, counterpart))
-            writes, others = trips.writes(source, first), trips.writes(counterpart, other)
+            writes, others = iterations.writes(source, first), iterations.writes(counterpart, other)
             if len(writes) != len(others):
-                raise _unlike(source, counterpart, trip, f"{len(writes)} writes in place", str(len(others)))
+                raise _unlike(source, counterpart, iteration, f"{len(writes)} writes in place", str(len(others)))
             pairs.extend(zip(writes, others, strict=True))
     return pairs
 
 
-def _compare_calls(trips: Trips, first: fx.Node, other: fx.Node, trip: int, varying: Varying) -> None:
+def _compare_calls(iterations: Iterations, first: fx.Node, other: fx.Node, iteration: int, varying: Varying) -> None:
     if first is not other and (first.op == "placeholder" or other.op == "placeholder"):
-        raise _unlike(first, other, trip, f"the input `{first.name}`", f"`{other.name}`")
+        raise _unlike(first, other, iteration, f"the input `{first.name}`", f"`{other.name}`")
     if first.op != other.op or not _same_target(first, other):
-        raise _unlike(first, other, trip, op_name(first) or str(first.target), op_name(other) or str(other.target))
+        raise _unlike(first, other, iteration, op_name(first) or str(first.target), op_name(other) or str(other.target))
     leaves, others = flatten(first), flatten(other)
     if len(leaves) != len(others):
-        raise _unlike(first, other, trip, str(first.args), str(other.args))
+        raise _unlike(first, other, iteration, str(first.args), str(other.args))
     for i, (leaf, counterpart) in enumerate(zip(leaves, others, strict=True)):
         if isinstance(leaf, fx.Node) and isinstance(counterpart, fx.Node):
-            if not _read_alike(trips, (first, leaf), (other, counterpart), trip):
-                raise _unlike(first, other, trip, f"`{leaf.name}`", f"`{counterpart.name}`")
+            if not _read_alike(iterations, (first, leaf), (other, counterpart), iteration):
+                raise _unlike(first, other, iteration, f"`{leaf.name}`", f"`{counterpart.name}`")
         elif _is_int(leaf) and _is_int(counterpart):
             if leaf != counterpart:
-                varying[first, i][trip] = counterpart
+                varying[first, i][iteration] = counterpart
         elif not _same_constant(leaf, counterpart):
-            raise _unlike(first, other, trip, str(leaf), str(counterpart))
+            raise _unlike(first, other, iteration, str(leaf), str(counterpart))
 
 
-def _read_alike(trips: Trips, first: tuple[fx.Node, fx.Node], other: tuple[fx.Node, fx.Node], trip: int) -> bool:
+def _read_alike(
+    iterations: Iterations, first: tuple[fx.Node, fx.Node], other: tuple[fx.Node, fx.Node], iteration: int
+) -> bool:
     """Both read the history exactly, both read it in a buffer of one length, or neither reads it."""
-    length, found = trips.read_length(*first, 0), trips.read_length(*other, trip)
+    length, found = iterations.read_length(*first, 0), iterations.read_length(*other, iteration)
     if length is None or found is None:
         return length is found
-    return found == (length if length > trips.length(0) else trips.length(trip))
+    return found == (length if length > iterations.length(0) else iterations.length(iteration))
 
 
 def _same_target(first: fx.Node, other: fx.Node) -> bool:
@@ -280,29 +286,29 @@ def _flatten(arg: Any, leaves: list[Any]) -> None:
     leaves.append(arg)
 
 
-def _affine(trips: Trips, key: tuple[fx.Node, int], values: dict[int, int]) -> tuple[int, int]:
-    """a, b with value = a*S + b for every trip, S being the length that the trip reads."""
+def _affine(iterations: Iterations, key: tuple[fx.Node, int], values: dict[int, int]) -> tuple[int, int]:
+    """a, b with value = a*S + b for every iteration, S being the length that the iteration reads."""
     node, leaf = key
     base = flatten(node)[leaf]
     slope = values.get(1, base) - base
-    offset = base - slope * trips.length(0)
-    for trip in range(len(trips.tokens)):
-        value = values.get(trip, base)
-        if value != slope * trips.length(trip) + offset:
-            why = f"{describe(node)} uses {base} in trip 0, {values.get(1, base)} in trip 1 and {value} in trip {trip}"
+    offset = base - slope * iterations.length(0)
+    for iteration in range(len(iterations.tokens)):
+        value = values.get(iteration, base)
+        if value != slope * iterations.length(iteration) + offset:
+            why = f"{describe(node)} uses {base} in iteration 0, {values.get(1, base)} in iteration 1 and {value} in iteration {iteration}"
             raise LoopError(
-                "An integer of the decode loop does not grow evenly from trip to trip.",
+                "An integer of the decode loop does not grow evenly from iteration to iteration.",
                 why + "; only a*S + b can be generalised, S being the sequence length",
                 "compute shapes and positions from ids.shape[1] by sums and constant multiples only",
             )
     return slope, offset
 
 
-def _unlike(first: fx.Node, other: fx.Node, trip: int, value: str, counterpart: str) -> LoopError:
+def _unlike(first: fx.Node, other: fx.Node, iteration: int, value: str, counterpart: str) -> LoopError:
     return LoopError(
-        "The trips of the decode loop are not alike, so it cannot be compiled as one step.",
-        f"{describe(first)} has {value} in trip 0 but {counterpart} in trip {trip} (`{other.name}`)",
-        f"make every trip do the same: no values that change with the trip number, and {NO_CACHE}",
+        "The iterations of the decode loop are not alike, so it cannot be compiled as one step.",
+        f"{describe(first)} has {value} in iteration 0 but {counterpart} in iteration {iteration} (`{other.name}`)",
+        f"make every iteration do the same: no values that change with the iteration number, and {NO_CACHE}",
     )
 
 

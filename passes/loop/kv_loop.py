@@ -1,11 +1,11 @@
-"""A decode loop with a cache in it: its first trip, which reads the whole prompt, is the model without a cache.
+"""A decode loop with a cache in it: its first iteration, which reads the whole prompt, is the model without a cache.
 
     model(prompt) --> token 0     model(token 0, cache) --> token 1     model(token 1, cache) --> token 2 ...
-    `------ trip 0 ------´        `--------- trip 1 ---------´          `--------- trip 2 ---------´
+    `------ iteration 0 ------´        `--------- iteration 1 ---------´          `--------- iteration 2 ---------´
 
-Whatever the later trips keep, and whatever it is kept in, the first trip computes it from tokens alone. So the step is
-the first trip, with the prompt's length made symbolic (`_growth`) and without the buffers that it fills
-(`cache_buffers`). The later trips are not read as code at all: `CachedTrips.check` runs the loop as it was written, on
+Whatever the later iterations keep, and whatever it is kept in, the first iteration computes it from tokens alone. So the step is
+the first iteration, with the prompt's length made symbolic (`_growth`) and without the buffers that it fills
+(`cache_buffers`). The later iterations are not read as code at all: `CachedTrips.check` runs the loop as it was written, on
 random tokens, and compares what every token is drawn from with the step on all tokens so far.
 """
 
@@ -25,7 +25,7 @@ from smc_compile.errors import LoopError
 from smc_compile.passes.closeness import NARROW, TOLERANCE, relative_error
 from smc_compile.passes.loop.cache_buffers import Buffer, without_buffers
 from smc_compile.passes.loop.concretise import Concrete, concretise
-from smc_compile.passes.loop.iterations import Leaves, Trips, describe, flatten, trip_nodes
+from smc_compile.passes.loop.iterations import Iterations, Leaves, describe, flatten, iteration_nodes
 from smc_compile.passes.loop.ones_masks import drop_ones_masks
 from smc_compile.passes.loop.op_tables import (
     TOKEN_DTYPES,
@@ -57,9 +57,9 @@ class CachedStep:
     Attributes:
         step: ``forward(ids [B, S], *invariants) -> token``, for any S.
         invariants: the placeholders of the graph behind the other inputs.
-        closure: the nodes of the first trip.
+        closure: the nodes of the first iteration.
         known: (placeholder, value) of integer inputs that the step holds as constants.
-        check: compares the step with all trips.
+        check: compares the step with all iterations.
         report: what was found, for a person.
     """
 
@@ -67,24 +67,24 @@ class CachedStep:
     invariants: list[fx.Node]
     closure: list[fx.Node]
     known: tuple[tuple[fx.Node, int], ...]
-    check: CachedTrips
+    check: CachedIterations
     report: list[str]
 
 
 def carries_cache(layouts: Layouts, tokens: Sequence[fx.Node]) -> bool:
-    """Whether the first trip reads the prompt as a whole, and the second the token before it alone."""
-    trips = Trips(layouts, tokens, cached=True)
+    """Whether the first iteration reads the prompt as a whole, and the second the token before it alone."""
+    iterations = Iterations(layouts, tokens, cached=True)
     try:
-        first = trip_nodes(trips, 0)
+        first = iteration_nodes(iterations, 0)
     except LoopError:
         return False
-    if all(trips.read_length(node, source, 0) is None for node in first for source in node.all_input_nodes):
+    if all(iterations.read_length(node, source, 0) is None for node in first for source in node.all_input_nodes):
         return False
-    newest = trips.history[layouts.prompt_length : layouts.prompt_length + 1]
+    newest = iterations.history[layouts.prompt_length : layouts.prompt_length + 1]
     alone = False
-    for node in _trip_closure(trips, 1):
+    for node in _iteration_closure(iterations, 1):
         for source in node.all_input_nodes:
-            if trips.read_length(node, source, 1) is not None:
+            if iterations.read_length(node, source, 1) is not None:
                 return False
             reading = layouts.readings.get((node, source))
             alone = alone or (reading is not None and reading.columns == newest)
@@ -94,21 +94,21 @@ def carries_cache(layouts: Layouts, tokens: Sequence[fx.Node]) -> bool:
 def recover_cached(
     gm: fx.GraphModule, example_inputs: Sequence[Any], concrete: Concrete, layouts: Layouts, tokens: Sequence[fx.Node]
 ) -> CachedStep:
-    """The step of a loop whose later trips read one token and a cache.
+    """The step of a loop whose later iterations read one token and a cache.
 
     Raises:
-        LoopError: what the first trip is for another length is not clear.
+        LoopError: what the first iteration is for another length is not clear.
     """
     if concrete.unrolled:
         raise LoopError(
             "A torch.while_loop carries a cache.",
-            "its trips are traced as one graph, which never shows the model on a whole prompt",
+            "its iterations are traced as one graph, which never shows the model on a whole prompt",
             "write the loop with `for`, and compile it with @smc_compile.decode",
         )
-    trips = Trips(layouts, tokens, cached=True)
-    closure = trip_nodes(trips, 0)
-    growing = _growth(gm, example_inputs, concrete, trips, closure)
-    written, invariants = build_step(gm, trips, closure, growing)
+    iterations = Iterations(layouts, tokens, cached=True)
+    closure = iteration_nodes(iterations, 0)
+    growing = _growth(gm, example_inputs, concrete, iterations, closure)
+    written, invariants = build_step(gm, iterations, closure, growing)
     drop_ones_masks(written)
     _refuse_long_inputs(invariants, _symbol(layouts.prompt))
     values = [_known_integer(concrete, example_inputs, node) for node in invariants]
@@ -121,16 +121,18 @@ def recover_cached(
     longer = None
     if size is not None and more > 0:
         longer = concretise(gm, example_inputs, {size: layouts.prompt_length + more}).graph
-    check = CachedTrips(gm, concrete.graph, longer, more, layouts.prompt, tuple(tokens), free.step, tuple(invariants))
+    check = CachedIterations(
+        gm, concrete.graph, longer, more, layouts.prompt, tuple(tokens), free.step, tuple(invariants)
+    )
     return CachedStep(free.step, invariants, closure, known, check, _report(free.buffers, free.grown))
 
 
-def _trip_closure(trips: Trips, trip: int) -> list[fx.Node]:
-    """What a trip's token depends on, back to the tokens before it and through the cache to earlier trips."""
-    order, earlier = trips.layouts.order, set(trips.tokens[:trip])
-    pending, found = [trips.tokens[trip]], {trips.tokens[trip]}
+def _iteration_closure(iterations: Iterations, iteration: int) -> list[fx.Node]:
+    """What an iteration's token depends on, back to the tokens before it and through the cache to earlier iterations."""
+    order, earlier = iterations.layouts.order, set(iterations.tokens[:iteration])
+    pending, found = [iterations.tokens[iteration]], {iterations.tokens[iteration]}
     while pending:
-        for source in trips.predecessors(pending.pop(), trip):
+        for source in iterations.predecessors(pending.pop(), iteration):
             if source not in found and source not in earlier:
                 found.add(source)
                 pending.append(source)
@@ -164,19 +166,23 @@ def _known_integer(concrete: Concrete, example_inputs: Sequence[Any], node: fx.N
 
 
 def _growth(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], concrete: Concrete, trips: Trips, closure: Sequence[fx.Node]
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    concrete: Concrete,
+    iterations: Iterations,
+    closure: Sequence[fx.Node],
 ) -> Leaves:
-    """(a, b) of the integers of the first trip that are a*S + b: read off the graph of two longer prompts.
+    """(a, b) of the integers of the first iteration that are a*S + b: read off the graph of two longer prompts.
 
     Raises:
         LoopError: an integer does not grow evenly, or the graph holds for this one prompt length and does not tell.
     """
-    length = trips.layouts.prompt_length
-    size = _symbol(trips.layouts.prompt)
+    length = iterations.layouts.prompt_length
+    size = _symbol(iterations.layouts.prompt)
     if size is None:
-        return _growth_of_constants(trips, closure, length)
+        return _growth_of_constants(iterations, closure, length)
     longer = [list(concretise(gm, example_inputs, {size: length + k}).graph.nodes) for k in (1, 2)]
-    order = trips.layouts.order
+    order = iterations.layouts.order
     growing: Leaves = {}
     for node in closure:
         leaves = [flatten(n) for n in (node, longer[0][order[node]], longer[1][order[node]])]
@@ -200,7 +206,7 @@ def _symbol(prompt: fx.Node) -> sympy.Expr | None:
 
 
 def longest_text(prompt: fx.Node) -> int | None:
-    """The longest text for which the code of the first trip is the one that was traced; None if there is no end.
+    """The longest text for which the code of the first iteration is the one that was traced; None if there is no end.
 
     A branch on a length leaves a guard: the model's window begins, a cache is full, the loop crops its cache.
     """
@@ -228,7 +234,7 @@ def _end(guard: sympy.Basic, symbol: sympy.Symbol) -> int | None:
     return low
 
 
-def _growth_of_constants(trips: Trips, closure: Sequence[fx.Node], length: int) -> Leaves:
+def _growth_of_constants(iterations: Iterations, closure: Sequence[fx.Node], length: int) -> Leaves:
     """For a graph of one prompt length: which of its numbers are that length, by shapes."""
     if length == 1:
         raise ShortPrompt(
@@ -237,7 +243,7 @@ def _growth_of_constants(trips: Trips, closure: Sequence[fx.Node], length: int) 
             "give a prompt of two tokens or more, or use @smc_compile.decode",
         )
     try:
-        return resolve_lengths(trips, closure, {}, length)
+        return resolve_lengths(iterations, closure, {}, length)
     except LoopError as error:
         raise LoopError(
             "The loop has a cache in it and was traced for one prompt length only.",
@@ -246,11 +252,11 @@ def _growth_of_constants(trips: Trips, closure: Sequence[fx.Node], length: int) 
         ) from error
 
 
-# ---- measured: the step is every trip ------------------------------------------------------------------------------
+# ---- measured: the step is every iteration ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class CachedTrips:
+class CachedIterations:
     """The loop as it was written, beside the step that replaces it.
 
     Attributes:
@@ -288,11 +294,11 @@ class CachedTrips:
                 worst = max(worst, self.difference(self.longer, there, longer))
             except _Fails:  # longer than the positions of the model
                 log.debug("the loop was not compared on a longer prompt")
-        log.debug("the step agrees with %d trips to %.1e", len(self.tokens), worst)
+        log.debug("the step agrees with %d iterations to %.1e", len(self.tokens), worst)
         return worst
 
     def difference(self, graph: fx.Graph, draws: Sequence[Draw], arguments: Sequence[Any]) -> float:
-        """The largest relative difference over all trips.
+        """The largest relative difference over all iterations.
 
         Raises:
             LoopError: it is too large.
@@ -307,22 +313,22 @@ class CachedTrips:
             self.refuse_conditions(as_written.seen)
             coarsest = _coarsest([*arguments, *as_written.seen[0]])
             worst = 0.0
-            for trip, expected in enumerate(as_written.seen):
+            for iteration, expected in enumerate(as_written.seen):
                 rewritten = _Recorder(self.step, [_draw(list(self.step.graph.nodes), _token(self.step))])
                 invariants = [given[node] for node in self.invariants]
                 try:
-                    rewritten.run_all([torch.cat([ids, *as_written.drawn[:trip]], 1), *invariants])
+                    rewritten.run_all([torch.cat([ids, *as_written.drawn[:iteration]], 1), *invariants])
                 except _Fails as error:
-                    what = "The first trip of a loop with a cache cannot be run on another number of tokens."
+                    what = "The first iteration of a loop with a cache cannot be run on another number of tokens."
                     raise LoopError(what, error.why, FROM_IDS) from error
-                worst = max(worst, self.compare(trip, rewritten.seen[0], expected, coarsest))
+                worst = max(worst, self.compare(iteration, rewritten.seen[0], expected, coarsest))
         return worst
 
     def draws(self) -> list[Draw]:
-        """How each trip draws its token.
+        """How each iteration draws its token.
 
         Raises:
-            LoopError: a later trip draws in another way than the first.
+            LoopError: a later iteration draws in another way than the first.
         """
         nodes = list(self.graph.nodes)
         found: list[Draw] = []
@@ -332,8 +338,8 @@ class CachedTrips:
             ops = [[op_name(n) for n in draw.nodes] for draw in (found[0], found[at])]
             if ops[0] != ops[1]:
                 raise LoopError(
-                    "The trips of the decode loop do not draw their tokens alike.",
-                    f"trip 0 draws by {', '.join(ops[0])}; trip {at} by {', '.join(ops[1])}, at {describe(token)}",
+                    "The iterations of the decode loop do not draw their tokens alike.",
+                    f"iteration 0 draws by {', '.join(ops[0])}; iteration {at} by {', '.join(ops[1])}, at {describe(token)}",
                     f"sample in the same way after the first call as after the others; {NO_END}",
                 )
         return found
@@ -349,7 +355,7 @@ class CachedTrips:
                 )
 
     def compare(
-        self, trip: int, actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], dtype: torch.dtype
+        self, iteration: int, actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], dtype: torch.dtype
     ) -> float:
         error = float("inf")
         floats = [[v for v in values if v.dtype.is_floating_point] for values in (actual, expected)]
@@ -361,9 +367,9 @@ class CachedTrips:
             return error
         raise LoopError(
             "The loop with its cache does not compute what the model computes on all tokens so far.",
-            f"what token {trip} is drawn from, at {describe(self.tokens[trip])}, differs from the first call's on "
-            f"prompt + {trip} tokens by {error:.1e} of its spread, allowed {TOLERANCE.get(dtype, 1e-4):.0e}",
-            "keep the whole cache from trip to trip (no cropping, no reset, one model, positions that go on counting); "
+            f"what token {iteration} is drawn from, at {describe(self.tokens[iteration])}, differs from the first call's on "
+            f"prompt + {iteration} tokens by {error:.1e} of its spread, allowed {TOLERANCE.get(dtype, 1e-4):.0e}",
+            "keep the whole cache from iteration to iteration (no cropping, no reset, one model, positions that go on counting); "
             "or write the loop without a cache, model(ids)[:, -1]: the compiler makes its own",
         )
 
@@ -377,7 +383,7 @@ class Draw:
 
 
 def _draw(nodes: Sequence[fx.Node], token: fx.Node) -> Draw:
-    """How a token is drawn, among the nodes of its trip."""
+    """How a token is drawn, among the nodes of its iteration."""
     allowed, needed = set(nodes), {token}
     for node in reversed(nodes):
         if node in needed:
@@ -461,5 +467,5 @@ def _report(buffers: Sequence[Buffer], grown: int) -> list[str]:
         lengths = " and ".join(str(n) for n in sorted({buffer.length for buffer in buffers}))
         kind = f"{len(buffers)} preallocated tensors of {lengths} positions"
     else:
-        kind = f"{grown} tensors that grow by concatenation" if grown else "tensors handed from trip to trip"
+        kind = f"{grown} tensors that grow by concatenation" if grown else "tensors handed from iteration to iteration"
     return [f"cache in the loop: {kind}, replaced by the compiler's own"]

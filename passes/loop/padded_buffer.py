@@ -2,9 +2,9 @@
 
 The buffer has L columns, the history and constants behind it. A causal model gives at position ``len(history) - 1``
 what it gives there for the history alone, so the step reads the history and every size that is L becomes S. Which
-numbers are such sizes is derived by shapes: the trip is run on fake tensors at three other lengths, and every axis of
+numbers are such sizes is derived by shapes: the iteration is run on fake tensors at three other lengths, and every axis of
 every value must change evenly with the length. If two readings of a number pass, the loop is refused. That the model is
-causal is measured: `PaddedTrip.check` compares the step with the trip as it was written, on real weights.
+causal is measured: `PaddedTrip.check` compares the step with the iteration as it was written, on real weights.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from smc_compile.errors import LoopError
 from smc_compile.passes.closeness import TOLERANCE, relative_error
-from smc_compile.passes.loop.iterations import Leaves, Trips, describe, flatten
+from smc_compile.passes.loop.iterations import Iterations, Leaves, describe, flatten
 from smc_compile.passes.loop.op_tables import op_name, tensor_info
 from smc_compile.passes.loop.step_graph import replace_leaves
 
@@ -37,10 +37,10 @@ _BACKTRACKS = 64
 _CHECKED_LENGTHS = 12
 
 
-def padded_length(trips: Trips, closure: Sequence[fx.Node]) -> int | None:
-    """L, if the first trip reads the history in a buffer of L columns with padding."""
+def padded_length(iterations: Iterations, closure: Sequence[fx.Node]) -> int | None:
+    """L, if the first iteration reads the history in a buffer of L columns with padding."""
     pairs = ((node, source) for node in closure for source in node.all_input_nodes)
-    lengths = {trips.read_length(node, source, 0) for node, source in pairs} - {None, trips.length(0)}
+    lengths = {iterations.read_length(node, source, 0) for node, source in pairs} - {None, iterations.length(0)}
     if len(lengths) > 1:
         raise LoopError(
             "The decode loop reads padded buffers of several lengths.",
@@ -50,12 +50,12 @@ def padded_length(trips: Trips, closure: Sequence[fx.Node]) -> int | None:
     return next(iter(lengths), None)
 
 
-def padding_of(trips: Trips, closure: Sequence[fx.Node]) -> tuple[int, ...]:
-    """The constants behind the prompt in the buffer that the first trip reads."""
+def padding_of(iterations: Iterations, closure: Sequence[fx.Node]) -> tuple[int, ...]:
+    """The constants behind the prompt in the buffer that the first iteration reads."""
     for node in closure:
         for source in node.all_input_nodes:
-            if (trips.read_length(node, source, 0) or 0) > trips.length(0):
-                return (trips.layouts.readings[node, source].columns or ())[trips.length(0) :]
+            if (iterations.read_length(node, source, 0) or 0) > iterations.length(0):
+                return (iterations.layouts.readings[node, source].columns or ())[iterations.length(0) :]
     return ()
 
 
@@ -77,7 +77,7 @@ class _State:
     chosen: list[Assignment]
 
 
-def resolve_lengths(trips: Trips, closure: Sequence[fx.Node], growing: Leaves, length: int) -> Leaves:
+def resolve_lengths(iterations: Iterations, closure: Sequence[fx.Node], growing: Leaves, length: int) -> Leaves:
     """The leaves that are sizes of the buffer's axis, as (a, b) of a*S + b.
 
     Raises:
@@ -86,7 +86,7 @@ def resolve_lengths(trips: Trips, closure: Sequence[fx.Node], growing: Leaves, l
     refusal: LoopError | None = None
     for lengths in _probes(closure, length):
         try:
-            return _Probe(trips, closure, growing, length, lengths).solve()
+            return _Probe(iterations, closure, growing, length, lengths).solve()
         except LoopError as error:
             refusal = refusal or error
     assert refusal is not None
@@ -106,12 +106,12 @@ def _probes(closure: Sequence[fx.Node], length: int) -> Iterator[tuple[int, int,
 
 
 class _Probe:
-    """Runs a trip at several lengths at once and finds the readings of its numbers under which all shapes fit."""
+    """Runs an iteration at several lengths at once and finds the readings of its numbers under which all shapes fit."""
 
     def __init__(
-        self, trips: Trips, closure: Sequence[fx.Node], growing: Leaves, length: int, lengths: tuple[int, ...]
+        self, iterations: Iterations, closure: Sequence[fx.Node], growing: Leaves, length: int, lengths: tuple[int, ...]
     ) -> None:
-        self.trips, self.nodes, self.growing = trips, closure, growing
+        self.iterations, self.nodes, self.growing = iterations, closure, growing
         self.length, self.lengths = length, lengths
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.misfit: fx.Node | None = None
@@ -239,10 +239,10 @@ class _Probe:
         return results if self.even(results) else None
 
     def operand(self, values: dict[fx.Node, Any], node: fx.Node, source: fx.Node, length: int) -> Any:
-        if self.trips.read_length(node, source, 0) is None:
+        if self.iterations.read_length(node, source, 0) is None:
             return values[source]
-        reading = self.trips.layouts.readings[node, source]
-        shape = (self.trips.layouts.batch, length) if reading.ndim == 2 else (length,)
+        reading = self.iterations.layouts.readings[node, source]
+        shape = (self.iterations.layouts.batch, length) if reading.ndim == 2 else (length,)
         info = tensor_info(source)
         with self.mode:
             return torch.empty(shape, dtype=info.dtype if info else torch.int64, device=_device(source))
@@ -268,7 +268,7 @@ class _Probe:
         return all((b - a) * (s2 - s1) == (c - b) * (s1 - s0) for a, b, c in axes)
 
     def check_token(self, state: _State) -> None:
-        token = self.trips.tokens[0]
+        token = self.iterations.tokens[0]
         info = tensor_info(token)
         if info is not None and any(tuple(values[token].shape) != info.shape for values in state.values):
             self.misfit = token
@@ -338,12 +338,12 @@ def last_positions(closure: Sequence[fx.Node], growing: Leaves) -> Leaves:
     return fixed
 
 
-# ---- measured: the step is the trip --------------------------------------------------------------------------------
+# ---- measured: the step is the iteration --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class PaddedTrip:
-    """A trip as it was written and as it was rewritten; both return the token and what it is drawn from.
+class PaddedIteration:
+    """An iteration as it was written and as it was rewritten; both return the token and what it is drawn from.
 
     Attributes:
         written: ``forward(buffer [B, L], length, *invariants)``.
@@ -357,7 +357,7 @@ class PaddedTrip:
     rewritten: fx.GraphModule
     padding: tuple[int, ...]
     length: int
-    sees_law: bool
+    sees_distribution: bool
 
     def check(self, prompt: torch.Tensor, invariants: Sequence[Any]) -> None:
         """Compare the two on random histories of many lengths.
@@ -393,7 +393,7 @@ class PaddedTrip:
             )
 
     def returned(self, values: Any) -> tuple[torch.Tensor, ...]:
-        return values if self.sees_law else (values,)
+        return values if self.sees_distribution else (values,)
 
 
 def _agree(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> bool:

@@ -1,10 +1,10 @@
 """Recovers the decode loop from the unrolled graph that Dynamo hands to a backend.
 
-    prompt --> [trip 0] --> token 0 --> [trip 1] --> token 1 --> ...        becomes        step(ids) -> token
+    prompt --> [iteration 0] --> token 0 --> [iteration 1] --> token 1 --> ...        becomes        step(ids) -> token
 
 1. `concretise`: sizes become numbers, so one static path remains.
-2. `token_layout.interpret`: which token stands in which cell of every integer value.
-3. The tokens are the columns that some node reads behind the prompt; `trip_graph` proves that trip t is a function of
+2. `token_labels.interpret`: which token stands in which cell of every integer value.
+3. The tokens are the columns that some node reads behind the prompt; `iterations` proves that iteration t is a function of
    the prompt and tokens 0..t-1 alone, and the same function for every t.
 4. Outputs are described by how they are put together from prompt and tokens.
 
@@ -25,13 +25,20 @@ from torch import fx
 
 from smc_compile.errors import LoopError
 from smc_compile.passes.loop.concretise import Concrete, concretise
-from smc_compile.passes.loop.iterations import NO_CACHE, Leaves, Trips, compare_trips, describe, trip_nodes
-from smc_compile.passes.loop.kv_loop import CachedTrips, carries_cache, longest_text, recover_cached
+from smc_compile.passes.loop.iterations import (
+    NO_CACHE,
+    Iterations,
+    Leaves,
+    compare_iterations,
+    describe,
+    iteration_nodes,
+)
+from smc_compile.passes.loop.kv_loop import CachedIterations, carries_cache, longest_text, recover_cached
 from smc_compile.passes.loop.lookups import simplify_lookups
 from smc_compile.passes.loop.ones_masks import drop_ones_masks
 from smc_compile.passes.loop.op_tables import TOKEN_DTYPES, is_draw, is_random, mutated_inputs, op_name, tensor_info
 from smc_compile.passes.loop.padded_buffer import (
-    PaddedTrip,
+    PaddedIteration,
     draw_inputs,
     last_positions,
     padded_length,
@@ -82,34 +89,34 @@ class DecodeLoop:
     """A decode loop as data.
 
     Attributes:
-        step: ``forward(ids [B, S], *invariants) -> token`` of one trip, for any S.
+        step: ``forward(ids [B, S], *invariants) -> token`` of one iteration, for any S.
         prompt_index: which placeholder of the original graph is the prompt.
         invariant_indices: which placeholders feed the other inputs of `step`.
-        trips: how many tokens the loop draws.
+        iterations: how many tokens the loop draws.
         outputs: how each output of the graph is put together; None for a cache that was made outside and is put back.
         report: what was found, in lines for a person.
         fixed_floats: (placeholder, value) of Python floats that Dynamo lifted to inputs and that `step` holds as
             constants: the result is wrong for other values. Temperatures and the like stay inputs.
-        padded: the trip as it was written, if it reads a padded buffer.
-        cached: the trips as they were written, if they hand on a cache.
+        padded: the iteration as it was written, if it reads a padded buffer.
+        cached: the iterations as they were written, if they hand on a cache.
         longest: the longest text that `step` holds for, if the loop takes another path for longer ones.
     """
 
     step: fx.GraphModule
     prompt_index: int
     invariant_indices: tuple[int, ...]
-    trips: int
+    iterations: int
     prompt_length: int
     batch: int
     outputs: tuple[OutputLayout | None, ...]
     report: list[str] = field(default_factory=list)
     fixed_floats: tuple[tuple[int, float], ...] = ()
-    padded: PaddedTrip | None = None
-    cached: CachedTrips | None = None
+    padded: PaddedIteration | None = None
+    cached: CachedIterations | None = None
     longest: int | None = None
 
     def check(self, arguments: Sequence[Any]) -> None:
-        """Compare `step` with the trips as they were written, if these read padded buffers or caches.
+        """Compare `step` with the iterations as they were written, if these read padded buffers or caches.
 
         Args:
             arguments: those of the graph.
@@ -145,23 +152,23 @@ def recover_loop(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> DecodeLoo
     if carries_cache(layouts, tokens):
         return _cached_loop(gm, example_inputs, concrete, layouts, tokens)
     simplify_lookups(layouts)
-    trips = Trips(layouts, tokens)
-    closures = [trip_nodes(trips, trip) for trip in range(len(tokens))]
+    iterations = Iterations(layouts, tokens)
+    closures = [iteration_nodes(iterations, iteration) for iteration in range(len(tokens))]
     _check_randomness(closures[0], tokens[0])
-    growing = compare_trips(trips)
-    step, invariants, padded = _step(gm, trips, closures[0], growing)
+    growing = compare_iterations(iterations)
+    step, invariants, padded = _step(gm, iterations, closures[0], growing)
     drawn = len(tokens) + concrete.remaining
-    outputs = tuple(_output_layout(trips, output, concrete.remaining) for output in _output_nodes(nodes))
+    outputs = tuple(_output_layout(iterations, output, concrete.remaining) for output in _output_nodes(nodes))
     placeholders = [node for node in nodes if node.op == "placeholder"]
     return DecodeLoop(
         step=step,
         prompt_index=placeholders.index(layouts.prompt),
         invariant_indices=tuple(placeholders.index(node) for node in invariants),
-        trips=drawn,
+        iterations=drawn,
         prompt_length=layouts.prompt_length,
         batch=layouts.batch,
         outputs=outputs,
-        report=_report(trips, drawn, closures[0], growing, outputs, padded),
+        report=_report(iterations, drawn, closures[0], growing, outputs, padded),
         fixed_floats=concrete.fixed_floats,
         padded=padded,
     )
@@ -170,54 +177,54 @@ def recover_loop(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> DecodeLoo
 def _cached_loop(
     gm: fx.GraphModule, example_inputs: Sequence[Any], concrete: Concrete, layouts: Layouts, tokens: list[fx.Node]
 ) -> DecodeLoop:
-    """A loop that hands a cache from trip to trip."""
+    """A loop that hands a cache from iteration to iteration."""
     found = recover_cached(gm, example_inputs, concrete, layouts, tokens)
     _check_randomness(found.closure, tokens[0])
-    trips = Trips(layouts, tokens, cached=True)
+    iterations = Iterations(layouts, tokens, cached=True)
     returned = _output_nodes(layouts.nodes)
-    outputs = tuple(None if _is_state(trips, node) else _output_layout(trips, node) for node in returned)
+    outputs = tuple(None if _is_state(iterations, node) else _output_layout(iterations, node) for node in returned)
     placeholders = [node for node in layouts.nodes if node.op == "placeholder"]
     known = tuple((placeholders.index(node), float(value)) for node, value in found.known)
     return DecodeLoop(
         step=found.step,
         prompt_index=placeholders.index(layouts.prompt),
         invariant_indices=tuple(placeholders.index(node) for node in found.invariants),
-        trips=len(tokens),
+        iterations=len(tokens),
         prompt_length=layouts.prompt_length,
         batch=layouts.batch,
         outputs=outputs,
-        report=_report(trips, len(tokens), found.closure, {}, outputs, None, found.report),
+        report=_report(iterations, len(tokens), found.closure, {}, outputs, None, found.report),
         fixed_floats=concrete.fixed_floats + known,
         cached=found.check,
         longest=longest_text(layouts.prompt),
     )
 
 
-def _is_state(trips: Trips, output: Any) -> bool:
+def _is_state(iterations: Iterations, output: Any) -> bool:
     """An output without a token in it: Dynamo returns what a cache made outside of the function is left with."""
-    labels = trips.layouts.outputs.get(output) if isinstance(output, fx.Node) else None
-    sources = set() if labels is None else {trips.layouts.source(label) for label in labels.flatten().tolist()}
-    return not sources & trips.carriers
+    labels = iterations.layouts.outputs.get(output) if isinstance(output, fx.Node) else None
+    sources = set() if labels is None else {iterations.layouts.source(label) for label in labels.flatten().tolist()}
+    return not sources & iterations.carriers
 
 
 def _step(
-    gm: fx.GraphModule, trips: Trips, closure: Sequence[fx.Node], growing: Leaves
-) -> tuple[fx.GraphModule, list[fx.Node], PaddedTrip | None]:
-    """One trip that reads the history alone, also when the loop reads it in a padded buffer."""
-    length = padded_length(trips, closure)
+    gm: fx.GraphModule, iterations: Iterations, closure: Sequence[fx.Node], growing: Leaves
+) -> tuple[fx.GraphModule, list[fx.Node], PaddedIteration | None]:
+    """One iteration that reads the history alone, also when the loop reads it in a padded buffer."""
+    length = padded_length(iterations, closure)
     if length is None:
-        step, invariants = build_step(gm, trips, closure, growing)
+        step, invariants = build_step(gm, iterations, closure, growing)
         drop_ones_masks(step)
         return step, invariants, None
-    sizes = {**growing, **resolve_lengths(trips, closure, growing, length)}
+    sizes = {**growing, **resolve_lengths(iterations, closure, growing, length)}
     fixed = last_positions(closure, growing)
     sizes = {leaf: pair for leaf, pair in sizes.items() if leaf not in fixed}
-    step, invariants = build_step(gm, trips, closure, sizes, fixed)
-    seen = draw_inputs(trips.tokens[0], closure, [node for node in closure if is_draw(node)])
-    written, _ = build_step(gm, trips, closure, growing, seen=seen, padded=True)
-    rewritten, _ = build_step(gm, trips, closure, sizes, fixed, seen=seen)
-    padding = padding_of(trips, closure)
-    return step, invariants, PaddedTrip(written, rewritten, padding, length, bool(seen))
+    step, invariants = build_step(gm, iterations, closure, sizes, fixed)
+    seen = draw_inputs(iterations.tokens[0], closure, [node for node in closure if is_draw(node)])
+    written, _ = build_step(gm, iterations, closure, growing, seen=seen, padded=True)
+    rewritten, _ = build_step(gm, iterations, closure, sizes, fixed, seen=seen)
+    padding = padding_of(iterations, closure)
+    return step, invariants, PaddedIteration(written, rewritten, padding, length, bool(seen))
 
 
 # ---- tokens --------------------------------------------------------------------------------------------------------
@@ -305,16 +312,16 @@ def _is_float(node: fx.Node) -> bool:
     return info is not None and info.dtype.is_floating_point
 
 
-# ---- what may not be in a trip -------------------------------------------------------------------------------------
+# ---- what may not be in an iteration -------------------------------------------------------------------------------------
 
 
 def _refuse_uncounted_tokens(concrete: Concrete, tokens: Sequence[fx.Node]) -> None:
-    """Each trip of a while_loop must append one token, or the trips that were not unrolled could not be counted."""
-    found = [token.meta.get("trip") for token in tokens]
+    """Each iteration of a while_loop must append one token, or the iterations that were not unrolled could not be counted."""
+    found = [token.meta.get("iteration") for token in tokens]
     if concrete.unrolled and found != list(range(concrete.unrolled)):
         raise LoopError(
-            "A trip of torch.while_loop does not append one token to the sequence.",
-            f"{len(tokens)} tokens follow the prompt after {concrete.unrolled} trips, up to {describe(tokens[-1])}",
+            "An iteration of torch.while_loop does not append one token to the sequence.",
+            f"{len(tokens)} tokens follow the prompt after {concrete.unrolled} iterations, up to {describe(tokens[-1])}",
             "carry (i, buf), write the token that is drawn at column i, and return buf",
         )
 
@@ -353,7 +360,7 @@ def _check_randomness(nodes: Sequence[fx.Node], token: fx.Node) -> None:
     noise = [node for node in nodes if is_random(node)]
     if len(noise) > 1:
         raise LoopError(
-            "A trip of the decode loop draws random numbers more than once.",
+            "An iteration of the decode loop draws random numbers more than once.",
             f"{describe(noise[0])} and {describe(noise[1])}; only the draw of the token may be random",
             "remove the other noise, or call model.eval()",
         )
@@ -379,8 +386,8 @@ def _output_nodes(nodes: Sequence[fx.Node]) -> list[Any]:
     return list(returned) if isinstance(returned, tuple | list) else [returned]
 
 
-def _output_layout(trips: Trips, output: Any, remaining: int = 0) -> OutputLayout:
-    layouts = trips.layouts
+def _output_layout(iterations: Iterations, output: Any, remaining: int = 0) -> OutputLayout:
+    layouts = iterations.layouts
     labels = layouts.outputs.get(output) if isinstance(output, fx.Node) else None
     if labels is None:
         found = describe(output) if isinstance(output, fx.Node) else repr(output)
@@ -388,7 +395,7 @@ def _output_layout(trips: Trips, output: Any, remaining: int = 0) -> OutputLayou
         raise LoopError(what, f"{found} is returned, which is not made of tokens", fix)
     info = tensor_info(output)
     assert info is not None
-    parts = dict(zip(("prompt", "tokens"), layouts.labels(trips.tokens), strict=True))
+    parts = dict(zip(("prompt", "tokens"), layouts.labels(iterations.tokens), strict=True))
     for segments in (("prompt", "tokens"), ("tokens",), ("prompt",)):
         length = sum(parts[segment].shape[1] for segment in segments)
         for axes in _axes(tuple(labels.shape), layouts.batch, length):
@@ -399,10 +406,10 @@ def _output_layout(trips: Trips, output: Any, remaining: int = 0) -> OutputLayou
             same = not any(layouts.source(value) for value in padding) and torch.equal(
                 layout.build(parts["prompt"], parts["tokens"]), labels
             )
-            if same and ("tokens" not in segments or pads >= remaining):  # later trips write over padding
+            if same and ("tokens" not in segments or pads >= remaining):  # later iterations write over padding
                 rest = padding[remaining:] if "tokens" in segments else padding
                 return OutputLayout(segments, axes, tuple(rest), info.dtype)
-    columns = _columns_in_words(trips, labels)
+    columns = _columns_in_words(iterations, labels)
     raise LoopError(
         "An output of the decode loop is not the whole sequence.",
         f"{describe(output)} of shape {tuple(labels.shape)} holds {columns}",
@@ -410,9 +417,9 @@ def _output_layout(trips: Trips, output: Any, remaining: int = 0) -> OutputLayou
     )
 
 
-def _columns_in_words(trips: Trips, labels: torch.Tensor) -> str:
-    by_row = labels.reshape(trips.layouts.batch, -1) if labels.ndim else labels.reshape(1, 1)
-    return trips.spell(tuple(by_row[0].tolist()))
+def _columns_in_words(iterations: Iterations, labels: torch.Tensor) -> str:
+    by_row = labels.reshape(iterations.layouts.batch, -1) if labels.ndim else labels.reshape(1, 1)
+    return iterations.spell(tuple(by_row[0].tolist()))
 
 
 def _axes(shape: tuple[int, ...], batch: int, length: int) -> Iterator[tuple[str, ...]]:
@@ -431,24 +438,24 @@ def _axes(shape: tuple[int, ...], batch: int, length: int) -> Iterator[tuple[str
 
 
 def _report(
-    trips: Trips,
+    iterations: Iterations,
     drawn: int,
     nodes: Sequence[fx.Node],
     growing: Leaves,
     outputs: Sequence[OutputLayout | None],
-    padded: PaddedTrip | None,
+    padded: PaddedIteration | None,
     cache: Sequence[str] = (),
 ) -> list[str]:
-    layouts = trips.layouts
+    layouts = iterations.layouts
     draws = [node for node in nodes if is_draw(node)]
     tokens = [layout for layout in outputs if layout is not None]
     pads = [f" + {len(layout.padding)} constants" if layout.padding else "" for layout in tokens]
     returned = [" + ".join(layout.segments) + pad for layout, pad in zip(tokens, pads, strict=True)]
     return [
-        f"decode loop of {drawn} trips",
+        f"decode loop of {drawn} iterations",
         f"prompt `{layouts.prompt.name}` [{layouts.batch}, {layouts.prompt_length}]",
         f"token drawn by {describe(draws[-1])}",
-        *(cache or [f"one trip has {len(nodes)} nodes; {len(growing)} integers grow with the sequence length"]),
+        *(cache or [f"one iteration has {len(nodes)} nodes; {len(growing)} integers grow with the sequence length"]),
         *([f"read in a padded buffer of {padded.length} columns"] if padded is not None else []),
         *(f"returns {text}" for text in returned),
     ]

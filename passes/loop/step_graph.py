@@ -1,4 +1,4 @@
-"""One trip of an unrolled loop: its closure, the proof that all trips are alike, and the graph of a single trip."""
+"""One iteration of an unrolled loop: its closure, the proof that all iterations are alike, and the graph of a single iteration."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 from torch import fx
 
 from smc_compile.passes.loop.iterations import (
+    Iterations,
     Leaves,
-    Trips,
 )
 
 _KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack")
@@ -20,20 +20,20 @@ _KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
 def build_step(
     gm: fx.GraphModule,
-    trips: Trips,
+    iterations: Iterations,
     nodes: Sequence[fx.Node],
     growing: Leaves,
     fixed: Leaves | None = None,
     seen: Sequence[fx.Node] = (),
     padded: bool = False,
 ) -> tuple[fx.GraphModule, list[fx.Node]]:
-    """The graph ``forward(ids, *invariants) -> token`` of one trip, and the placeholders behind the invariants.
+    """The graph ``forward(ids, *invariants) -> token`` of one iteration, and the placeholders behind the invariants.
 
     Args:
         growing: leaves that become a*S + b.
         fixed: leaves that become other constants.
         seen: nodes whose values are returned too.
-        padded: the trip as it was written: ``forward(buffer, length, *invariants)``.
+        padded: the iteration as it was written: ``forward(buffer, length, *invariants)``.
     """
     graph = fx.Graph()
     ids = graph.placeholder("ids")
@@ -51,27 +51,27 @@ def build_step(
     for node in nodes:
         if node.op == "placeholder":
             continue
-        history = {source: _as_read(graph, ids, length, trips, node, source) for source in node.all_input_nodes}
+        history = {source: _as_read(graph, ids, length, iterations, node, source) for source in node.all_input_nodes}
         inputs = {source: copies[source] if read is None else read for source, read in history.items()}
         args, kwargs = replace_leaves(node, by_node.get(node, {}), inputs)
         copies[node] = graph.create_node(node.op, node.target, args, kwargs, name=node.name)
         copies[node].meta = _kept_meta(node)
-    token = copies[trips.tokens[0]]
+    token = copies[iterations.tokens[0]]
     graph.output((token, *(copies[node] for node in seen)) if seen else token)
     graph.lint()
     return fx.GraphModule(gm, graph, class_name="Step"), invariants
 
 
 def _as_read(
-    graph: fx.Graph, ids: fx.Node, length: fx.Node | None, trips: Trips, node: fx.Node, source: fx.Node
+    graph: fx.Graph, ids: fx.Node, length: fx.Node | None, iterations: Iterations, node: fx.Node, source: fx.Node
 ) -> fx.Node | None:
     """The token ids in the shape in which a node reads the history; None if it reads something else."""
-    columns = trips.read_length(node, source, 0)
+    columns = iterations.read_length(node, source, 0)
     if columns is None:
         return None
-    if length is not None and columns == trips.length(0):
+    if length is not None and columns == iterations.length(0):
         ids = graph.call_method("narrow", (ids, 1, 0, length))
-    return ids if trips.layouts.readings[node, source].ndim == 2 else graph.call_method("squeeze", (ids, 0))
+    return ids if iterations.layouts.readings[node, source].ndim == 2 else graph.call_method("squeeze", (ids, 0))
 
 
 def _kept_meta(node: fx.Node) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""``torch.while_loop`` as a counted loop: which values count, how many trips there are, that they go on evenly."""
+"""``torch.while_loop`` as a counted loop: which values count, how many iterations there are, that they go on evenly."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Counted:
 
     Args:
         values: for each operand its constant value, or None.
-        carried: how many of the operands are carried from trip to trip.
+        carried: how many of the operands are carried from iteration to iteration.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Counted:
             self.first = {k: v for k, v in self.first.items() if k not in lost}
 
     def run(self, counters: dict[int, Any], nodes: Iterable[fx.Node]) -> dict[fx.Node, Any]:
-        """Constants of the body in the trip with these counters."""
+        """Constants of the body in the iteration with these counters."""
         return evaluate_constants(nodes, {self.inputs[k]: v for k, v in {**counters, **self.fixed}.items()})
 
     def after(self, counters: dict[int, Any]) -> dict[int, Any]:
@@ -108,15 +108,15 @@ class Counted:
         value = evaluate_constants(self.cond.graph.nodes, known).get(result) if isinstance(result, fx.Node) else result
         if value is None:
             raise LoopError(
-                "The condition of torch.while_loop does not only count trips.",
+                "The condition of torch.while_loop does not only count iterations.",
                 f"{describe(self.node)}: its condition depends on more than a counter and a number",
                 "let the condition be `i < limit`, the counter start at a known number, and pass eos_token_id for "
                 "the end of sequence",
             )
         return bool(value)
 
-    def trips(self) -> int:
-        """How many trips there are; refuses a loop in which what depends on the counters does not change evenly."""
+    def iterations(self) -> int:
+        """How many iterations there are; refuses a loop in which what depends on the counters does not change evenly."""
         counters, count = dict(self.first), 0
         varying = self.varying()
         recent: deque[dict[fx.Node, Any]] = deque(maxlen=4)
@@ -131,7 +131,7 @@ class Counted:
             if count > _MOST_TRIPS:
                 raise LoopError(
                     "torch.while_loop does not end.",
-                    f"{describe(self.node)} has made {count} trips by its counter",
+                    f"{describe(self.node)} has made {count} iterations by its counter",
                     "let the body return i + 1",
                 )
         return count
@@ -157,7 +157,7 @@ class Counted:
         steps = [b - a for a, b in pairwise(window)] if even else []
         if not even or any(not torch.equal(a, b) for a, b in pairwise(steps)):
             raise LoopError(
-                "The trips of torch.while_loop do not go on evenly.",
+                "The iterations of torch.while_loop do not go on evenly.",
                 f"{describe(node)} depends on the counter, but not as a*i + b",
                 "count by a constant step and use the counter for positions only",
             )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.utils import counters
 
-import smc_compile.kernels.few_rows  # noqa: F401  (registers the op)
+import smc_compile.kernels.skinny_linear  # noqa: F401  (registers the op)
 from smc_compile.passes.ir import CachedLM
 
 # Where the kernel beats ATen, measured on AVX-512 without bf16 instructions and on AVX2, for which others are taken
@@ -24,7 +24,7 @@ SMALLEST = {torch.float32: 2**18, torch.bfloat16: 2**16}
 EMULATED = not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def few_rows(cached: CachedLM) -> CachedLM:
+def skinny_linear(cached: CachedLM) -> CachedLM:
     """The same model with its linear layers sent to :func:`linear`."""
     return replace(
         cached, prefill=_rewrite(cached.prefill), score=_rewrite(cached.score), advance=_rewrite(cached.advance)
@@ -43,7 +43,7 @@ def _rewrite(module: fx.GraphModule) -> fx.GraphModule:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., I], weight [O, I], bias [O] -> [..., O]; rows, type and device are known when a region is compiled."""
     if suits(x, weight):
-        return torch.ops.smc_compile.few_rows(x, weight, bias)
+        return torch.ops.smc_compile.skinny_linear(x, weight, bias)
     return torch.ops.aten.linear.default(x, weight, bias)
 
 

@@ -1,4 +1,4 @@
-"""From a model's rows to the law of the next token: what is compiled into a region, between logits and draw."""
+"""From a model's rows to the distribution of the next token: what is compiled into a region, between logits and draw."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 from smc_compile.kernels.thresholds import kth_largest, least_of_mass
 
 # (scores [R, V], settings {name: [R, 1]}) -> scores [R, V]
-Stage = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+Warper = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
-class Law:
-    """The law of the next token: what the model's rows are, and what is still to be done to them.
+class NextTokenDistribution:
+    """The distribution of the next token: what the model's rows are, and what is still to be done to them.
 
     Attributes:
         kind: "logits", "probs" (unnormalised probabilities) or "greedy" (the largest logit).
@@ -27,7 +27,7 @@ class Law:
 
     kind: str
     temperature: float = 1.0
-    stages: tuple[Stage, ...] = ()
+    warpers: tuple[Warper, ...] = ()
     vocab: int | None = None
 
     def scores(self, rows: Tensor) -> Tensor:
@@ -43,53 +43,53 @@ class Law:
         return torch.log_softmax(self.staged(rows, settings), -1)
 
     def staged(self, rows: Tensor, settings: Mapping[str, Tensor]) -> Tensor:
-        """Scores of which the law is the softmax, or of which the largest is taken. As of ``log_probs``."""
+        """Scores of which the distribution is the softmax, or of which the largest is taken. As of ``log_probs``."""
         rows = self.scores(rows)
         if self.temperature != 1.0:
             rows = rows / self.temperature
-        for stage in self.stages:
-            rows = stage(rows, settings)
+        for warper in self.warpers:
+            rows = warper(rows, settings)
         return rows
 
     def at_try(self, settings: Mapping[str, Tensor], tries: Tensor) -> Mapping[str, Tensor]:
         """Settings [R] for a cycle that is drawn for the ``tries``-th time [R]: the same each time."""
         return settings
 
-    def cut(self, vocab: int | None) -> Law:
-        """The same law of a vocabulary of so many tokens."""
+    def cut(self, vocab: int | None) -> NextTokenDistribution:
+        """The same distribution of a vocabulary of so many tokens."""
         return replace(self, vocab=vocab)
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """A proposal that follows ``law`` without losing what ``wide`` reaches (defensive mixture: Hesterberg, 1995).
+    """A proposal that follows ``distribution`` without losing what ``wide`` reaches (defensive mixture: Hesterberg, 1995).
 
     A draft that does not truncate where the target does proposes tokens of weight zero; one that only truncates cannot
     reach what the target's truncation keeps and its own does not. Weights are at most 1/share times those of ``wide``.
-    Where ``law`` leaves nothing, ``wide`` stands alone. A setting ``wide`` in (0, 1] takes the place of the share.
+    Where ``distribution`` leaves nothing, ``wide`` stands alone. A setting ``wide`` in (0, 1] takes the place of the share.
     """
 
-    law: Law
-    wide: Law
-    share: float  # of ``wide``; with 0 it only stands in where ``law`` leaves nothing
+    distribution: NextTokenDistribution
+    wide: NextTokenDistribution
+    share: float  # of ``wide``; with 0 it only stands in where ``distribution`` leaves nothing
 
     @property
     def kind(self) -> str:
         return self.wide.kind
 
     def scores(self, rows: Tensor) -> Tensor:
-        """As of a Law."""
+        """As of a Distribution."""
         return self.wide.scores(rows)
 
     def log_probs(self, rows: Tensor, settings: Mapping[str, Tensor]) -> Tensor:
-        """As of a Law."""
-        narrow, wide = self.law.log_probs(rows, settings), self.wide.log_probs(rows, settings)
+        """As of a Distribution."""
+        narrow, wide = self.distribution.log_probs(rows, settings), self.wide.log_probs(rows, settings)
         share = settings["wide"].to(wide.dtype) if "wide" in settings else wide.new_tensor(self.share)
         mixed = torch.logaddexp(narrow + torch.log1p(-share), wide + share.log())
         return torch.where(broken(narrow)[..., None], wide, mixed)
 
     def at_try(self, settings: Mapping[str, Tensor], tries: Tensor) -> Mapping[str, Tensor]:
-        """As of a Law; the share of ``wide`` grows with each try, and is soon all."""
+        """As of a Distribution; the share of ``wide`` grows with each try, and is soon all."""
         return {**settings, "wide": self.wider(tries)}
 
     def wider(self, tries: Tensor) -> Tensor:
@@ -97,12 +97,12 @@ class Mixture:
         return (self.share * 4.0 ** (tries - 1)).clamp(max=1.0)
 
     def cut(self, vocab: int | None) -> Mixture:
-        """As of a Law."""
-        return replace(self, law=self.law.cut(vocab), wide=self.wide.cut(vocab))
+        """As of a Distribution."""
+        return replace(self, distribution=self.distribution.cut(vocab), wide=self.wide.cut(vocab))
 
 
 def broken(log_probs: Tensor) -> Tensor:
-    """Rows [...] whose law is undefined: NaN anywhere (an infinite or NaN logit gives that)."""
+    """Rows [...] whose distribution is undefined: NaN anywhere (an infinite or NaN logit gives that)."""
     return log_probs.isnan().any(-1)
 
 
@@ -138,7 +138,7 @@ def min_p(scores: Tensor, at: Mapping[str, Tensor]) -> Tensor:
     return scores.masked_fill(probs < at["min_p"].to(scores.dtype) * probs.amax(-1, keepdim=True), -torch.inf)
 
 
-SETTINGS: dict[str, tuple[Stage, float]] = {  # in the order in which they apply, with the value that changes nothing
+SETTINGS: dict[str, tuple[Warper, float]] = {  # in the order in which they apply, with the value that changes nothing
     "temperature": (temperature, 1.0),
     "top_k": (top_k, 0),
     "top_p": (top_p, 1.0),

@@ -82,7 +82,7 @@ def stratified(weights: Tensor, u: Tensor) -> Tensor:
 
 
 def multinomial(weights: Tensor, u: Tensor) -> Tensor:
-    """N independent draws (Gordon, Salmond and Smith, 1993), sorted: the law of the counts ignores order."""
+    """N independent draws (Gordon, Salmond and Smith, 1993), sorted: the distribution of the counts ignores order."""
     positions = u.to(torch.float64).sort(-1).values * weights.shape[-1]
     return _ancestors_at(_positive(weights), positions)
 
@@ -115,7 +115,7 @@ def keep_survivors(ancestors: Tensor) -> Tensor:
     """Reorder ancestors [B, N] so that a particle with offspring keeps its place: ancestor[ancestor[i]] = ancestor[i].
 
     Only the places of dead particles change hands, so states move by copying dead rows alone, in place. Particles are
-    exchangeable, so the law does not change.
+    exchangeable, so the distribution does not change.
     """
     n = ancestors.shape[-1]
     identity = torch.arange(n, device=ancestors.device).expand_as(ancestors)

@@ -37,9 +37,9 @@ class Streams:
             bonus = philox.uniforms(self.seeds, self._n, steps[-1:], philox.TARGET + later)
         return draft.flatten(0, 1), packed(bonus.flatten())
 
-    def token(self, made: int) -> Tensor:
+    def token(self, generated: int) -> Tensor:
         """For generated token number ``made`` of the one-token loop: [R]."""
-        return packed(self._target[:, :, made].flatten())
+        return packed(self._target[:, :, generated].flatten())
 
     def resample(self, cycle: int) -> Tensor:
         """For the ancestors of a cycle: [B, N]."""
@@ -67,9 +67,9 @@ class Streams:
 def of_cycle(n: int, k: int) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """What ``Streams`` gives for one cycle, where its number stands on the device."""
 
-    def cycle_uniforms(seeds: Tensor, made: Tensor, cycle: Tensor, tries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def cycle_uniforms(seeds: Tensor, generated: Tensor, cycle: Tensor, tries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """seeds, tries: [B]; made, cycle: []. For x_1 .. x_K [R, K], the bonus [R] and the ancestors [B, N]."""
-        steps, later = made + torch.arange(k + 1, device=seeds.device), ATTEMPT * (tries - 1)
+        steps, later = generated + torch.arange(k + 1, device=seeds.device), ATTEMPT * (tries - 1)
         draft = philox.uniforms(seeds, n, steps[:-1], philox.PROPOSE + later)
         bonus = philox.uniforms(seeds, n, steps[-1:], philox.TARGET + later)
         ancestors = philox.uniforms(seeds, n, cycle[None], philox.RESAMPLE)
@@ -78,9 +78,9 @@ def of_cycle(n: int, k: int) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     return cycle_uniforms
 
 
-def of_token(seeds: Tensor, made: Tensor) -> Tensor:
+def of_token(seeds: Tensor, generated: Tensor) -> Tensor:
     """What ``Streams.token`` gives, where the token's number [] stands on the device: [B]."""
-    return philox.uniforms(seeds, 1, made[None], philox.TARGET).flatten()
+    return philox.uniforms(seeds, 1, generated[None], philox.TARGET).flatten()
 
 
 def uniforms(seeds: Tensor, n: int, steps: int, purpose: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Speculative decoding by rejection: which drafted tokens the target accepts, and the token it adds.
 
-B requests with N chains of K drafted tokens each. What is committed follows the target's law exactly, whatever the
+B requests with N chains of K drafted tokens each. What is committed follows the target's distribution exactly, whatever the
 draft (Leviathan et al., 2023; Chen et al., 2023); several chains are tried in turn (SpecInfer: Miao et al., 2023).
 """
 
@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from smc_compile.runtime.algorithms.next_token import Law, broken, pick
+from smc_compile.runtime.algorithms.next_token import NextTokenDistribution, broken, pick
 from smc_compile.runtime.algorithms.sampling import sample_inverse_cdf
 from smc_compile.runtime.execution.region_bodies import draw
-from smc_compile.runtime.state.region_types import Ends, Forward, Places, Settings, State, is_end
+from smc_compile.runtime.state.region_types import EosIds, Forward, Places, Settings, State, is_eos
 
 
 class Walk(NamedTuple):
@@ -24,7 +24,9 @@ class Walk(NamedTuple):
     candidates: Tensor  # [B, N] bool: the chain agrees with what was accepted
     going: Tensor  # [B] bool: everything was accepted so far
     length: Tensor  # [B], accepted tokens
-    rest: Tensor  # [B, V] float64, up to a factor the law of the token behind them; nothing is meant while going
+    rest: (
+        Tensor  # [B, V] float64, up to a factor the distribution of the token behind them; nothing is meant while going
+    )
 
     @property
     def chain(self) -> Tensor:
@@ -47,14 +49,14 @@ def set_out(batch: int, chains: int, vocab: int, device: torch.device) -> Walk:
 def accept(walk: Walk, p: Tensor, q: Tensor, drafted: Tensor, u: Tensor) -> Walk:
     """Accept or reject the tokens that the chains drafted for one position, chain after chain.
 
-    The candidates share the accepted tokens, so theirs are independent draws from one law q. Each token x is accepted
-    with probability min(1, r(x) / q(x)), where r is the target's law at first, and after each rejection the residual
+    The candidates share the accepted tokens, so theirs are independent draws from one distribution q. Each token x is accepted
+    with probability min(1, r(x) / q(x)), where r is the target's distribution at first, and after each rejection the residual
     max(r - q, 0), normalised. When all are rejected, the token behind the accepted ones is to be drawn from the last
     residual.
 
     Up to its mass a residual is max(p - c q, 0), with c the sum of the masses of those before it: so numbers are
-    carried from chain to chain, and the vocabulary is only read. Laws are normalised and residuals summed in float64.
-    NaN in a law rejects, and leaves NaN in ``rest``.
+    carried from chain to chain, and the vocabulary is only read. Distributions are normalised and residuals summed in float64.
+    NaN in a distribution rejects, and leaves NaN in ``rest``.
 
     Args:
         p: [B, V], the target's probabilities after the accepted tokens.
@@ -71,7 +73,7 @@ def accept(walk: Walk, p: Tensor, q: Tensor, drafted: Tensor, u: Tensor) -> Walk
         accepted, token = accepted | good, torch.where(good, drafted[:, n], token)
         more = taken + mass
         left = _residual(p, q, more).sum(-1)
-        # Only rounding leaves nothing: exactly, a rejection then has probability zero. The law takes its place.
+        # Only rounding leaves nothing: exactly, a rejection then has probability zero. The distribution takes its place.
         more, left = torch.where(left == 0, 0.0, more), torch.where(left == 0, 1.0, left)
         rejected = asked & ~good
         taken, mass = torch.where(rejected, more, taken), torch.where(rejected, left, mass)
@@ -89,10 +91,10 @@ def _residual(p: Tensor, q: Tensor, taken: Tensor) -> Tensor:
 
 
 def arrive(walk: Walk, bonus: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """The token behind the accepted ones [B], and its law up to a factor [B, V]: the residual, or ``bonus`` [B, V], the
+    """The token behind the accepted ones [B], and its distribution up to a factor [B, V]: the residual, or ``bonus`` [B, V], the
     target's probabilities after a whole block. u: [B]"""
-    law = torch.where(walk.going[:, None], bonus.double(), walk.rest)
-    return sample_inverse_cdf(law, u), law
+    distribution = torch.where(walk.going[:, None], bonus.double(), walk.rest)
+    return sample_inverse_cdf(distribution, u), distribution
 
 
 def _normalised(probs: Tensor) -> Tensor:
@@ -104,21 +106,21 @@ def _normalised(probs: Tensor) -> Tensor:
 # ---- regions ---------------------------------------------------------------------------------------------------------
 
 
-def propose(law: Law) -> Callable[..., tuple[Tensor, Tensor]]:
+def propose(distribution: NextTokenDistribution) -> Callable[..., tuple[Tensor, Tensor]]:
     """From the draft's rows [R, V]: a token of every row [R], and the log-probabilities it was drawn from [R, V].
 
-    Greedy acceptance asks for no law of the draft's: [R, 0].
+    Greedy acceptance asks for no distribution of the draft's: [R, 0].
     """
 
     def propose_token(rows: Tensor, settings: Settings, u: Tensor) -> tuple[Tensor, Tensor]:
-        log_q = law.log_probs(rows, {name: value[:, None] for name, value in settings.items()})
+        log_q = distribution.log_probs(rows, {name: value[:, None] for name, value in settings.items()})
         return draw(log_q, u, False), log_q
 
     def propose_likeliest(rows: Tensor, settings: Settings, u: Tensor) -> tuple[Tensor, Tensor]:
-        scores = law.staged(rows, {name: value[:, None] for name, value in settings.items()})
+        scores = distribution.staged(rows, {name: value[:, None] for name, value in settings.items()})
         return scores.argmax(-1), scores[:, :0]
 
-    return propose_likeliest if law.kind == "greedy" else propose_token
+    return propose_likeliest if distribution.kind == "greedy" else propose_token
 
 
 def draft(forward: Forward, proposed: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -133,7 +135,7 @@ def draft(forward: Forward, proposed: Callable[..., tuple[Tensor, Tensor]]) -> C
     return draft_token
 
 
-def accept_drafted(law: Law) -> Callable[..., Walk]:
+def accept_drafted(distribution: NextTokenDistribution) -> Callable[..., Walk]:
     """``accept`` from the target's rows [B, N, K+1, V], at the next position of the blocks."""
 
     def accept_position(
@@ -144,10 +146,10 @@ def accept_drafted(law: Law) -> Callable[..., Walk]:
         settings: Settings,  # [B] each
         u: Tensor,  # [B, N]
     ) -> Walk:
-        # All candidates share the accepted tokens, and with them both laws; those of the first one are read.
+        # All candidates share the accepted tokens, and with them both distributions; those of the first one are read.
         requests, chain = torch.arange(len(rows), device=rows.device), walk.chain
         own = rows[requests, chain, walk.length]  # [B, V]
-        log_p = law.log_probs(own, {name: value[:, None] for name, value in settings.items()})
+        log_p = distribution.log_probs(own, {name: value[:, None] for name, value in settings.items()})
         return accept(walk, log_p.exp(), log_q[requests, chain].exp(), drafted, u)
 
     return accept_position
@@ -162,19 +164,19 @@ class Verdict(NamedTuple):
     accepted: Tensor  # [B], how many of those were drafted
     ended: Tensor  # [B] bool: the last of them ends the sequence
     chain: Tensor  # [B], a chain that holds what was accepted
-    undefined: Tensor  # [B] bool: a law of the target that counts is NaN
+    undefined: Tensor  # [B] bool: a distribution of the target that counts is NaN
     undefined_draft: Tensor  # [B] bool: one of the draft
 
 
-def conclude(law: Law) -> Callable[..., Verdict]:
+def conclude(distribution: NextTokenDistribution) -> Callable[..., Verdict]:
     """The end of a cycle: the token behind the accepted ones, and what of it all counts."""
-    greedy = law.kind == "greedy"
+    greedy = distribution.kind == "greedy"
 
     def conclude_cycle(
         walk: Walk,
         rows: Tensor,  # [B, N, K+1, V], the target's
         drafted: Tensor,  # [B, N, K]
-        ends: Ends,  # of B requests
+        eos_ids: EosIds,  # of B requests
         wanted: Tensor,  # [B], tokens still wanted
         settings: Settings,  # [B] each
         u: Tensor,  # [B]
@@ -184,7 +186,7 @@ def conclude(law: Law) -> Callable[..., Verdict]:
         chain = walk.chain
         own = drafted[requests, chain]  # [B, K]
         spread = {name: value[:, None].expand(-1, length + 1).reshape(-1, 1) for name, value in settings.items()}
-        log_p = law.log_probs(rows[requests, chain].flatten(0, 1), spread).view(batch, length + 1, -1)
+        log_p = distribution.log_probs(rows[requests, chain].flatten(0, 1), spread).view(batch, length + 1, -1)
         if greedy:
             best = log_p.argmax(-1)  # [B, K+1]
             accepted = (best[:, :-1] == own).int().cumprod(1).sum(1)
@@ -195,7 +197,7 @@ def conclude(law: Law) -> Callable[..., Verdict]:
             last, lost = token[:, None], broken(behind)
         tokens = torch.where(column < accepted[:, None], torch.cat([own, last], 1), last)
         offered = (accepted + 1).minimum(wanted)
-        end = is_end(tokens, ends) & (column < offered[:, None])  # [B, K+1]
+        end = is_eos(tokens, eos_ids) & (column < offered[:, None])  # [B, K+1]
         width = torch.where(end.any(1), end.int().argmax(1) + 1, offered)
         undefined = (broken(log_p) & (column < width[:, None])).any(1)
         return Verdict(

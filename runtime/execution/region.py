@@ -69,7 +69,7 @@ def compile_function(function: Callable[..., Any], name: str, compiler: str) -> 
 
     def call(*args: Any) -> Any:
         layouts = tuple([(a.shape, a.stride()) for a in args if isinstance(a, torch.Tensor)])
-        if getattr(known, "run", None) is not _run.number:
+        if getattr(known, "run", known) is not _run.number:  # ``known`` is nobody's run: a thread may begin none
             known.run, known.code = _run.number, {}
         if layouts in known.code:
             return known.code[layouts](*args)

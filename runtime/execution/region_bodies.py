@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from smc_compile.runtime.algorithms.next_token import Law, Mixture, broken, pick
+from smc_compile.runtime.algorithms.next_token import Mixture, NextTokenDistribution, broken, pick
 from smc_compile.runtime.algorithms.sampling import sample_inverse_cdf
 from smc_compile.runtime.algorithms.weights import resample_step
-from smc_compile.runtime.state.region_types import Ends, Forward, Places, Settings, State, is_end
+from smc_compile.runtime.state.region_types import EosIds, Forward, Places, Settings, State, is_eos
 
 
 def draw(log_probs: Tensor, u: Tensor, greedy: bool) -> Tensor:
@@ -32,19 +32,19 @@ def run_model(forward: Forward) -> Callable[..., tuple[Tensor, State]]:
     return model_rows
 
 
-def choose(law: Law | Mixture) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+def choose(distribution: NextTokenDistribution | Mixture) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
     """From rows [R, V] after ``tokens`` [R, T]: the next token of every row, its log-probability, ended, undefined.
 
     Rows that have ended repeat the padding.
     """
-    greedy = law.kind == "greedy"
+    greedy = distribution.kind == "greedy"
 
     def choose_token(
-        rows: Tensor, tokens: Tensor, ended: Tensor, ends: Ends, settings: Settings, u: Tensor
+        rows: Tensor, tokens: Tensor, ended: Tensor, eos_ids: EosIds, settings: Settings, u: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        log_p = law.log_probs(rows, {name: value[:, None] for name, value in settings.items()})
-        ended = ended | is_end(tokens[:, -1:], ends)[:, 0]
-        token = torch.where(ended, ends.pad, draw(log_p, u, greedy))
+        log_p = distribution.log_probs(rows, {name: value[:, None] for name, value in settings.items()})
+        ended = ended | is_eos(tokens[:, -1:], eos_ids)[:, 0]
+        token = torch.where(ended, eos_ids.pad, draw(log_p, u, greedy))
         return token, pick(log_p, token), ended, broken(log_p) & ~ended
 
     return choose_token
@@ -58,7 +58,7 @@ def step(
     def next_token(
         tokens: Tensor,
         ended: Tensor,
-        ends: Ends,
+        eos_ids: EosIds,
         settings: Settings,
         u: Tensor,
         places: Places,
@@ -66,7 +66,7 @@ def step(
         context: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, State]:
         rows, state = forward(tokens, places, state, context)  # rows: [R, V]
-        token, log_p, ended, bad = chosen(rows, tokens, ended, ends, settings, u)
+        token, log_p, ended, bad = chosen(rows, tokens, ended, eos_ids, settings, u)
         return token, log_p, ended, bad, state
 
     return next_token
@@ -79,10 +79,10 @@ class Judged(NamedTuple):
     tokens: Tensor  # [R, K+1]: x_1 .. x_K and the bonus; padding after an end
     log_p: Tensor  # [R, K+1] of these tokens under the target; 0 where nothing counts
     over: Tensor  # [R, K+1] bool: the sequence ends with x_k or before
-    undefined: Tensor  # [R] bool: a law that counts is NaN
+    undefined: Tensor  # [R] bool: a distribution that counts is NaN
 
 
-def judge(law: Law) -> Callable[..., Judged]:
+def judge(distribution: NextTokenDistribution) -> Callable[..., Judged]:
     """From rows [R*(K+1), V] over a block: weight increments, the bonus token, which rows ended or broke.
 
     Increments after the end of a sequence and beyond the length cap are zero; the bonus is drawn from the target itself
@@ -95,21 +95,21 @@ def judge(law: Law) -> Callable[..., Judged]:
         log_q: Tensor,  # [R, K] of x_1 .. x_K
         ended: Tensor,  # [R]
         stops: Tensor,  # [R, K+1] bool: the text ends with x_k for another reason than its token
-        ends: Ends,
+        eos_ids: EosIds,
         remaining: Tensor,  # [R], tokens still wanted after x_0
         settings: Settings,
         u: Tensor,  # [R]
     ) -> Judged:
         r, width = block.shape
         spread = {name: value[:, None].expand(r, width).reshape(-1, 1) for name, value in settings.items()}
-        log_p = law.log_probs(rows, spread).view(r, width, -1)
-        over = ended[:, None] | ((is_end(block, ends) | stops).int().cumsum(1) > 0)
+        log_p = distribution.log_probs(rows, spread).view(r, width, -1)
+        over = ended[:, None] | ((is_eos(block, eos_ids) | stops).int().cumsum(1) > 0)
         wanted = torch.arange(1, width, device=block.device) <= remaining[:, None]
         counts = ~over[:, :-1] & wanted  # [R, K]
         of_drafted = pick(log_p[:, :-1], block[:, 1:]).double()
         increments = torch.where(counts, of_drafted - log_q.double(), 0.0).sum(1)
         bonus = draw(log_p[:, -1], u, False)
-        tokens = torch.where(over, ends.pad[:, None], torch.cat([block[:, 1:], bonus[:, None]], 1))
+        tokens = torch.where(over, eos_ids.pad[:, None], torch.cat([block[:, 1:], bonus[:, None]], 1))
         live = torch.cat([counts, ~over[:, -1:] & (remaining[:, None] > width - 1)], 1)
         of_tokens = torch.cat([of_drafted, pick(log_p[:, -1], bonus).double()[:, None]], 1)
         return Judged(increments, tokens, torch.where(live, of_tokens, 0.0), over, (broken(log_p) & live).any(1))
@@ -125,7 +125,7 @@ def score(forward: Forward, judged: Callable[..., Judged]) -> Callable[..., tupl
         log_q: Tensor,
         ended: Tensor,
         stops: Tensor,
-        ends: Ends,
+        eos_ids: EosIds,
         remaining: Tensor,
         settings: Settings,
         u: Tensor,
@@ -134,7 +134,7 @@ def score(forward: Forward, judged: Callable[..., Judged]) -> Callable[..., tupl
         context: Any,
     ) -> tuple[Judged, State]:
         rows, state = forward(block, places, state, context)  # rows: [R*(K+1), V]
-        return judged(rows, block, log_q, ended, stops, ends, remaining, settings, u), state
+        return judged(rows, block, log_q, ended, stops, eos_ids, remaining, settings, u), state
 
     return score_block
 

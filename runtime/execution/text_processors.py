@@ -11,34 +11,34 @@ from torch import Tensor
 from smc_compile.errors import GenerationError
 from smc_compile.runtime.algorithms.tensors import mark_dynamic
 from smc_compile.runtime.execution.region import Region
-from smc_compile.runtime.state.request import Request, Rows, Rule
+from smc_compile.runtime.state.request import Request, Rows, TextProcessor
 
 
-class Rules:
-    """Logits processors in order, ``(text [R, L], scores [R, V], rows) -> scores [R, V]``, before a law's stages.
+class TextProcessors:
+    """Logits processors in order, ``(text [R, L], scores [R, V], rows) -> scores [R, V]``, before a distribution's stages.
 
     Rules in ``traced`` are tensor code and compile into one region for texts of every length. Others may keep a state:
     with ``by_hand`` each request brings its own, and they run as they are, once a position.
     """
 
-    def __init__(self, traced: Sequence[Rule] = (), by_hand: bool = False, compiler: str = "inductor") -> None:
-        self.rules, self._by_hand_too = tuple(traced), by_hand
-        self.region = Region("rules", _in_order(self.rules), compiler) if traced else None
+    def __init__(self, traced: Sequence[TextProcessor] = (), on_host: bool = False, compiler: str = "inductor") -> None:
+        self.text_processors, self._on_host_too = tuple(traced), on_host
+        self.region = Region("rules", _in_order(self.text_processors), compiler) if traced else None
         self.seconds = 0.0
 
     def __bool__(self) -> bool:
-        return self.region is not None or self._by_hand_too
+        return self.region is not None or self._on_host_too
 
     def told(self) -> list[str]:
         """Each rule and where it runs."""
         where = "compiled" if self.region is not None else "on the host, once a position"
-        return [f"{name_of(rule)}: {where}, on target and draft" for rule in self.rules]
+        return [f"{name_of(text_processor)}: {where}, on target and draft" for text_processor in self.text_processors]
 
     def begin(self, request: Request) -> None:
         """Take the rules of a request."""
         self.seconds = 0.0
         if self.region is None:
-            self.rules = request.rules
+            self.text_processors = request.text_processors
 
     def apply(self, text: Tensor, scores: Tensor, rows: Rows, live: Tensor) -> Tensor:
         """Scores [R, T, V] after the T last prefixes of text [R, L].
@@ -62,55 +62,61 @@ class Rules:
             try:
                 after = self.region(mark_dynamic(text, 1), scores.clone(), rows)
             except Exception as error:
-                raise rule_error(self.rules, f"compiled, it raised {type(error).__name__}: {error}") from error
-            check_scores(after[live], scores[live], self.rules)
+                raise processor_error(
+                    self.text_processors, f"compiled, it raised {type(error).__name__}: {error}"
+                ) from error
+            check_scores(after[live], scores[live], self.text_processors)
             return torch.where(live[:, None], after, scores)
         if live.any():
             some = Rows(rows.request[live], rows.padding[live])
-            scores[live] = self._by_hand(text[live], scores[live], some)
+            scores[live] = self._on_host(text[live], scores[live], some)
         return scores
 
-    def _by_hand(self, text: Tensor, scores: Tensor, rows: Rows) -> Tensor:
-        for rule in self.rules:
+    def _on_host(self, text: Tensor, scores: Tensor, rows: Rows) -> Tensor:
+        for text_processor in self.text_processors:
             before = scores
             try:
-                scores = rule(text, before.clone(), rows)
+                scores = text_processor(text, before.clone(), rows)
             except Exception as error:
-                raise rule_error(rule, f"it raised {type(error).__name__}: {error}") from error
-            check_scores(scores, before, (rule,))
+                raise processor_error(text_processor, f"it raised {type(error).__name__}: {error}") from error
+            check_scores(scores, before, (text_processor,))
         return scores
 
 
-def _in_order(rules: Sequence[Rule]) -> Callable[[Tensor, Tensor, Rows], Tensor]:
-    def apply_rules(text: Tensor, scores: Tensor, rows: Rows) -> Tensor:
-        for rule in rules:
-            scores = rule(text, scores, rows)
+def _in_order(text_processors: Sequence[TextProcessor]) -> Callable[[Tensor, Tensor, Rows], Tensor]:
+    def apply_processors(text: Tensor, scores: Tensor, rows: Rows) -> Tensor:
+        for text_processor in text_processors:
+            scores = text_processor(text, scores, rows)
         return scores
 
-    return apply_rules
+    return apply_processors
 
 
-def check_scores(after: object, before: Tensor, rules: Sequence[Rule]) -> None:
-    """Raises GenerationError when rules returned something else than scores of a law, though they were given some."""
-    rule = rules[0] if len(rules) == 1 else rules
+def check_scores(after: object, before: Tensor, text_processors: Sequence[TextProcessor]) -> None:
+    """Raises GenerationError when rules returned something else than scores of a distribution, though they were given some."""
+    text_processor = text_processors[0] if len(text_processors) == 1 else text_processors
     if not isinstance(after, Tensor) or after.shape != before.shape:
         found = f"a tensor of shape {tuple(after.shape)}" if isinstance(after, Tensor) else type(after).__name__
-        raise rule_error(rule, f"it returned {found} for scores of shape {tuple(before.shape)}")
+        raise processor_error(text_processor, f"it returned {found} for scores of shape {tuple(before.shape)}")
     if after.isnan().any() and not before.isnan().any():
-        raise rule_error(rule, "it returned NaN")
+        raise processor_error(text_processor, "it returned NaN")
     if bool((after == -torch.inf).all(-1).any()) and not bool((before == -torch.inf).all(-1).any()):
-        raise rule_error(rule, "it removed every token: nothing is left to draw")
+        raise processor_error(text_processor, "it removed every token: nothing is left to draw")
 
 
-def rule_error(rule: object, why: str) -> GenerationError:
-    names = [name_of(r) for r in (rule if isinstance(rule, Sequence) else [rule])]
+def processor_error(text_processor: object, why: str) -> GenerationError:
+    names = [name_of(r) for r in (text_processor if isinstance(text_processor, Sequence) else [text_processor])]
     return GenerationError(
-        f"the logits processor {' or '.join(names)} broke the law of the next token",
+        f"the logits processor {' or '.join(names)} broke the distribution of the next token",
         why,
         "return scores of the same shape [rows, vocabulary] in which every row keeps a finite score",
     )
 
 
-def name_of(rule: object) -> str:
+def name_of(text_processor: object) -> str:
     """What a reader knows a rule by."""
-    return str(getattr(rule, "name", None) or getattr(rule, "__name__", None) or type(rule).__name__)
+    return str(
+        getattr(text_processor, "name", None)
+        or getattr(text_processor, "__name__", None)
+        or type(text_processor).__name__
+    )

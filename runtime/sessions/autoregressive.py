@@ -8,19 +8,28 @@ import torch
 
 from smc_compile.kernels.copy_rows import RowCopy
 from smc_compile.result import Generation, Stats
-from smc_compile.runtime.algorithms.next_token import Law
+from smc_compile.runtime.algorithms.next_token import NextTokenDistribution
 from smc_compile.runtime.algorithms.tensors import mark_dynamic, packed
 from smc_compile.runtime.algorithms.uniforms import Streams, of_token
 from smc_compile.runtime.execution.incremental import RuntimeModel
 from smc_compile.runtime.execution.region import Region, compiled_apart
 from smc_compile.runtime.execution.region_bodies import choose, draw, run_model, step
-from smc_compile.runtime.execution.text_processors import Rules
+from smc_compile.runtime.execution.text_processors import TextProcessors
 from smc_compile.runtime.sessions.clock import Clock
 from smc_compile.runtime.sessions.cycle import Held, close_token
 from smc_compile.runtime.sessions.replay import At, Record, Replay, in_shape, make_room, replays
-from smc_compile.runtime.sessions.run import Run, cycles, drive, first_law, not_finite, require_law, ruled, stops
+from smc_compile.runtime.sessions.run import (
+    Run,
+    after_processors,
+    cycles,
+    drive,
+    first_distribution,
+    not_finite,
+    require_distribution,
+    stops,
+)
 from smc_compile.runtime.state.population import Population
-from smc_compile.runtime.state.region_types import is_end
+from smc_compile.runtime.state.region_types import is_eos
 from smc_compile.runtime.state.request import Request
 from smc_compile.runtime.state.settling import Watcher
 from smc_compile.runtime.state.suffix_sizes import capacity_of, first_size
@@ -30,25 +39,34 @@ class AutoregressiveSession:
     """Draws token after token from the target, or takes the most likely one."""
 
     def __init__(
-        self, target: RuntimeModel, law: Law, compiler: str, rules: Rules, record: Record | None = None
+        self,
+        target: RuntimeModel,
+        distribution: NextTokenDistribution,
+        compiler: str,
+        text_processors: TextProcessors,
+        record: Record | None = None,
     ) -> None:
         """``record`` captures tokens to be replayed (see replay.py); rules and stops of the host are not."""
-        self._target, self._law, self._rules = target, law, rules
-        self._replay = Replay(record, self._on_device) if record is not None and not rules else None
+        self._target, self._distribution, self._text_processors = target, distribution, text_processors
+        self._replay = Replay(record, self._on_device) if record is not None and not text_processors else None
         self._uniforms = Region("uniforms", of_token, compiler)
         self._close = Region("close", close_token, compiler)
         self._sizes: set[int] = set()
-        if rules:
+        if text_processors:
             self._step = Region("target_step", run_model(target.advance), compiler, target.whole)
-            self._choose = Region("target_choose", choose(law), compiler)
+            self._choose = Region("target_choose", choose(distribution), compiler)
         else:
-            chosen = compiled_apart(choose(law), "target_choose", compiler, target.whole)
+            chosen = compiled_apart(choose(distribution), "target_choose", compiler, target.whole)
             self._step = Region("target_step", step(target.advance, chosen), compiler, target.whole)
 
     @property
     def regions(self) -> list[Region]:
-        rules = [self._choose, *([self._rules.region] if self._rules.region else [])] if self._rules else []
-        return [self._step, *([self._uniforms, self._close] if self._replay else rules)]
+        text_processors = (
+            [self._choose, *([self._text_processors.region] if self._text_processors.region else [])]
+            if self._text_processors
+            else []
+        )
+        return [self._step, *([self._uniforms, self._close] if self._replay else text_processors)]
 
     @torch.no_grad()
     def run(self, request: Request) -> Generation:
@@ -65,7 +83,7 @@ class AutoregressiveSession:
 
     def _begin(self, request: Request) -> Run:
         clock, asked = Clock(self.regions), request
-        self._rules.begin(request)
+        self._text_processors.begin(request)
         n = int(request.new_tokens.max())
         capacity = capacity_of(n, 1)
         if replays(self._replay, request):
@@ -74,11 +92,11 @@ class AutoregressiveSession:
         size = first_size(capacity, request.ids.shape[1])
         rows, context, state = self._target.begin(request, 1, size)
         clock.prefilled()
-        log_p = first_law(rows, request, self._law, self._rules)
-        require_law(log_p, None)
+        log_p = first_distribution(rows, request, self._distribution, self._text_processors)
+        require_distribution(log_p, None)
         streams = Streams(request.seeds, 1, capacity, 1)
         p = Population.start(request, 1, capacity, state, [])
-        p.tokens[:, 0] = draw(log_p, streams.first()[:, 0], self._law.kind == "greedy")
+        p.tokens[:, 0] = draw(log_p, streams.first()[:, 0], self._distribution.kind == "greedy")
         p.log_p[:, 0] = log_p.gather(1, p.tokens[:, :1])[:, 0]
         keys = mark_dynamic(request.key_positions(size), 1)
         watcher = Watcher(request.watch) if request.watch is not None else None
@@ -90,7 +108,7 @@ class AutoregressiveSession:
             [context],
             keys,
             clock,
-            Stats("autoregressive", n, rules=self._rules.told()),
+            Stats("autoregressive", n, rules=self._text_processors.told()),
             [],
             watcher,
         )
@@ -98,24 +116,26 @@ class AutoregressiveSession:
         return run
 
     def _token(self, run: Run) -> None:
-        run.reserve(run.p.made, (self._target,))
+        run.reserve(run.p.generated, (self._target,))
         if replays(self._replay, run.request):
             self._replayed(run)
             return
-        p, last = run.p, run.p.made - 1
-        tokens, u = packed(p.tokens[:, last:].narrow(1, 0, 1)), run.streams.token(p.made)
+        p, last = run.p, run.p.generated - 1
+        tokens, u = packed(p.tokens[:, last:].narrow(1, 0, 1)), run.streams.token(p.generated)
         ended, places = p.ended | p.stopped, run.places(last, 1)
-        given = (tokens, ended, run.ends, run.settings, u)
-        if self._rules:
+        given = (tokens, ended, run.eos_ids, run.settings, u)
+        if self._text_processors:
             rows, state = self._step(tokens, places, p.target, run.contexts[0])
-            live = ~(ended | is_end(tokens, run.ends)[:, 0]) & (run.remaining(p.made) > 0)
-            rows = ruled(run, self._rules, self._law, rows[:, None], run.nothing, live[:, None])[:, 0]
+            live = ~(ended | is_eos(tokens, run.eos_ids)[:, 0]) & (run.remaining(p.generated) > 0)
+            rows = after_processors(
+                run, self._text_processors, self._distribution, rows[:, None], run.nothing, live[:, None]
+            )[:, 0]
             token, log_p, over, bad = self._choose(rows, *given)
         else:
             token, log_p, over, bad, state = self._step(*given, places, p.target, run.contexts[0])
-        bad = bad & (run.remaining(p.made) > 0)
+        bad = bad & (run.remaining(p.generated) > 0)
         if bad.any():
-            raise not_finite(bad, run.request, p.made)
+            raise not_finite(bad, run.request, p.generated)
         p.target = state or p.target
         p.commit(token[:, None], torch.where(over, 0.0, log_p.double())[:, None], over[:, None])
         p.stopped = stops(run, run.nothing, 1)[:, 0]
@@ -125,28 +145,28 @@ class AutoregressiveSession:
         assert self._replay is not None
         status, _ = self._replay(run, 0, torch.ones(run.request.batch, dtype=torch.int64))
         if status.undefined.any():
-            raise not_finite(status.undefined, run.request, run.p.made)
-        run.p.made += 1
+            raise not_finite(status.undefined, run.request, run.p.generated)
+        run.p.generated += 1
         run.told = status.finished
         run.stats.replayed += 1
 
     def _on_device(self, run: Run, at: At, _: RowCopy) -> None:
         """One token, in place; what holds numbers of tokens are tensors."""
-        p, last = run.p, at.made - 1
-        u, ended = self._uniforms(run.streams.seeds, at.made), p.ended | p.stopped
+        p, last = run.p, at.generated - 1
+        u, ended = self._uniforms(run.streams.seeds, at.generated), p.ended | p.stopped
         tokens = p.tokens.index_select(1, last[None])
         places, context = run.places(last, 1), run.contexts[0]
-        token, log_p, over, bad, _ = self._step(tokens, ended, run.ends, run.settings, u, places, p.target, context)
-        held, status = self._close(over, bad, Held.by(p), token, run.ends, run.request.new_tokens, at.made)
-        p.tokens.index_copy_(1, at.made[None], token[:, None])
-        p.log_p.index_copy_(1, at.made[None], torch.where(over, 0.0, log_p.double())[:, None])
+        token, log_p, over, bad, _ = self._step(tokens, ended, run.eos_ids, run.settings, u, places, p.target, context)
+        held, status = self._close(over, bad, Held.by(p), token, run.eos_ids, run.request.new_tokens, at.generated)
+        p.tokens.index_copy_(1, at.generated[None], token[:, None])
+        p.log_p.index_copy_(1, at.generated[None], torch.where(over, 0.0, log_p.double())[:, None])
         held.write(p)
         at.status.copy_(status)
 
     def _result(self, run: Run, whole: bool) -> Generation:
         result = run.result(whole)
         stats = run.stats
-        stats.cycles = run.p.made - 1
+        stats.cycles = run.p.generated - 1
         stats.score_seconds = run.clock.spent("target_step", "target_choose")
-        stats.rules_seconds += self._rules.seconds
+        stats.rules_seconds += self._text_processors.seconds
         return result

@@ -22,7 +22,7 @@ from smc_compile.runtime.state.population import (
     own_and_source,
     shared_after,
 )
-from smc_compile.runtime.state.region_types import Ends
+from smc_compile.runtime.state.region_types import EosIds
 
 
 class Held(NamedTuple):
@@ -47,7 +47,7 @@ class Held(NamedTuple):
 class Closed(NamedTuple):
     """A population after a cycle.
 
-    Rows of ``status`` [5, B] bool: the target's law is undefined; the draft's is; every particle has weight zero; the
+    Rows of ``status`` [5, B] bool: the target's distribution is undefined; the draft's is; every particle has weight zero; the
     population was resampled; the request has finished.
     """
 
@@ -64,7 +64,7 @@ def close(threshold: float, method: str) -> Callable[..., Closed]:
     weigh_and_resample = weigh(threshold, method)
 
     def close_cycle(
-        judged: Judged, held: Held, ends: Ends, new_tokens: Tensor, made: Tensor, tries: Tensor, u: Tensor
+        judged: Judged, held: Held, eos_ids: EosIds, new_tokens: Tensor, generated: Tensor, tries: Tensor, u: Tensor
     ) -> Closed:
         """new_tokens, tries: [B]; made: [], before the cycle; u: [B, N]."""
         batch, n = held.log_w.shape
@@ -78,15 +78,15 @@ def close(threshold: float, method: str) -> Callable[..., Closed]:
         identity = torch.arange(n, device=u.device)
         ancestors = torch.where(sound, keep_survivors(ancestors), identity)  # [B, N]
         source = (ancestors + n * torch.arange(batch, device=u.device)[:, None]).flatten()
-        length, ended = ends_within(held.length, held.ended, judged.over, made)
+        length, ended = ends_within(held.length, held.ended, judged.over, generated)
         width = judged.tokens.shape[1]
         since = own_and_source(held.shared, ancestors).flatten()
-        shared = shared_after(held.shared, ancestors, made + width - 1)
+        shared = shared_after(held.shared, ancestors, generated + width - 1)
         new = Held(log_w, log_evidence, ended[source], length[source], shared)
         new = Held(*(torch.where(sound, after, before) for after, before in zip(new, held, strict=True)))
         pending, never = judged.tokens[source, -1:], torch.zeros_like(ended)
-        lengths = ends_at_pending(new.length, new.ended, pending, never, ends, made + width)
-        finished = all_finished(lengths, n, made + width, new_tokens)
+        lengths = ends_at_pending(new.length, new.ended, pending, never, eos_ids, generated + width)
+        finished = all_finished(lengths, n, generated + width, new_tokens)
         status = torch.stack([of_target, of_draft, dead, resampled & sound, finished & sound])
         return Closed(new, source, since, ess, ancestors, status)
 
@@ -94,14 +94,14 @@ def close(threshold: float, method: str) -> Callable[..., Closed]:
 
 
 def close_token(
-    over: Tensor, bad: Tensor, held: Held, token: Tensor, ends: Ends, new_tokens: Tensor, made: Tensor
+    over: Tensor, bad: Tensor, held: Held, token: Tensor, eos_ids: EosIds, new_tokens: Tensor, generated: Tensor
 ) -> tuple[Held, Tensor]:
     """After one token of the one-token loop: what is held, and its status as of ``Closed``. over, bad, token: [B]."""
-    undefined = bad & (new_tokens > made)
+    undefined = bad & (new_tokens > generated)
     sound = ~undefined.any()
-    length, ended = ends_within(held.length, held.ended, over[:, None], made)
+    length, ended = ends_within(held.length, held.ended, over[:, None], generated)
     length, ended = torch.where(sound, length, held.length), torch.where(sound, ended, held.ended)
-    lengths = ends_at_pending(length, ended, token[:, None], torch.zeros_like(ended), ends, made + 1)
-    finished = all_finished(lengths, 1, made + 1, new_tokens)
+    lengths = ends_at_pending(length, ended, token[:, None], torch.zeros_like(ended), eos_ids, generated + 1)
+    finished = all_finished(lengths, 1, generated + 1, new_tokens)
     never = torch.zeros_like(sound).expand_as(undefined)
     return held._replace(ended=ended, length=length), torch.stack([undefined, never, never, never, finished & sound])

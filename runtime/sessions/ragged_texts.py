@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from smc_compile.runtime.algorithms.next_token import Law, Mixture
-from smc_compile.runtime.execution.text_processors import Rules
+from smc_compile.runtime.algorithms.next_token import Mixture, NextTokenDistribution
+from smc_compile.runtime.execution.text_processors import TextProcessors
 from smc_compile.runtime.sessions.run import Run, ask
 from smc_compile.runtime.state.request import Request, Rows
 
@@ -21,23 +21,29 @@ def by_count(request: Request, tokens: Tensor, count: Tensor, extra: Tensor) -> 
     requests mean nothing.
     """
     n = len(extra) // len(count)
-    for made in count.unique().tolist():
-        front = torch.cat([request.ids, tokens[:, :made]], 1).repeat_interleave(n, 0)
-        yield count == made, torch.cat([front, extra], 1)
+    for generated in count.unique().tolist():
+        front = torch.cat([request.ids, tokens[:, :generated]], 1).repeat_interleave(n, 0)
+        yield count == generated, torch.cat([front, extra], 1)
 
 
-def ruled_texts(
-    run: Run, count: Tensor, rules: Rules, law: Law | Mixture, rows: Tensor, extra: Tensor, live: Tensor
+def texts_after_processors(
+    run: Run,
+    count: Tensor,
+    text_processors: TextProcessors,
+    distribution: NextTokenDistribution | Mixture,
+    rows: Tensor,
+    extra: Tensor,
+    live: Tensor,
 ) -> Tensor:
     """Rows [R, T, V] of the last T prefixes of the texts with ``extra`` [R, T-1] behind them, after the rules.
 
     ``count`` [B] are the tokens made; prefixes that are not ``live`` [R, T] count for nothing.
     """
-    scores = law.scores(rows)
+    scores = distribution.scores(rows)
     for group, text in by_count(run.request, run.p.tokens, count, extra):
         asked = live & group.repeat_interleave(run.n)[:, None]
         if asked.any():
-            scores = rules.apply(text, scores, run.rows, asked)
+            scores = text_processors.apply(text, scores, run.rows, asked)
     return scores
 
 

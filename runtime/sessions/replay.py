@@ -75,7 +75,7 @@ def make_room(replay: Replay | None, request: Request, *what: Any) -> None:
 class At(NamedTuple):
     """What the host tells a recorded cycle, and what it hears of it."""
 
-    made: Tensor  # []
+    generated: Tensor  # []
     cycle: Tensor  # []
     tries: Tensor  # [B]
     status: Tensor  # [5, B] bool, as of closing.Closed
@@ -151,7 +151,7 @@ class Replay:
         """
         recording = self._recording_of(run)
         at = recording.at
-        at.made.fill_(run.p.made)
+        at.generated.fill_(run.p.generated)
         at.cycle.fill_(cycle)
         at.tries.copy_(tries)
         if not recording.ran:
@@ -235,7 +235,7 @@ def read(run: Run) -> list[Tensor]:
     request = run.request
     contexts = [tensor for prompts, tables, _ in run.contexts for tensor in (*prompts, *tables)]
     settings = [run.settings[name] for name in sorted(run.settings)]
-    small = [*run.ends, *settings, request.lengths, request.new_tokens, run.streams.seeds]
+    small = [*run.eos_ids, *settings, request.lengths, request.new_tokens, run.streams.seeds]
     return [run.keys, *small, *contexts]
 
 

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from smc_compile.errors import GenerationError
 from smc_compile.result import Generation, Stats
-from smc_compile.runtime.algorithms.next_token import Law, Mixture, broken
+from smc_compile.runtime.algorithms.next_token import Mixture, NextTokenDistribution, broken
 from smc_compile.runtime.algorithms.tensors import mark_dynamic
 from smc_compile.runtime.algorithms.uniforms import Streams
 from smc_compile.runtime.execution.incremental import RuntimeModel
 from smc_compile.runtime.execution.region import begin_run
-from smc_compile.runtime.execution.text_processors import Rules
+from smc_compile.runtime.execution.text_processors import TextProcessors
 from smc_compile.runtime.sessions.clock import Clock
 from smc_compile.runtime.state.population import Outcome, Population, assemble, outcome
-from smc_compile.runtime.state.region_types import Ends, Places, Settings
+from smc_compile.runtime.state.region_types import EosIds, Places, Settings
 from smc_compile.runtime.state.request import Request, Rows, Stop
 from smc_compile.runtime.state.settling import Watcher
 from smc_compile.runtime.state.suffix_sizes import next_size
@@ -54,14 +54,14 @@ class Run:
     def by_row(self) -> None:
         """What the regions read of each row."""
         r, n = self.request, self.n
-        self.ends = Ends(r.ends.repeat_interleave(n, 0), r.pad.repeat_interleave(n))
+        self.eos_ids = EosIds(r.eos_ids.repeat_interleave(n, 0), r.pad.repeat_interleave(n))
         self.settings: Settings = {name: value.repeat_interleave(n) for name, value in r.settings.items()}
         self.rows = r.rows(n)
         self.nothing = self.request.ids[:, :0].repeat_interleave(n, 0)  # no tokens [R, 0]
 
-    def remaining(self, made: int | Tensor) -> Tensor:
+    def remaining(self, generated: int | Tensor) -> Tensor:
         """[R], tokens still wanted after the pending one, number ``made``."""
-        return (self.request.new_tokens - made).repeat_interleave(self.p.n)
+        return (self.request.new_tokens - generated).repeat_interleave(self.p.n)
 
     def places(self, first: int | Tensor, count: int) -> Places:
         """``count`` slots from ``first``."""
@@ -70,7 +70,7 @@ class Run:
 
     def finished(self) -> Tensor:
         """[B] bool"""
-        return self.p.finished(self.request, self.ends) if self.told is None else self.told
+        return self.p.finished(self.request, self.eos_ids) if self.told is None else self.told
 
     def reserve(self, slots: int, models: Sequence[RuntimeModel]) -> None:
         """Let the suffixes of these models grow until they have ``slots`` slots."""
@@ -104,7 +104,7 @@ class Run:
         fresh = [b for b in done if self.request.number[b] not in self.gone]
         if not fresh:
             return
-        self.outcomes.append(outcome(self.p, self.request, self.ends, fresh, self.streams.select()))
+        self.outcomes.append(outcome(self.p, self.request, self.eos_ids, fresh, self.streams.select()))
         self.gone.update(self.outcomes[-1].number)
         if self.watcher is not None:
             self.watcher.finish(self.outcomes[-1])
@@ -125,9 +125,9 @@ class Run:
     def result(self, whole: bool) -> Generation:
         """All requests; those that still go on as they stand, and no wider than that unless ``whole``."""
         on = [b for b, number in enumerate(self.request.number) if number not in self.gone]
-        now = [outcome(self.p, self.request, self.ends, on, self.streams.select())] if on else []
+        now = [outcome(self.p, self.request, self.eos_ids, on, self.streams.select())] if on else []
         width = int(self.asked.new_tokens.max())
-        width = width if whole else min(width, self.p.made)
+        width = width if whole else min(width, self.p.generated)
         return assemble([*self.outcomes, *now], self.asked, width, self.clock.fill(self.stats))
 
 
@@ -140,7 +140,7 @@ def cycles(run: Run, models: Sequence[RuntimeModel], sizes: set[int], advance: C
         advance(run)
         sizes.add(run.request.batch)
         if run.watcher is not None:
-            run.watcher.cycle(run.p, run.request, run.ends, run.gone)
+            run.watcher.cycle(run.p, run.request, run.eos_ids, run.gone)
         run.release(run.finished(), models, sizes)
         yield
 
@@ -165,17 +165,26 @@ def drive(
     return result(run, True)
 
 
-def first_law(rows: Tensor, request: Request, law: Law | Mixture, rules: Rules) -> Tensor:
+def first_distribution(
+    rows: Tensor, request: Request, distribution: NextTokenDistribution | Mixture, text_processors: TextProcessors
+) -> Tensor:
     """log-probabilities [B, V] of the first new token of each request."""
-    if rules:
+    if text_processors:
         live = torch.ones(request.batch, 1, dtype=torch.bool, device=rows.device)
-        rows = rules.apply(request.ids, law.scores(rows)[:, None], request.rows(1), live)[:, 0]
-    return law.log_probs(rows, {name: value[:, None] for name, value in request.settings.items()})
+        rows = text_processors.apply(request.ids, distribution.scores(rows)[:, None], request.rows(1), live)[:, 0]
+    return distribution.log_probs(rows, {name: value[:, None] for name, value in request.settings.items()})
 
 
-def ruled(run: Run, rules: Rules, law: Law | Mixture, rows: Tensor, extra: Tensor, live: Tensor) -> Tensor:
+def after_processors(
+    run: Run,
+    text_processors: TextProcessors,
+    distribution: NextTokenDistribution | Mixture,
+    rows: Tensor,
+    extra: Tensor,
+    live: Tensor,
+) -> Tensor:
     """Rows [R, T, V] of the last T prefixes of the text with ``extra`` [R, T-1] behind it, after the rules."""
-    return rules.apply(run.p.text(run.request, extra), law.scores(rows), run.rows, live)
+    return text_processors.apply(run.p.text(run.request, extra), distribution.scores(rows), run.rows, live)
 
 
 def stops(run: Run, extra: Tensor, count: int) -> Tensor:
@@ -209,18 +218,18 @@ def ask(stop: Stop, text: Tensor, rows: Rows, count: int) -> Tensor:
     return found
 
 
-def require_law(log_probs: Tensor, request: Request | None, who: str = "target") -> None:
+def require_distribution(log_probs: Tensor, request: Request | None, who: str = "target") -> None:
     bad = broken(log_probs)
     if bad.any():
         raise not_finite(bad, request, 0, who)
 
 
-def not_finite(bad: Tensor, request: Request | None, made: int, who: str = "target") -> GenerationError:
+def not_finite(bad: Tensor, request: Request | None, generated: int, who: str = "target") -> GenerationError:
     rows = bad.nonzero()[:, 0].tolist()
     first = rows[0] if request is None else request.number[rows[0]]
     return GenerationError(
         f"the {who}'s logits are NaN or infinite",
-        f"at generated token {made}, request {first}" + (f" and {len(rows) - 1} more" if len(rows) > 1 else ""),
+        f"at generated token {generated}, request {first}" + (f" and {len(rows) - 1} more" if len(rows) > 1 else ""),
         "check the weights and the dtype (overflow in float16?), and that no logits processor removes every token; "
         "error.partial holds what was generated before",
     )

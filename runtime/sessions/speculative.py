@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from smc_compile.result import Generation, Stats
-from smc_compile.runtime.algorithms.next_token import Law
+from smc_compile.runtime.algorithms.next_token import NextTokenDistribution
 from smc_compile.runtime.algorithms.tensors import packed
 from smc_compile.runtime.algorithms.uniforms import RejectionStreams, Streams
 from smc_compile.runtime.execution.acceptance import Verdict, accept_drafted, conclude, draft, propose, set_out
@@ -17,12 +17,12 @@ from smc_compile.runtime.execution.incremental import CachedModel
 from smc_compile.runtime.execution.memory import require_memory
 from smc_compile.runtime.execution.region import Region, compiled_apart
 from smc_compile.runtime.execution.region_bodies import draw, run_model
-from smc_compile.runtime.execution.text_processors import Rules
+from smc_compile.runtime.execution.text_processors import TextProcessors
 from smc_compile.runtime.sessions.clock import Clock
-from smc_compile.runtime.sessions.ragged_texts import ends_by_text, ruled_texts
-from smc_compile.runtime.sessions.run import Run, drive, first_law, not_finite, require_law
+from smc_compile.runtime.sessions.ragged_texts import ends_by_text, texts_after_processors
+from smc_compile.runtime.sessions.run import Run, drive, first_distribution, not_finite, require_distribution
 from smc_compile.runtime.state.population import Population
-from smc_compile.runtime.state.region_types import Ends, is_end
+from smc_compile.runtime.state.region_types import EosIds, is_eos
 from smc_compile.runtime.state.request import Request
 from smc_compile.runtime.state.settling import Watcher
 from smc_compile.runtime.state.slots import Slots, capacity
@@ -45,7 +45,7 @@ class Committed(Population):
         self.tail = behind.gather(1, width[:, None] + torch.arange(2, device=width.device))
         self.count = self.count + width
         self.ended = self.ended | ended
-        self.made = int(self.count.max())
+        self.generated = int(self.count.max())
         self.ess.append(torch.ones_like(self.log_evidence))
         self.ancestors.append(torch.zeros_like(self.count)[:, None])
 
@@ -53,10 +53,10 @@ class Committed(Population):
         """Tokens still wanted [B]."""
         return torch.where(self.ended, 0, (request.new_tokens - self.count).clamp_min(0))
 
-    def lengths(self, ends: Ends) -> Tensor:
+    def lengths(self, eos_ids: EosIds) -> Tensor:
         return self.count
 
-    def finished(self, request: Request, ends: Ends) -> Tensor:
+    def finished(self, request: Request, eos_ids: EosIds) -> Tensor:
         return self.wanted(request) == 0
 
     def take(self, keep: Tensor, rows: Tensor) -> Self:
@@ -81,7 +81,7 @@ class SpeculativeRun(Run):
 
     def by_row(self) -> None:
         super().by_row()
-        self.request_ends = Ends(self.request.ends, self.request.pad)
+        self.request_eos_ids = EosIds(self.request.eos_ids, self.request.pad)
 
     def positions(self, offset: int, count: int) -> Tensor:
         """Where ``count`` tokens stand [B, count], from ``offset`` behind the pending one on; none past the cap."""
@@ -96,35 +96,48 @@ class SpeculativeRun(Run):
 
 
 class SpeculativeSession:
-    """Rejection sampling with N chains of K drafted tokens a cycle; one chain where the law is greedy."""
+    """Rejection sampling with N chains of K drafted tokens a cycle; one chain where the distribution is greedy."""
 
     def __init__(
         self,
         target: CachedModel,
         draft_model: CachedModel,
-        law: Law,
-        draft_law: Law,
+        distribution: NextTokenDistribution,
+        draft_distribution: NextTokenDistribution,
         n_particles: int,
         lookahead: int,
         compiler: str,
-        rules: Rules,
+        text_processors: TextProcessors,
     ) -> None:
-        self._target, self._draft, self._law, self._draft_law = target, draft_model, law, draft_law
-        self._n, self._k, self._rules = 1 if law.kind == "greedy" else n_particles, lookahead, rules
+        self._target, self._draft, self._distribution, self._draft_distribution = (
+            target,
+            draft_model,
+            distribution,
+            draft_distribution,
+        )
+        self._n, self._k, self._text_processors = (
+            1 if distribution.kind == "greedy" else n_particles,
+            lookahead,
+            text_processors,
+        )
         self._sizes: set[int] = set()
-        proposed = compiled_apart(propose(draft_law), "draft_choose", compiler, draft_model.whole)
-        advance = run_model(draft_model.advance) if rules else draft(draft_model.advance, proposed)
+        proposed = compiled_apart(propose(draft_distribution), "draft_choose", compiler, draft_model.whole)
+        advance = run_model(draft_model.advance) if text_processors else draft(draft_model.advance, proposed)
         self._head = Region("draft_head", advance, compiler, draft_model.whole)
         self._step = Region("draft_step", advance, compiler, draft_model.whole)
-        self._choose = Region("draft_choose", propose(draft_law), compiler)
+        self._choose = Region("draft_choose", propose(draft_distribution), compiler)
         self._score = Region("score", run_model(target.score), compiler, target.whole)
-        self._accept = Region("accept", accept_drafted(law), compiler)
-        self._conclude = Region("conclude", conclude(law), compiler)
+        self._accept = Region("accept", accept_drafted(distribution), compiler)
+        self._conclude = Region("conclude", conclude(distribution), compiler)
 
     @property
     def regions(self) -> list[Region]:
-        rules = [self._choose, *([self._rules.region] if self._rules.region else [])] if self._rules else []
-        return [self._head, self._step, self._score, self._accept, self._conclude, *rules]
+        text_processors = (
+            [self._choose, *([self._text_processors.region] if self._text_processors.region else [])]
+            if self._text_processors
+            else []
+        )
+        return [self._head, self._step, self._score, self._accept, self._conclude, *text_processors]
 
     @torch.no_grad()
     def run(self, request: Request) -> Generation:
@@ -133,20 +146,20 @@ class SpeculativeSession:
 
     def _begin(self, request: Request) -> SpeculativeRun:
         clock = Clock(self.regions)
-        self._rules.begin(request)
+        self._text_processors.begin(request)
         n = int(request.new_tokens.max())
         size = capacity(n, self._k + 1)
         require_memory(request, self._n, size, self._k + 1, self._target, self._draft)
         rows, context, target = self._target.begin(request, self._n, size)
         _, draft_context, draft_state = self._draft.begin(request, self._n, size)
         clock.prefilled()
-        log_p = first_law(rows, request, self._law, self._rules)
-        require_law(log_p, None)
+        log_p = first_distribution(rows, request, self._distribution, self._text_processors)
+        require_distribution(log_p, None)
         streams = Streams(request.seeds, 1, 1, 1)
-        first = draw(log_p, streams.first()[:, 0], self._law.kind == "greedy")[:, None]  # [B, 1]
+        first = draw(log_p, streams.first()[:, 0], self._distribution.kind == "greedy")[:, None]  # [B, 1]
         start = Population.start(request, 1, n, target, draft_state)
         start.tokens[:, :1], start.log_p[:, :1] = first, log_p.gather(1, first).double()
-        ended = is_end(first, Ends(request.ends, request.pad))[:, 0]
+        ended = is_eos(first, EosIds(request.eos_ids, request.pad))[:, 0]
         tail = torch.cat([request.ids[:, -1:], first], 1)
         p = Committed(**{**vars(start), "ended": ended}, count=torch.ones_like(request.lengths), tail=tail)
         slots = Slots.start(request, size, self._k + 1)
@@ -158,7 +171,7 @@ class SpeculativeSession:
             contexts=[context, draft_context],
             keys=slots.target,
             clock=clock,
-            stats=Stats("speculative", n, rules=self._rules.told()),
+            stats=Stats("speculative", n, rules=self._text_processors.told()),
             outcomes=[],
             watcher=Watcher(request.watch) if request.watch is not None else None,
             chains=self._n,
@@ -178,7 +191,7 @@ class SpeculativeSession:
         undefined = verdict.undefined | verdict.undefined_draft
         if undefined.any():
             who = "target" if verdict.undefined.any() else "draft"
-            raise not_finite(undefined, run.request, p.made, who)
+            raise not_finite(undefined, run.request, p.generated, who)
         stopped = ends_by_text(run, p.count, verdict.tokens, verdict.width)  # [B, K+1]
         width = torch.where(stopped.any(1), stopped.int().argmax(1) + 1, verdict.width)
         ended = stopped.any(1) | verdict.ended
@@ -192,7 +205,7 @@ class SpeculativeSession:
         p.append(verdict.tokens, verdict.log_p, width, ended)
 
     def _propose(self, run: SpeculativeRun) -> tuple[Tensor, list[Tensor]]:
-        """K tokens a row from the draft [R, K], and the laws that they were drawn from, K times [R, V]."""
+        """K tokens a row from the draft [R, K], and the distributions that they were drawn from, K times [R, V]."""
         p, u = run.p, run.uniforms.draft(run.cycle)
         tokens = p.tail.repeat_interleave(self._n, 0)  # [R, 2]
         ended = run.nothing.new_zeros(len(tokens), dtype=torch.bool)
@@ -204,19 +217,19 @@ class SpeculativeSession:
             places = run.slots.places(run.slots.draft, run.positions(k + 1 - count, count), k + 2 - count)
             region = self._step if k else self._head
             uniform = packed(u[:, k])
-            if self._rules:
+            if self._text_processors:
                 rows, _ = region(tokens, places, p.draft, run.contexts[1])
                 so_far = torch.stack(drafted, 1) if k else run.nothing
                 live = ~ended & (wanted > k)
-                rows = ruled_texts(run, p.count, self._rules, self._draft_law, rows[:, None], so_far, live[:, None])[
-                    :, 0
-                ]
-                token, law = self._choose(rows, run.settings, uniform)
-                ended = ended | is_end(token[:, None], run.ends)[:, 0]
+                rows = texts_after_processors(
+                    run, p.count, self._text_processors, self._draft_distribution, rows[:, None], so_far, live[:, None]
+                )[:, 0]
+                token, distribution = self._choose(rows, run.settings, uniform)
+                ended = ended | is_eos(token[:, None], run.eos_ids)[:, 0]
             else:
-                token, law = region(tokens, run.settings, uniform, places, p.draft, run.contexts[1])
+                token, distribution = region(tokens, run.settings, uniform, places, p.draft, run.contexts[1])
             drafted.append(token)
-            log_q.append(law)
+            log_q.append(distribution)
             tokens = token[:, None]
         return torch.stack(drafted, 1), log_q
 
@@ -227,21 +240,23 @@ class SpeculativeSession:
         places = run.slots.places(run.slots.target, run.positions(0, width), 0)
         rows, _ = self._score(block, places, p.target, run.contexts[0])
         wanted = p.wanted(run.request)
-        if self._rules:
-            over = is_end(drafted, run.ends).int().cumsum(1) > 0  # [R, K]
+        if self._text_processors:
+            over = is_eos(drafted, run.eos_ids).int().cumsum(1) > 0  # [R, K]
             over = torch.cat([torch.zeros_like(over[:, :1]), over], 1)
             live = ~over & (torch.arange(width, device=over.device) < wanted.repeat_interleave(self._n)[:, None])
             rows = rows.view(*block.shape, -1)
-            rows = ruled_texts(run, p.count, self._rules, self._law, rows, drafted, live).flatten(0, 1)
+            rows = texts_after_processors(
+                run, p.count, self._text_processors, self._distribution, rows, drafted, live
+            ).flatten(0, 1)
         batch, settings = len(wanted), run.request.settings
         rows, drafted = rows.view(batch, self._n, width, -1), drafted.view(batch, self._n, -1)
-        walk = set_out(batch, self._n, self._law.scores(rows[:1, 0, 0]).shape[-1], rows.device)
+        walk = set_out(batch, self._n, self._distribution.scores(rows[:1, 0, 0]).shape[-1], rows.device)
         u = run.uniforms.accept(run.cycle)
-        for k in range(self._k if self._law.kind != "greedy" else 0):
+        for k in range(self._k if self._distribution.kind != "greedy" else 0):
             q = log_q[k].view(batch, self._n, -1)
             walk = self._accept(walk, rows, q, packed(drafted[:, :, k]), settings, packed(u[:, :, k]))
         u_last = run.uniforms.last(run.cycle)
-        verdict: Verdict = self._conclude(walk, rows, drafted, run.request_ends, wanted, settings, u_last)
+        verdict: Verdict = self._conclude(walk, rows, drafted, run.request_eos_ids, wanted, settings, u_last)
         return verdict
 
     def _result(self, run: Run, whole: bool) -> Generation:
@@ -251,5 +266,5 @@ class SpeculativeSession:
         stats.accepted = run.accepted / max(run.live, 1)
         stats.draft_seconds = clock.spent("draft_head", "draft_step", "draft_choose")
         stats.score_seconds = clock.spent("score", "accept", "conclude")
-        stats.rules_seconds += self._rules.seconds
+        stats.rules_seconds += self._text_processors.seconds
         return result

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from smc_compile.result import Generation, Stats
 from smc_compile.runtime.algorithms.weights import log_mean_exp, select
-from smc_compile.runtime.state.region_types import Ends, State, is_end
+from smc_compile.runtime.state.region_types import EosIds, State, is_eos
 from smc_compile.runtime.state.request import Request
 
 ENDLESS = 2**40  # the length of a sequence that has not ended
@@ -32,7 +32,7 @@ class Population:
     shared: Tensor  # [B, N, N], leading slots of their caches that two particles have in common
     target: State
     draft: State
-    made: int = 1
+    generated: int = 1
     ess: list[Tensor] = field(default_factory=list)  # [B] a cycle
     ancestors: list[Tensor] = field(default_factory=list)  # [B, N] a cycle
     lag: list[Tensor] = field(default_factory=list)  # [B] a cycle
@@ -56,15 +56,15 @@ class Population:
 
     def text(self, request: Request, extra: Tensor) -> Tensor:
         """All tokens [R, P + made + E]: prompts as they were given, made tokens, and ``extra`` [R, E] behind them."""
-        return torch.cat([request.ids.repeat_interleave(self.n, 0), self.tokens[:, : self.made], extra], 1)
+        return torch.cat([request.ids.repeat_interleave(self.n, 0), self.tokens[:, : self.generated], extra], 1)
 
     def commit(self, tokens: Tensor, log_p: Tensor, over: Tensor) -> None:
         """Take the K+1 tokens [R, K+1] of a cycle; ``over`` [R, K+1] says that the text ends with x_k or before."""
         width = tokens.shape[1]
-        self.length, self.ended = ends_within(self.length, self.ended, over, self.made)
-        self.tokens[:, self.made : self.made + width] = tokens
-        self.log_p[:, self.made : self.made + width] = log_p
-        self.made += width
+        self.length, self.ended = ends_within(self.length, self.ended, over, self.generated)
+        self.tokens[:, self.generated : self.generated + width] = tokens
+        self.log_p[:, self.generated : self.generated + width] = log_p
+        self.generated += width
 
     def permute(self, ancestors: Tensor) -> tuple[Tensor, Tensor, int]:
         """Give every dead row its ancestor's tokens; survivors keep their place.
@@ -73,22 +73,22 @@ class Population:
         """
         batch, n = ancestors.shape
         since = own_and_source(self.shared, ancestors).flatten()
-        self.shared = shared_after(self.shared, ancestors, self.made - 1)
+        self.shared = shared_after(self.shared, ancestors, self.generated - 1)
         flat = (ancestors + n * torch.arange(batch, device=ancestors.device)[:, None]).flatten()
         dead = (flat != torch.arange(batch * n, device=flat.device)).nonzero()[:, 0]
         source = flat[dead]
         for values in (self.tokens, self.log_p, self.ended, self.stopped, self.length):
             values[dead] = values[source]
-        return dead, source, int(since[dead].min()) if len(dead) else self.made
+        return dead, source, int(since[dead].min()) if len(dead) else self.generated
 
-    def lengths(self, ends: Ends) -> Tensor:
+    def lengths(self, eos_ids: EosIds) -> Tensor:
         """Tokens of each row up to and with its end [R]; ENDLESS before it."""
-        pending = self.tokens[:, self.made - 1 : self.made]
-        return ends_at_pending(self.length, self.ended, pending, self.stopped, ends, self.made)
+        pending = self.tokens[:, self.generated - 1 : self.generated]
+        return ends_at_pending(self.length, self.ended, pending, self.stopped, eos_ids, self.generated)
 
-    def finished(self, request: Request, ends: Ends) -> Tensor:
+    def finished(self, request: Request, eos_ids: EosIds) -> Tensor:
         """[B] bool: every particle has ended, or the cap is reached."""
-        return all_finished(self.lengths(ends), self.n, self.made, request.new_tokens)
+        return all_finished(self.lengths(eos_ids), self.n, self.generated, request.new_tokens)
 
     def take(self, keep: Tensor, rows: Tensor) -> Self:
         """The particles of these requests; the states are not touched, nor is what is kept by cycle."""
@@ -115,23 +115,23 @@ def shared_after(shared: Tensor, ancestors: Tensor, used: int | Tensor) -> Tenso
     return torch.where(ancestors[:, :, None] == ancestors[:, None, :], used, pairs)
 
 
-def ends_within(length: Tensor, ended: Tensor, over: Tensor, made: int | Tensor) -> tuple[Tensor, Tensor]:
+def ends_within(length: Tensor, ended: Tensor, over: Tensor, generated: int | Tensor) -> tuple[Tensor, Tensor]:
     """Lengths and ended [R] after a block that ``over`` [R, K+1] describes; x_0 is the token before ``made``."""
     ends_here = over.any(1) & ~ended
-    return torch.where(ends_here, made + (~over).sum(1), length), over[:, -1].contiguous()
+    return torch.where(ends_here, generated + (~over).sum(1), length), over[:, -1].contiguous()
 
 
 def ends_at_pending(
-    length: Tensor, ended: Tensor, pending: Tensor, stopped: Tensor, ends: Ends, made: int | Tensor
+    length: Tensor, ended: Tensor, pending: Tensor, stopped: Tensor, eos_ids: EosIds, generated: int | Tensor
 ) -> Tensor:
     """Lengths [R] that count an end at the pending token [R, 1], number ``made``."""
-    at_end = is_end(pending, ends)[:, 0] | stopped
-    return torch.where(at_end & ~ended, made, length)
+    at_end = is_eos(pending, eos_ids)[:, 0] | stopped
+    return torch.where(at_end & ~ended, generated, length)
 
 
-def all_finished(lengths: Tensor, n: int, made: int | Tensor, new_tokens: Tensor) -> Tensor:
+def all_finished(lengths: Tensor, n: int, generated: int | Tensor, new_tokens: Tensor) -> Tensor:
     """[B] bool: all n rows of a request have ended, or its cap is reached."""
-    return (lengths < ENDLESS).view(-1, n).all(1) | (made >= new_tokens)
+    return (lengths < ENDLESS).view(-1, n).all(1) | (generated >= new_tokens)
 
 
 @dataclass(frozen=True)
@@ -150,15 +150,15 @@ class Outcome:
     lag: Tensor  # [b, C], or [b, 0]
 
 
-def outcome(p: Population, request: Request, ends: Ends, keep: list[int], u: Tensor) -> Outcome:
+def outcome(p: Population, request: Request, eos_ids: EosIds, keep: list[int], u: Tensor) -> Outcome:
     """The requests at rows ``keep`` as they stand; ``u`` [B] draws the particles that become the answers."""
     index = torch.tensor(keep, device=p.tokens.device)
-    batch, made = request.batch, p.made
-    lengths = p.lengths(ends).view(batch, p.n)[index]
+    batch, generated = request.batch, p.generated
+    lengths = p.lengths(eos_ids).view(batch, p.n)[index]
     caps = request.new_tokens[index]
-    lengths = lengths.minimum(caps.clamp(max=made)[:, None])
-    counted = torch.arange(made, device=index.device) < lengths[..., None]  # [b, N, G]
-    tokens, log_p = (value.view(batch, p.n, -1)[index, :, :made] for value in (p.tokens, p.log_p))
+    lengths = lengths.minimum(caps.clamp(max=generated)[:, None])
+    counted = torch.arange(generated, device=index.device) < lengths[..., None]  # [b, N, G]
+    tokens, log_p = (value.view(batch, p.n, -1)[index, :, :generated] for value in (p.tokens, p.log_p))
     log_w = p.log_w[index]
     none = log_w.new_zeros(len(keep), 0)
     return Outcome(
@@ -190,9 +190,11 @@ def assemble(outcomes: Sequence[Outcome], asked: Request, width: int, stats: Sta
     lengths = torch.cat([o.lengths for o in outcomes])[order]
     chosen = torch.cat([o.chosen for o in outcomes])[order]
     rows = torch.arange(len(number), device=order.device)
-    made = together("tokens", width, 2, 0)
+    generated = together("tokens", width, 2, 0)
     after = torch.arange(width, device=order.device) >= lengths[..., None]
-    particles = torch.cat([asked.ids[:, None].expand(-1, n, -1), torch.where(after, asked.pad[:, None, None], made)], 2)
+    particles = torch.cat(
+        [asked.ids[:, None].expand(-1, n, -1), torch.where(after, asked.pad[:, None, None], generated)], 2
+    )
     ancestors = together("ancestors", stats.cycles, 1, -1)
     nobody = torch.arange(n, device=order.device)
     log_p = together("log_p", width, 2, 0.0)

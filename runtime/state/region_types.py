@@ -19,7 +19,7 @@ class Places(NamedTuple):
     keys: Tensor  # [B, P+S] positions of what is cached
 
 
-class Ends(NamedTuple):
+class EosIds(NamedTuple):
     """How the sequences of R rows end."""
 
     tokens: Tensor  # [R, E]: any of these; -1 never occurs
@@ -32,9 +32,9 @@ Settings = Mapping[str, Tensor]  # [R] each
 Forward = Callable[[Tensor, Places, State, Any], tuple[Tensor, State]]
 
 
-def is_end(tokens: Tensor, ends: Ends) -> Tensor:
+def is_eos(tokens: Tensor, eos_ids: EosIds) -> Tensor:
     """[R, T] -> [R, T]"""
-    return (tokens[..., None] == ends.tokens[:, None, :]).any(-1)
+    return (tokens[..., None] == eos_ids.tokens[:, None, :]).any(-1)
 
 
 def unify(caches: Sequence[Tensor], dim: int) -> None:

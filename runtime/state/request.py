@@ -18,7 +18,7 @@ class Rows(NamedTuple):
 
 
 # (text [R, L], scores [R, V], rows) -> scores [R, V]: a logits processor that reads the tokens so far
-Rule = Callable[[Tensor, Tensor, Rows], Tensor]
+TextProcessor = Callable[[Tensor, Tensor, Rows], Tensor]
 # (text [R, L], rows) -> [R] bool: whether each sequence ends with its last token. It runs on the host.
 Stop = Callable[[Tensor, Rows], Tensor]
 
@@ -34,7 +34,7 @@ class Request:
         seeds: [B] int64.
         ends: [B, E] int64, tokens that end a sequence; -1 fills up.
         pad: [B] int64, the token that follows an end.
-        settings: what the law reads, by name: [B] each.
+        settings: what the distribution reads, by name: [B] each.
         number: the place of each request in the caller's batch.
         rules: on the scores, where they run as they are; compiled ones belong to the session.
         stop: ends a sequence by what its text is; it runs on the host.
@@ -46,11 +46,11 @@ class Request:
     lengths: Tensor
     new_tokens: Tensor
     seeds: Tensor
-    ends: Tensor
+    eos_ids: Tensor
     pad: Tensor
     settings: Mapping[str, Tensor] = field(default_factory=dict)
     number: tuple[int, ...] = ()
-    rules: tuple[Rule, ...] = ()
+    text_processors: tuple[TextProcessor, ...] = ()
     stop: Stop | None = None
     max_lag: int | None = None
     watch: Callable[[Any], None] | None = None

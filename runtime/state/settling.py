@@ -12,7 +12,7 @@ from torch import Tensor
 from smc_compile.runtime.algorithms.sampling import sample_inverse_cdf
 from smc_compile.runtime.algorithms.weights import normalise
 from smc_compile.runtime.state.population import Outcome, Population
-from smc_compile.runtime.state.region_types import Ends
+from smc_compile.runtime.state.region_types import EosIds
 from smc_compile.runtime.state.request import Request
 
 
@@ -50,7 +50,7 @@ def settle_old(p: Population, log_w: Tensor, max_lag: int, u: Tensor) -> tuple[T
 
     log_w: [B, N]; u: [B] uniforms. Returns log_w [B, N] and which requests were settled [B].
     """
-    old = max(p.made - max_lag, 0)
+    old = max(p.generated - max_lag, 0)
     settled = log_w.clone()
     drawn = torch.zeros(log_w.shape[0], dtype=torch.bool, device=log_w.device)
     for b in range(log_w.shape[0]):
@@ -72,10 +72,12 @@ class Watcher:
     def __init__(self, report: Callable[[Progress], None]) -> None:
         self._report = report
 
-    def cycle(self, p: Population, request: Request, ends: Ends, gone: Container[int]) -> None:
+    def cycle(self, p: Population, request: Request, eos_ids: EosIds, gone: Container[int]) -> None:
         """After a cycle, before the finished requests leave; ``gone`` have left."""
         lag = []
-        lengths = p.lengths(ends).view(request.batch, p.n).minimum(request.new_tokens[:, None]).clamp(max=p.made)
+        lengths = (
+            p.lengths(eos_ids).view(request.batch, p.n).minimum(request.new_tokens[:, None]).clamp(max=p.generated)
+        )
         for b, number in enumerate(request.number):
             leader = int(p.log_w[b].argmax())
             tokens = p.tokens[b * p.n : (b + 1) * p.n, : int(lengths[b].max())]

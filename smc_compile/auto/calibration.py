@@ -17,9 +17,9 @@ from smc_compile.kernels.cpp_kernel import cpp_kernel
 from smc_compile.kernels.skinny_linear import SIGNATURE
 from smc_compile.passes.cache.attention_ops import attention_over_cache
 from smc_compile.passes.lower.skinny_products import linear
-from smc_compile.runtime.algorithms.next_token import Law
+from smc_compile.runtime.algorithms.next_token import NextTokenDistribution
 from smc_compile.runtime.execution.incremental import StatefulModel
-from smc_compile.runtime.execution.text_processors import Rules
+from smc_compile.runtime.execution.text_processors import TextProcessors
 from smc_compile.runtime.sessions.smc import SMCSession
 
 ROWS = (1, 2, 3, 4, 8, 16, 32, 48, 49, 96, 192, 384)  # with both sides of where products change kernels
@@ -190,7 +190,7 @@ def launch_seconds(dtype: torch.dtype, device: torch.device) -> float:
 
 def smallest_kernel(dtype: torch.dtype) -> Callable[[Tensor, Tensor], object]:
     """A C++ kernel of all threads; a product where none can be built."""
-    kernel = cpp_kernel("few_rows", SIGNATURE, dtype)
+    kernel = cpp_kernel("skinny_linear", SIGNATURE, dtype)
     if kernel is None:
         return lambda x, out: torch.mm(x, x, out=out)
     return lambda x, out: kernel(x, x, x, out, 8, 8, 8, False, torch.get_num_threads())
@@ -244,8 +244,14 @@ def host_seconds(device: torch.device) -> tuple[float, float]:
     ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
 
     def seconds(lookahead: int) -> float:
-        model, law, rules = StatefulModel(Nothing()), Law("logits"), Rules(compiler="eager")
-        session = SMCSession(model, model, law, law, 2, lookahead, 0.5, "systematic", "eager", rules)
+        model, distribution, text_processors = (
+            StatefulModel(Nothing()),
+            NextTokenDistribution("logits"),
+            TextProcessors(compiler="eager"),
+        )
+        session = SMCSession(
+            model, model, distribution, distribution, 2, lookahead, 0.5, "systematic", "eager", text_processors
+        )
         request = build_request(ids, TOKENS, request_seeds(0, ids))
         with torch.compiler.set_stance("force_eager"):
             runs = [session.run(request).stats for _ in range(3)]

@@ -218,7 +218,7 @@ def weight_variance(pilot: Generation) -> float:
 
 def _pilot(program: Program, request: Request, n: int) -> Generation:
     """A few cycles of the pair on the request's own prompt, uncompiled and without resampling."""
-    if program.by_hand:
+    if program.on_host:
         raise OptionError(
             "no pilot can run",
             "logits processors of this request keep a state of their own, which a pilot would change",

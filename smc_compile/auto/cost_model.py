@@ -21,14 +21,14 @@ from smc_compile.auto.calibration import Rates, rates
 from smc_compile.auto.graph_costs import SYMBOLS, Costs, Kernel, Sizes, pass_costs
 from smc_compile.errors import OptionError
 from smc_compile.passes.ir import CachedLM
-from smc_compile.runtime.algorithms.next_token import SETTINGS, Law, Mixture
+from smc_compile.runtime.algorithms.next_token import SETTINGS, Mixture, NextTokenDistribution
 from smc_compile.runtime.execution.incremental import CachedModel
 from smc_compile.runtime.execution.region_bodies import choose, judge
-from smc_compile.runtime.state.region_types import Ends
+from smc_compile.runtime.state.region_types import EosIds
 from smc_compile.runtime.state.suffix_sizes import mean_slots
 
 META = torch.device("meta")
-_passes: WeakKeyDictionary[Any, dict[Law | Mixture, Pass]] = WeakKeyDictionary()
+_passes: WeakKeyDictionary[Any, dict[NextTokenDistribution | Mixture, Pass]] = WeakKeyDictionary()
 SMALL_CALLS = 3  # compiled functions of a cycle that are no passes of a model: the weights and what moves particles
 
 
@@ -144,17 +144,22 @@ def cycle_model(target: Any, draft: Any) -> CycleModel:
 
 
 def _pass(model: Any, every_position: bool) -> Pass:
-    """Counted once for a graph and a law."""
+    """Counted once for a graph and a distribution."""
     cached: CachedLM = model.traced.cached
     known = _passes.setdefault(cached.score if every_position else cached.advance, {})
-    if model.law not in known:
-        known[model.law] = _count(model, cached, every_position)
-    return known[model.law]
+    if model.distribution not in known:
+        known[model.distribution] = _count(model, cached, every_position)
+    return known[model.distribution]
 
 
 def _count(model: Any, cached: CachedLM, every_position: bool) -> Pass:
     weights = model.runtime.weights()
-    costs = pass_costs(cached, weights, every_position, _judging(model.law) if every_position else _choosing(model.law))
+    costs = pass_costs(
+        cached,
+        weights,
+        every_position,
+        _judging(model.distribution) if every_position else _choosing(model.distribution),
+    )
     graph: Any = cached.score if every_position else cached.advance
     if hasattr(graph, "reads"):
         return Pass(costs, len(graph.reads) + 1, sum(len(read) for read in graph.reads))
@@ -164,25 +169,27 @@ def _count(model: Any, cached: CachedLM, every_position: bool) -> Pass:
 # ---- what a region does with a model's rows, on tensors without data ------------------------------------------------
 
 
-def _choosing(law: Law | Mixture) -> Any:
-    chosen = choose(law)
+def _choosing(distribution: NextTokenDistribution | Mixture) -> Any:
+    chosen = choose(distribution)
 
     def tail(rows: Tensor, z: Sizes) -> Any:
         r = z.rows
-        return chosen(rows, _ids(r, z.tokens), _flags(r), _ends(r), _settings(law, r), _reals(r))
+        return chosen(rows, _ids(r, z.tokens), _flags(r), _eos_ids(r), _settings(distribution, r), _reals(r))
 
     return tail
 
 
-def _judging(law: Law) -> Any:
-    judged = judge(law)
+def _judging(distribution: NextTokenDistribution) -> Any:
+    judged = judge(distribution)
 
     def tail(rows: Tensor, z: Sizes) -> Any:
         r, width = z.rows, z.tokens
         drafted = _reals(r, width - 1)
         stops = torch.zeros(r, width, dtype=torch.bool, device=META)
         ended, remaining = _flags(r), _ids(r)
-        return judged(rows, _ids(r, width), drafted, ended, stops, _ends(r), remaining, _settings(law, r), _reals(r))
+        return judged(
+            rows, _ids(r, width), drafted, ended, stops, _eos_ids(r), remaining, _settings(distribution, r), _reals(r)
+        )
 
     return tail
 
@@ -199,10 +206,10 @@ def _flags(rows: int) -> Tensor:
     return torch.empty(rows, dtype=torch.bool, device=META)
 
 
-def _ends(rows: int) -> Ends:
-    return Ends(_ids(rows, 4), _ids(rows))
+def _eos_ids(rows: int) -> EosIds:
+    return EosIds(_ids(rows, 4), _ids(rows))
 
 
-def _settings(law: Law | Mixture, rows: int) -> dict[str, Tensor]:
-    """All that a law's stages can ask for."""
+def _settings(distribution: NextTokenDistribution | Mixture, rows: int) -> dict[str, Tensor]:
+    """All that a distribution's stages can ask for."""
     return {name: torch.empty(rows, dtype=torch.float64, device=META) for name in (*SETTINGS, "wide")}

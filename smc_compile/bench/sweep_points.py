@@ -198,11 +198,11 @@ def time_cycles(
     compiled = sum(region.compile_seconds for region in session.regions)
     running = session.cycles(request)
     run = next(running)
-    run.p.made = begin
+    run.p.generated = begin
     run.p.shared.fill_(begin - 1)  # by then all particles descend from one that is not long gone
     for _ in range(GROWING):
         next(running)
-    first, before, resamplings, start = run.p.made, spent(session, run), run.stats.resamplings, now(request)
+    first, before, resamplings, start = run.p.generated, spent(session, run), run.stats.resamplings, now(request)
     for _ in range(timed):
         next(running)
     seconds = now(request) - start
@@ -218,7 +218,7 @@ def time_cycles(
         compile_seconds=sum(region.compile_seconds for region in session.regions) - compiled,
         prompt_bytes=sum(cache.nbytes for prompts, *_ in run.contexts for cache in prompts),
         suffix_bytes=sum(cache.nbytes for cache in [*run.p.target, *run.p.draft]),
-        predicted=predict and predict(run.p.target[0].shape[2], (first + run.p.made) / 2),
+        predicted=predict and predict(run.p.target[0].shape[2], (first + run.p.generated) / 2),
     )
 
 

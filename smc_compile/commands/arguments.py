@@ -125,7 +125,9 @@ def check_arguments(arguments: argparse.Namespace, counts: Sequence[str] = ("cha
             raise OptionError(f"--{name.replace('_', '-')} must be at least 1.", f"got {least}")
     if arguments.temperature <= 0:
         raise OptionError(
-            "--temperature must be above 0.", f"got {arguments.temperature:g}", "all rows sample from the same law"
+            "--temperature must be above 0.",
+            f"got {arguments.temperature:g}",
+            "all rows sample from the same distribution",
         )
     for prefix in ("", "draft_"):
         dim, heads, kv_heads = (getattr(arguments, prefix + size) for size in ("dim", "heads", "kv_heads"))

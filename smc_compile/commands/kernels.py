@@ -180,7 +180,7 @@ def pair_of(arguments: argparse.Namespace) -> Pair:
     top_k = 49 * vocab // 50 if a.top_k is None else a.top_k
     if a.temperature <= 0 or top_k < 0 or not 0 < a.top_p <= 1:
         raise OptionError(
-            "the law is out of range",
+            "the distribution is out of range",
             f"temperature {a.temperature}, top-k {top_k}, top-p {a.top_p}",
             "use a temperature above 0, a top-k of 0 or more, a top-p above 0 and up to 1",
         )

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 
-def state_of(rule: Any) -> Any:
-    return fingerprint(getattr(rule, "processor", rule))
+def state_of(text_processor: Any) -> Any:
+    return fingerprint(getattr(text_processor, "processor", text_processor))
 
 
 class Same:

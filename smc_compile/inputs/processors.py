@@ -1,4 +1,4 @@
-"""Sort logits processors: tensor code on the scores goes into the compiled law, what reads the text runs beside it."""
+"""Sort logits processors: tensor code on the scores goes into the compiled distribution, what reads the text runs beside it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from smc_compile.errors import OptionError
 from smc_compile.inputs.fingerprint import fingerprint, state_of
-from smc_compile.runtime.algorithms.next_token import SETTINGS, Stage
+from smc_compile.runtime.algorithms.next_token import SETTINGS, Warper
 from smc_compile.runtime.algorithms.tensors import mark_dynamic
 from smc_compile.runtime.execution.region import Region
 from smc_compile.runtime.execution.text_processors import name_of
-from smc_compile.runtime.state.request import Rows, Rule
+from smc_compile.runtime.state.request import Rows, TextProcessor
 
 log = logging.getLogger(__name__)
 
@@ -36,17 +36,17 @@ class Processors:
     Attributes:
         traced: up to the last that reads the text, if all of these compile; they apply to target and draft.
         by_hand: the same, if one of them does not.
-        stages: what follows, with the settings; the draft's law is mixed from these and from its temperature alone.
+        stages: what follows, with the settings; the draft's distribution is mixed from these and from its temperature alone.
         key: equal for equal classes and settings of what compiles.
     """
 
-    traced: tuple[Rule, ...] = ()
-    by_hand: tuple[Rule, ...] = ()
-    stages: tuple[Stage, ...] = ()
+    traced: tuple[TextProcessor, ...] = ()
+    on_host: tuple[TextProcessor, ...] = ()
+    warpers: tuple[Warper, ...] = ()
     key: tuple[Any, ...] = ()
 
 
-class TextRule:
+class WrappedProcessor:
     """A processor ``(input_ids, scores) -> scores`` as a rule."""
 
     def __init__(self, processor: Any) -> None:
@@ -57,7 +57,7 @@ class TextRule:
         return result
 
 
-class UnseenPadding(TextRule):
+class UnseenPadding(WrappedProcessor):
     """A processor that a library tells, once for a batch, how much padding to overlook.
 
     Particles leave a batch while it runs, so padding is shown to it as a token that it drops: one past the vocabulary.
@@ -86,8 +86,8 @@ class AllowedTokens:
         return masked
 
 
-def score_stage(processor: Any) -> Stage:
-    """A processor that reads the scores alone, as a stage of the law."""
+def score_warper(processor: Any) -> Warper:
+    """A processor that reads the scores alone, as a stage of the distribution."""
 
     def apply(scores: Tensor, settings: Mapping[str, Tensor]) -> Tensor:
         result: Tensor = processor(torch.zeros(scores.shape[0], 1, dtype=torch.int64, device=scores.device), scores)
@@ -117,23 +117,23 @@ def sort_processors(
         )
     reading = [reads_text(processor, vocab, device) for processor in processors]
     last = max((i for i, reads in enumerate(reading) if reads), default=-1)
-    rules = tuple(as_rule(processor) for processor in processors[: last + 1])
-    stages = [score_stage(processor) for processor in processors[last + 1 :]]
-    stages += [SETTINGS[name][0] for name in SETTINGS if name in settings]
-    stages += [score_stage(processor) for processor in after]
-    traced = bool(rules) and compiles(rules, vocab, device)
+    text_processors = tuple(as_text_processor(processor) for processor in processors[: last + 1])
+    warpers = [score_warper(processor) for processor in processors[last + 1 :]]
+    warpers += [SETTINGS[name][0] for name in SETTINGS if name in settings]
+    warpers += [score_warper(processor) for processor in after]
+    traced = bool(text_processors) and compiles(text_processors, vocab, device)
     compiled = [*processors[0 if traced else last + 1 :], None, *after]
-    key = (bool(rules), traced, tuple(sorted(settings)), *(fingerprint(p) if p else None for p in compiled))
-    return Processors(rules if traced else (), () if traced else rules, tuple(stages), key)
+    key = (bool(text_processors), traced, tuple(sorted(settings)), *(fingerprint(p) if p else None for p in compiled))
+    return Processors(text_processors if traced else (), () if traced else text_processors, tuple(warpers), key)
 
 
-def as_rule(processor: Any) -> Rule:
+def as_text_processor(processor: Any) -> TextProcessor:
     allowed = getattr(processor, "_prefix_allowed_tokens_fn", None)
     if callable(allowed):
         return AllowedTokens(allowed, name_of(processor))
     if isinstance(getattr(processor, "prompt_ignore_length", None), Tensor):
         return UnseenPadding(processor)
-    return TextRule(processor)
+    return WrappedProcessor(processor)
 
 
 def reads_text(processor: Any, vocab: int, device: torch.device = CPU) -> bool:
@@ -142,7 +142,9 @@ def reads_text(processor: Any, vocab: int, device: torch.device = CPU) -> bool:
     Its trace with a symbolic length says so, and trials with other texts and lengths. What cannot be traced, and what
     changes itself, is taken to depend on them.
     """
-    if not isinstance(as_rule(processor), TextRule) or isinstance(as_rule(processor), UnseenPadding):
+    if not isinstance(as_text_processor(processor), WrappedProcessor) or isinstance(
+        as_text_processor(processor), UnseenPadding
+    ):
         return True
     processor = untouched(processor)
     if keeps_state(processor, vocab, device) or answers_differ(processor, vocab, device):
@@ -176,20 +178,20 @@ def answers_differ(processor: Any, vocab: int, device: torch.device) -> bool:
     return not all(isinstance(a, Tensor) and torch.equal(a, answers[0]) for a in answers)
 
 
-def compiles(rules: Sequence[Rule], vocab: int, device: torch.device = CPU) -> bool:
+def compiles(text_processors: Sequence[TextProcessor], vocab: int, device: torch.device = CPU) -> bool:
     """Whether rules trace as tensor code for every length, leave their own state alone, and say the same untraced."""
     try:
-        rules = [copy.deepcopy(rule) for rule in rules]
+        text_processors = [copy.deepcopy(text_processor) for text_processor in text_processors]
     except Exception as error:  # what cannot be copied would be changed by a trial
         log.debug("rules cannot be copied for a trial: %s", error)
         return False
 
     def apply(text: Tensor, scores: Tensor, rows: Rows) -> Tensor:
-        for rule in rules:
-            scores = rule(text, scores, rows)
+        for text_processor in text_processors:
+            scores = text_processor(text, scores, rows)
         return scores
 
-    before = [state_of(rule) for rule in rules]
+    before = [state_of(text_processor) for text_processor in text_processors]
     traced = Region("try_rules", apply, "eager")
     rows = Rows(*torch.zeros(2, 2, dtype=torch.int64, device=device))
     try:
@@ -202,7 +204,7 @@ def compiles(rules: Sequence[Rule], vocab: int, device: torch.device = CPU) -> b
         log.debug("rules do not trace: %s", error)
         return False
     lengths = traced.compilations <= MOST_COMPILATIONS  # else each length compiles anew, up to Dynamo's limit
-    return lengths and before == [state_of(rule) for rule in rules]
+    return lengths and before == [state_of(text_processor) for text_processor in text_processors]
 
 
 def untouched(processor: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from smc_compile.errors import InputError, OptionError
 from smc_compile.runtime.algorithms.next_token import SETTINGS
-from smc_compile.runtime.state.request import Request, Rule, Stop
+from smc_compile.runtime.state.request import Request, Stop, TextProcessor
 
 BOUNDS = {"temperature": (0.0, torch.inf), "top_k": (0, 2**31), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0)}
 
@@ -21,10 +21,10 @@ def build_request(
     seeds: Tensor,
     *,
     mask: Tensor | None = None,
-    ends: Any = None,
+    eos_ids: Any = None,
     pad: Any = None,
     settings: Mapping[str, Tensor] | None = None,
-    rules: tuple[Rule, ...] = (),
+    text_processors: tuple[TextProcessor, ...] = (),
     stop: Stop | None = None,
     max_lag: int | None = None,
     watch: Callable[[Any], None] | None = None,
@@ -42,7 +42,7 @@ def build_request(
     """
     check_prompt(ids)
     batch, device = ids.shape[0], ids.device
-    of_each = ends_of_each(ends, batch)
+    of_each = eos_ids_of_each(eos_ids, batch)
     pads = per_request("pad_token_id", [(e or [0])[0] for e in of_each] if pad is None else pad, batch, torch.int64)
     width = max(4, *(len(e) for e in of_each))  # a fixed width, so that a region compiles once
     return Request(
@@ -50,11 +50,11 @@ def build_request(
         lengths=prompt_lengths(ids, mask),
         new_tokens=counts(new_tokens, batch).to(device),
         seeds=seeds.to(device),
-        ends=torch.tensor([e + [-1] * (width - len(e)) for e in of_each], device=device),
+        eos_ids=torch.tensor([e + [-1] * (width - len(e)) for e in of_each], device=device),
         pad=pads.to(device),
         settings={name: value.to(device) for name, value in (settings or {}).items()},
         number=tuple(range(batch)),
-        rules=rules,
+        text_processors=text_processors,
         stop=stop,
         max_lag=max_lag,
         watch=watch,
@@ -98,7 +98,7 @@ def settings_of(batch: int, **given: Any) -> dict[str, Tensor]:
             raise OptionError(
                 f"{name} must be a number {f'between 0 and {high:g}' if high == 1 else '>= 0'}",
                 f"got {wrong[0]!r}",
-                "0 means greedy, 1 the model's own law" if name == "temperature" else "",
+                "0 means greedy, 1 the model's own distribution" if name == "temperature" else "",
             )
         if name == "temperature" or bool((values != SETTINGS[name][1]).any()):
             found[name] = values
@@ -149,18 +149,18 @@ def counts(new_tokens: Any, batch: int) -> Tensor:
     return per_request("max_new_tokens", values, batch, torch.int64)
 
 
-def ends_of_each(ends: Any, batch: int) -> list[list[int]]:
+def eos_ids_of_each(eos_ids: Any, batch: int) -> list[list[int]]:
     """The tokens that end each request's sequences."""
-    ends = ends.tolist() if isinstance(ends, Tensor) else ends
-    if ends is None or isinstance(ends, int):
-        ends = [] if ends is None else [ends]
-    nested = any(isinstance(e, (list, tuple)) or e is None for e in ends)
-    each = [list(e) if isinstance(e, (list, tuple)) else [] if e is None else [e] for e in ends]
+    eos_ids = eos_ids.tolist() if isinstance(eos_ids, Tensor) else eos_ids
+    if eos_ids is None or isinstance(eos_ids, int):
+        eos_ids = [] if eos_ids is None else [eos_ids]
+    nested = any(isinstance(e, (list, tuple)) or e is None for e in eos_ids)
+    each = [list(e) if isinstance(e, (list, tuple)) else [] if e is None else [e] for e in eos_ids]
     each = each if nested else [[e for one in each for e in one]] * batch
     if len(each) != batch:
         raise OptionError(
             f"eos_token_id has {len(each)} lists for {batch} requests",
-            f"got {ends!r}",
+            f"got {eos_ids!r}",
             "give one list for each request",
         )
     for e in (e for one in each for e in one):

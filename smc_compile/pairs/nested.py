@@ -1,6 +1,6 @@
 """A random pair whose acceptance rate is set: the target contains the draft, and adds noise to its logits.
 
-Random weights give laws that know nothing of each other, while speculative decoding is as fast as its draft is right.
+Random weights give distributions that know nothing of each other, while speculative decoding is as fast as its draft is right.
 Here the target's residual stream is [the draft's coordinates x | others y]:
 
 - in its first layers some heads and hidden units act on x as the draft's do, with zeros elsewhere; the rest write to y;
@@ -29,7 +29,7 @@ from smc_compile.pairs.llama import Block, Llama, LlamaConfig
 
 EPSILON = 2.0**-6  # of y beside x; a power of two costs no digits
 EMBEDDING_STD = 0.05  # small beside what layers add, or a tied head repeats the last token
-TEXT_ENTROPY = 2.5  # nats of the draft's law at the temperature; of text under a good model
+TEXT_ENTROPY = 2.5  # nats of the draft's distribution at the temperature; of text under a good model
 CONTEXTS, LENGTH = 8, 64  # random contexts that the rate is measured on
 TOLERANCE = 0.01
 STEPS = 30  # of a bisection
@@ -48,7 +48,7 @@ class Tuned:
 def tune_pair(target: Llama, draft: Llama, acceptance: float, temperature: float, seed: int = 0) -> Tuned:
     """Overwrite the weights of both models so that ``target`` accepts the share ``acceptance`` of the draft's tokens.
 
-    Both laws are softmax(logits / temperature).
+    Both distributions are softmax(logits / temperature).
 
     Raises:
         OptionError: where the draft does not fit inside the target, or rounding hides so much that the rate is not
@@ -64,7 +64,7 @@ def tune_pair(target: Llama, draft: Llama, acceptance: float, temperature: float
     set_head(target, draft, sharpness, 0.0)
     noise = match_acceptance(target, draft, ids, sharpness, acceptance, temperature)
     set_head(target, draft, sharpness, noise)
-    log_p, log_q = log_law(target, ids, temperature), log_law(draft, ids, temperature)
+    log_p, log_q = log_distribution(target, ids, temperature), log_distribution(draft, ids, temperature)
     reached = mean_acceptance(log_p, log_q)
     if abs(reached - acceptance) > TOLERANCE:
         raise OptionError(
@@ -243,7 +243,7 @@ def fill(parameter: Tensor, std: float, generator: torch.Generator) -> None:
     parameter.normal_(0.0, std, generator=generator)
 
 
-# ---- laws -----------------------------------------------------------------------------------------------------------
+# ---- distributions -----------------------------------------------------------------------------------------------------------
 
 
 def random_contexts(model: Llama, generator: torch.Generator) -> Tensor:
@@ -253,7 +253,7 @@ def random_contexts(model: Llama, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def log_law(model: Llama, ids: Tensor, temperature: float) -> Tensor:
+def log_distribution(model: Llama, ids: Tensor, temperature: float) -> Tensor:
     """ids [B, S] -> log-probabilities [B*S, V] float32 of the next token."""
     return normalised(model(ids), temperature)
 
@@ -274,8 +274,8 @@ def mean_entropy(log_p: Tensor) -> float:
 
 
 def match_entropy(draft: Llama, ids: Tensor, temperature: float) -> float:
-    """The factor on the logits that gives the draft's law the entropy of text (half the largest, for few tokens)."""
-    log_q = log_law(draft, ids, temperature)
+    """The factor on the logits that gives the draft's distribution the entropy of text (half the largest, for few tokens)."""
+    log_q = log_distribution(draft, ids, temperature)
     wanted = min(TEXT_ENTROPY, math.log(draft.config.vocab_size) / 2)
     return bisect(lambda factor: mean_entropy((factor * log_q).log_softmax(-1)), wanted, 0.0, upper_end(log_q))
 
@@ -290,7 +290,7 @@ def match_acceptance(
     target: Llama, draft: Llama, ids: Tensor, sharpness: float, acceptance: float, temperature: float
 ) -> float:
     """The size of the noise that gives the mean acceptance asked for; only the target's head depends on it."""
-    log_q, hidden = log_law(draft, ids, temperature), target.trunk(ids)
+    log_q, hidden = log_distribution(draft, ids, temperature), target.trunk(ids)
 
     def accepted(noise: float) -> float:
         set_head(target, draft, sharpness, noise)

@@ -20,7 +20,7 @@ from smc_compile.program.model import (
     stateful,
 )
 from smc_compile.program.program import Program
-from smc_compile.runtime.algorithms.next_token import Law, Mixture
+from smc_compile.runtime.algorithms.next_token import Mixture, NextTokenDistribution
 from smc_compile.runtime.execution.incremental import CachedModel
 from smc_compile.runtime.sessions.replay import Record, cuda_graphs
 
@@ -37,10 +37,10 @@ def recorder_for(options: Options, *models: Model) -> Record | None:
 def build_program(
     target: Model,
     options: Options,
-    draft_law: Law | Mixture,
+    draft_distribution: NextTokenDistribution | Mixture,
     ids: Tensor,
-    draft_model: Callable[[Any, Options, Law | Mixture, Tensor], Model] | None = None,
-    **rules: Any,
+    draft_model: Callable[[Any, Options, NextTokenDistribution | Mixture, Tensor], Model] | None = None,
+    **text_processors: Any,
 ) -> Program:
     """Add the draft that ``options`` name, which follows ``draft_law``.
 
@@ -52,7 +52,7 @@ def build_program(
     """
     method = method_for(target, options)
     if method == "autoregressive":
-        return Program(target, None, options, record=recorder_for(options, target), **rules)
+        return Program(target, None, options, record=recorder_for(options, target), **text_processors)
     if options.draft is None:
         raise OptionError(
             "no draft model was given",
@@ -60,13 +60,13 @@ def build_program(
             'pass draft=small_model, or method="autoregressive" for the exact one-token loop',
         )
     start = time.perf_counter()
-    draft = (draft_model or compile_draft)(options.draft, options, draft_law, ids)
+    draft = (draft_model or compile_draft)(options.draft, options, draft_distribution, ids)
     if method == "speculative":
         refuse_states(target, draft)
     vocab = shared_vocabulary(target, draft)
-    target.law, draft.law = target.law.cut(vocab), draft.law.cut(vocab)
+    target.distribution, draft.distribution = target.distribution.cut(vocab), draft.distribution.cut(vocab)
     seconds, record = time.perf_counter() - start, recorder_for(options, target, draft)
-    return Program(target, draft, options, analysis_seconds=seconds, record=record, **rules)
+    return Program(target, draft, options, analysis_seconds=seconds, record=record, **text_processors)
 
 
 def refuse_states(target: Model, draft: Model) -> None:
@@ -80,9 +80,9 @@ def refuse_states(target: Model, draft: Model) -> None:
             )
 
 
-def compile_draft(model: Any, options: Options, law: Law | Mixture, ids: Tensor) -> Model:
+def compile_draft(model: Any, options: Options, distribution: NextTokenDistribution | Mixture, ids: Tensor) -> Model:
     """The draft's own incremental form; its rows are raw logits."""
     if is_stateful(model):
-        return stateful(model, law)
+        return stateful(model, distribution)
     require_eval(model, "draft")
-    return compile_model(model, law, options, ids, "draft")
+    return compile_model(model, distribution, options, ids, "draft")

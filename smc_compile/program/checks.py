@@ -60,7 +60,7 @@ def check_request(request: Request, target: Model, draft: Model | None) -> None:
         raise InputError(
             "prompt and model are on different devices", f"{ids.device} and {place[0]}", "move one of them"
         )
-    vocab = target.law.vocab or target.vocab_size
+    vocab = target.distribution.vocab or target.vocab_size
     padding = torch.arange(ids.shape[1], device=ids.device) < (ids.shape[1] - request.lengths)[:, None]
     given = ids.masked_fill(padding, 0)
     low, high = int(given.min()), int(given.max())

@@ -17,7 +17,7 @@ from smc_compile.options import Options, is_stateful
 from smc_compile.passes.loop.recover import DecodeLoop, recover_loop
 from smc_compile.passes.pipeline import trace_model
 from smc_compile.program.model import Model, cached, require_eval
-from smc_compile.runtime.algorithms.next_token import Law, Mixture
+from smc_compile.runtime.algorithms.next_token import Mixture, NextTokenDistribution
 
 _PROMPT = 3  # tokens of the prompt that a draft is traced with
 
@@ -33,7 +33,9 @@ def _required(model: nn.Module) -> list[str]:
     return [p.name for p in parameters if p.kind in kinds and p.default is inspect.Parameter.empty]
 
 
-def compile_called(model: nn.Module, options: Options, law: Law | Mixture, ids: Tensor) -> Model:
+def compile_called(
+    model: nn.Module, options: Options, distribution: NextTokenDistribution | Mixture, ids: Tensor
+) -> Model:
     """The incremental form of a draft for which ``needs_more`` holds; its rows are raw logits.
 
     Raises:
@@ -46,7 +48,7 @@ def compile_called(model: nn.Module, options: Options, law: Law | Mixture, ids: 
     loop.check(arguments)
     weights = [arguments[at] for at in loop.invariant_indices]
     traced = trace_model(loop.step, ids.new_zeros(ids.shape[0], 2), weights, options.validate)
-    return cached(traced, lambda: [*traced.owned(), *weights], options, "draft", law)
+    return cached(traced, lambda: [*traced.owned(), *weights], options, "draft", distribution)
 
 
 def _by_position(model: Callable[..., Any], ids: Tensor) -> Tensor:

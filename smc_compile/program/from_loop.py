@@ -21,7 +21,7 @@ from smc_compile.program.draft_calls import compile_called, needs_more
 from smc_compile.program.model import cached
 from smc_compile.program.program import Program
 from smc_compile.result import Generation
-from smc_compile.runtime.algorithms.next_token import Law
+from smc_compile.runtime.algorithms.next_token import NextTokenDistribution
 
 KEPT = 16  # programs kept for loops that are compiled again (another n, another prompt length)
 _programs: OrderedDict[Any, LoopProgram] = OrderedDict()
@@ -37,12 +37,12 @@ class LoopProgram:
     weights: list[Tensor]
 
     def run(
-        self, loop: DecodeLoop, arguments: Sequence[Any], trips: int
+        self, loop: DecodeLoop, arguments: Sequence[Any], iterations: int
     ) -> tuple[tuple[Tensor | None, ...], Generation]:
-        """What the loop returns for ``trips`` trips, and the generation behind it; None for the loop's own cache."""
+        """What the loop returns for ``iterations`` iterations, and the generation behind it; None for the loop's own cache."""
         self.weights[:] = _weights(loop, arguments)
         prompt = _prompt(loop, arguments)
-        result = self.program.run(prompt, trips)
+        result = self.program.run(prompt, iterations)
         tokens = result.sequences[:, prompt.shape[1] :]
         return tuple(layout and layout.build(prompt, tokens) for layout in loop.outputs), result
 
@@ -103,9 +103,9 @@ def _compile(loop: DecodeLoop, arguments: Sequence[Any], weights: list[Tensor], 
     traced = trace_model(loop.step, ids.new_zeros(loop.batch, 2), weights, options.validate)
     assert traced.sampler is not None
     current = list(weights)
-    law = Law(traced.sampler.kind)
-    target = cached(traced, lambda: [*traced.owned(), *current], options, "target", law)
+    distribution = NextTokenDistribution(traced.sampler.kind)
+    target = cached(traced, lambda: [*traced.owned(), *current], options, "target", distribution)
     kind = "greedy" if traced.sampler.kind == "greedy" else "logits"
-    draft_law = Law(kind, options.draft_temperature or traced.sampler.temperature)
+    draft_distribution = NextTokenDistribution(kind, options.draft_temperature or traced.sampler.temperature)
     draft_model = compile_called if needs_more(options.draft) else None  # a draft with another calling convention
-    return LoopProgram(build_program(target, options, draft_law, ids, draft_model), traced, current)
+    return LoopProgram(build_program(target, options, draft_distribution, ids, draft_model), traced, current)

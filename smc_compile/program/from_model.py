@@ -16,9 +16,9 @@ from smc_compile.options import Options, is_stateful
 from smc_compile.program.build import build_program
 from smc_compile.program.model import Model, compile_model, require_eval, stateful
 from smc_compile.program.program import Program
-from smc_compile.runtime.algorithms.next_token import SETTINGS, Law, Mixture, Stage
+from smc_compile.runtime.algorithms.next_token import SETTINGS, Mixture, NextTokenDistribution, Warper
 
-WIDE_SHARE = 0.1  # of the draft's law without truncation, where the target truncates
+WIDE_SHARE = 0.1  # of the draft's distribution without truncation, where the target truncates
 
 
 KEPT = 16  # programs kept; the oldest goes first, and with it its hold on the model
@@ -38,11 +38,11 @@ def vocabulary(model: Any, processors: Sequence[Any], options: Options, ids: Ten
         return 0
     if is_stateful(model):
         return int(getattr(model, "vocab_size", 1000))
-    return compile_target(model, Law("logits"), options, ids).vocab_size or 1000
+    return compile_target(model, NextTokenDistribution("logits"), options, ids).vocab_size or 1000
 
 
 def program_for(model: Any, processors: Processors, greedy: bool, options: Options, ids: Tensor) -> Program:
-    """One program per (model, draft, law, options without the seed).
+    """One program per (model, draft, distribution, options without the seed).
 
     Raises:
         OptionError, InputError, CacheError, ValidationError: when the pair cannot be compiled.
@@ -68,42 +68,50 @@ def _place(model: Any) -> tuple[torch.device, torch.dtype] | None:
 
 
 def _compile(model: Any, processors: Processors, greedy: bool, options: Options, ids: Tensor) -> Program:
-    law = Law("greedy" if greedy else "logits", stages=processors.stages)
-    draft_law = draft_law_for(processors.stages, greedy, options)
-    target = compile_target(model, law, options, ids)
-    by_hand = bool(processors.by_hand)
-    return build_program(target, options, draft_law, ids, rules=processors.traced, by_hand=by_hand)
+    distribution = NextTokenDistribution("greedy" if greedy else "logits", warpers=processors.warpers)
+    draft_distribution = draft_distribution_for(processors.warpers, greedy, options)
+    target = compile_target(model, distribution, options, ids)
+    on_host = bool(processors.on_host)
+    return build_program(target, options, draft_distribution, ids, text_processors=processors.traced, on_host=on_host)
 
 
-def draft_law_for(stages: Sequence[Stage], greedy: bool, options: Options) -> Law | Mixture:
+def draft_distribution_for(
+    warpers: Sequence[Warper], greedy: bool, options: Options
+) -> NextTokenDistribution | Mixture:
     """What the draft follows: rejection accepts most where the draft truncates as the target does, and no token need be
     in reach; for SMC all must be."""
     if greedy:
-        return Law("greedy", stages=tuple(stages))
-    law = proposal(stages, options.draft_temperature)
-    return replace(law, share=0.0) if options.method == "speculative" and isinstance(law, Mixture) else law
+        return NextTokenDistribution("greedy", warpers=tuple(warpers))
+    distribution = proposal(warpers, options.draft_temperature)
+    return (
+        replace(distribution, share=0.0)
+        if options.method == "speculative" and isinstance(distribution, Mixture)
+        else distribution
+    )
 
 
-def proposal(stages: Sequence[Stage], draft_temperature: float | None) -> Law | Mixture:
-    """The draft follows its temperature and, mixed with that alone, what else the target's law does to scores."""
+def proposal(warpers: Sequence[Warper], draft_temperature: float | None) -> NextTokenDistribution | Mixture:
+    """The draft follows its temperature and, mixed with that alone, what else the target's distribution does to scores."""
     temperature = SETTINGS["temperature"][0]
     own = temperature if draft_temperature is None else divide(draft_temperature)
-    wide = Law("logits", stages=(own,))
-    if all(stage is temperature for stage in stages):
+    wide = NextTokenDistribution("logits", warpers=(own,))
+    if all(warper is temperature for warper in warpers):
         return wide
-    narrow = Law("logits", stages=tuple(own if stage is temperature else stage for stage in stages))
+    narrow = NextTokenDistribution(
+        "logits", warpers=tuple(own if warper is temperature else warper for warper in warpers)
+    )
     return Mixture(narrow, wide, WIDE_SHARE)
 
 
-def divide(temperature: float) -> Stage:
+def divide(temperature: float) -> Warper:
     def divided(scores: Tensor, _: Any) -> Tensor:
         return scores / temperature
 
     return divided
 
 
-def compile_target(model: Any, law: Law, options: Options, ids: Tensor) -> Model:
+def compile_target(model: Any, distribution: NextTokenDistribution, options: Options, ids: Tensor) -> Model:
     if is_stateful(model):
-        return stateful(model, law)
+        return stateful(model, distribution)
     require_eval(model, "model")
-    return compile_model(model, law, options, ids, "target")
+    return compile_model(model, distribution, options, ids, "target")

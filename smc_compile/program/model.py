@@ -14,7 +14,7 @@ from smc_compile.errors import InputError
 from smc_compile.options import Options, is_stateful
 from smc_compile.passes.pipeline import Traced, trace_model
 from smc_compile.program.model_calls import logits_of, traceable
-from smc_compile.runtime.algorithms.next_token import Law, Mixture
+from smc_compile.runtime.algorithms.next_token import Mixture, NextTokenDistribution
 from smc_compile.runtime.execution.incremental import CachedModel, RuntimeModel, StatefulModel
 
 KEPT = 16  # analyses kept; the oldest goes first, and with it its hold on the model
@@ -33,26 +33,30 @@ class Model:
     runtime: RuntimeModel
     vocab_size: int | None
     max_positions: int | None
-    law: Law | Mixture
+    distribution: NextTokenDistribution | Mixture
     traced: Traced | None = None
     trained_positions: int | None = None  # what its configuration names; it may run beyond
 
 
-def compile_model(model: nn.Module, law: Law | Mixture, options: Options, ids: Tensor, name: str) -> Model:
+def compile_model(
+    model: nn.Module, distribution: NextTokenDistribution | Mixture, options: Options, ids: Tensor, name: str
+) -> Model:
     """The incremental form of a model whose next token follows its last row of logits."""
     traced = trace_once(model, LastLogits(model), ids, options.validate, sampled=False)
-    found = cached(traced, traced.owned, options, name, law)
+    found = cached(traced, traced.owned, options, name, distribution)
     found.trained_positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     return found
 
 
-def trace_once(model: nn.Module, step: nn.Module, ids: Tensor, check: bool, sampled: bool, law: Any = ()) -> Traced:
+def trace_once(
+    model: nn.Module, step: nn.Module, ids: Tensor, check: bool, sampled: bool, distribution: Any = ()
+) -> Traced:
     """The analysis of ``step``, which asks ``model`` for its next token: kept, since methods and options share it.
 
-    ``law`` is what else the step depends on. An analysis that was validated also serves where none is asked for.
+    ``distribution`` is what else the step depends on. An analysis that was validated also serves where none is asked for.
     """
     place = next(((p.device, p.dtype) for p in model.parameters()), None)
-    keys = [(id(model), place, sampled, law, checked) for checked in (True, check)]
+    keys = [(id(model), place, sampled, distribution, checked) for checked in (True, check)]
     key = next((k for k in keys if k in _traced), keys[-1])
     if key not in _traced:
         _traced[key] = trace_model(step, ids.new_zeros(TRACE_BATCH, 2), (), check, sampled)
@@ -63,18 +67,22 @@ def trace_once(model: nn.Module, step: nn.Module, ids: Tensor, check: bool, samp
 
 
 def cached(
-    traced: Traced, weights: Callable[[], list[Tensor]], options: Options, name: str, law: Law | Mixture
+    traced: Traced,
+    weights: Callable[[], list[Tensor]],
+    options: Options,
+    name: str,
+    distribution: NextTokenDistribution | Mixture,
 ) -> Model:
     graphs = traced.cached
     runtime = CachedModel(graphs, weights, options.compiler, name)
-    return Model(runtime, graphs.vocab_size, graphs.max_positions, law, traced)
+    return Model(runtime, graphs.vocab_size, graphs.max_positions, distribution, traced)
 
 
-def stateful(model: Any, law: Law | Mixture) -> Model:
+def stateful(model: Any, distribution: NextTokenDistribution | Mixture) -> Model:
     """A model that follows the explicit protocol carries its state itself; nothing is synthesized."""
     if isinstance(model, nn.Module):
         require_eval(model, "model")
-    return Model(StatefulModel(model), None, getattr(model, "max_positions", None), law)
+    return Model(StatefulModel(model), None, getattr(model, "max_positions", None), distribution)
 
 
 class LastLogits(nn.Module):
@@ -113,7 +121,7 @@ def placement(model: Model) -> tuple[torch.device, torch.dtype] | None:
 
 def method_for(target: Model, options: Options) -> str:
     """What runs. Particles have nothing to do in a greedy loop: a draft speeds it up by exact speculation."""
-    if options.method != "smc" or target.law.kind != "greedy":
+    if options.method != "smc" or target.distribution.kind != "greedy":
         return options.method
     return "speculative" if options.draft is not None and not with_states(target, options) else "autoregressive"
 

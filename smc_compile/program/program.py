@@ -19,12 +19,12 @@ from smc_compile.program.model import (
 from smc_compile.result import Generation
 from smc_compile.runtime.execution.incremental import CachedModel
 from smc_compile.runtime.execution.region import Region
-from smc_compile.runtime.execution.text_processors import Rules
+from smc_compile.runtime.execution.text_processors import TextProcessors
 from smc_compile.runtime.sessions.autoregressive import AutoregressiveSession
 from smc_compile.runtime.sessions.replay import Record
 from smc_compile.runtime.sessions.smc import SMCSession
 from smc_compile.runtime.sessions.speculative import SpeculativeSession
-from smc_compile.runtime.state.request import Request, Rule
+from smc_compile.runtime.state.request import Request, TextProcessor
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +46,8 @@ class Program:
     target: Model
     draft: Model | None
     options: Options
-    rules: tuple[Rule, ...] = ()
-    by_hand: bool = False
+    text_processors: tuple[TextProcessor, ...] = ()
+    on_host: bool = False
     analysis_seconds: float = 0.0
     choice: Choice | None = None
     record: Record | None = None
@@ -60,7 +60,7 @@ class Program:
     @property
     def rows(self) -> int:
         """Rows of a request: particles or chains."""
-        alone = self.method == "autoregressive" or self.target.law.kind == "greedy"
+        alone = self.method == "autoregressive" or self.target.distribution.kind == "greedy"
         return 1 if alone else int(self.options.n_particles)
 
     @property
@@ -76,7 +76,7 @@ class Program:
         """
         check_prompt(ids)
         seeds = request_seeds(self.options.seed, ids) if seeds is None else seeds
-        return self.answer(build_request(ids, new_tokens, seeds, ends=self.options.eos_token_id))
+        return self.answer(build_request(ids, new_tokens, seeds, eos_ids=self.options.eos_token_id))
 
     def answer(self, request: Request) -> Generation:
         """As ``run``, for requests that differ. The first one is what N and K are chosen for, where that is left open.
@@ -114,27 +114,31 @@ class Program:
 
     def _new_session(self) -> Session:
         o = self.options
-        rules = Rules(self.rules, self.by_hand, o.compiler)
+        text_processors = TextProcessors(self.text_processors, self.on_host, o.compiler)
         if self.method == "autoregressive":
-            return AutoregressiveSession(self.target.runtime, self.target.law, o.compiler, rules, self.record)
+            return AutoregressiveSession(
+                self.target.runtime, self.target.distribution, o.compiler, text_processors, self.record
+            )
         assert self.draft is not None
         if self.method == "speculative":
             target, draft = self.target.runtime, self.draft.runtime
             assert isinstance(target, CachedModel)
             assert isinstance(draft, CachedModel)
-            laws = self.target.law, self.draft.law
-            return SpeculativeSession(target, draft, *laws, int(o.n_particles), self.lookahead, o.compiler, rules)
+            distributions = self.target.distribution, self.draft.distribution
+            return SpeculativeSession(
+                target, draft, *distributions, int(o.n_particles), self.lookahead, o.compiler, text_processors
+            )
         return SMCSession(
             self.target.runtime,
             self.draft.runtime,
-            self.target.law,
-            self.draft.law,
+            self.target.distribution,
+            self.draft.distribution,
             self.rows,
             self.lookahead,
             o.ess_threshold,
             o.resampling_method,
             o.compiler,
-            rules,
+            text_processors,
             self.record,
         )
 

@@ -16,11 +16,10 @@ from smc_compile.auto.graph_costs import SYMBOLS, pass_costs
 from smc_compile.errors import OptionError
 from smc_compile.options import Options
 from smc_compile.pairs.llama import Llama, LlamaConfig
-from smc_compile.predict import Row, Validation, predict
 from smc_compile.program.build import build_program
-from smc_compile.program.from_model import compile_target, draft_law_for
+from smc_compile.program.from_model import compile_target, draft_distribution_for
 from smc_compile.program.program import Program
-from smc_compile.runtime.algorithms.next_token import SETTINGS, Law
+from smc_compile.runtime.algorithms.next_token import SETTINGS, NextTokenDistribution
 
 FREE = Rates(*[(0.0,) * len(ROWS)] * 3, *[0.0] * (len(fields(Rates)) - 3))
 MODEL = TinyTransformerLM()
@@ -42,11 +41,11 @@ def pair() -> Program:
 
 
 def program_of(model: torch.nn.Module, draft: torch.nn.Module) -> Program:
-    stages = (SETTINGS["temperature"][0],)
+    warpers = (SETTINGS["temperature"][0],)
     options = Options.parse({"draft": draft, "compiler": "eager", "validate": False})
     ids = torch.zeros(1, 3, dtype=torch.int64)
-    target = compile_target(model, Law("logits", stages=stages), options, ids)
-    return build_program(target, options, draft_law_for(stages, False, options), ids)
+    target = compile_target(model, NextTokenDistribution("logits", warpers=warpers), options, ids)
+    return build_program(target, options, draft_distribution_for(warpers, False, options), ids)
 
 
 def test_a_cycle_is_a_head_of_two_tokens_steps_of_one_and_a_score():
@@ -124,18 +123,13 @@ def test_a_model_with_a_state_of_its_own_is_refused():
             return torch.zeros(*tokens.shape, 4), state
 
     options = Options.parse({"draft": Stateful()})
-    target = compile_target(MODEL, Law("logits"), options, torch.zeros(1, 3, dtype=torch.int64))
-    program = build_program(target, options, Law("logits"), torch.zeros(1, 3, dtype=torch.int64))
+    target = compile_target(MODEL, NextTokenDistribution("logits"), options, torch.zeros(1, 3, dtype=torch.int64))
+    program = build_program(target, options, NextTokenDistribution("logits"), torch.zeros(1, 3, dtype=torch.int64))
     with pytest.raises(OptionError, match="state of its own"):
         cycle_model(program.target, program.draft)
 
 
-def test_shapes_are_predicted_without_running_them():
-    few, many = predict(MODEL, DRAFT, torch.zeros(1, 3, dtype=torch.int64), max_new_tokens=20, shapes=[(2, 1), (2, 8)])
+def test_more_tokens_a_cycle_cost_more():
+    costs = replace(counted(), rates=rates(torch.float32, torch.device("cpu")))
+    few, many = (costs.cycle_seconds(2, lookahead, 3, 24) for lookahead in (1, 8))
     assert 0 < few < many
-
-
-def test_a_sweep_names_the_best_lookahead_of_each_number_of_particles():
-    rows = [Row(2, 1, 3, 9, 1.0, 1.0), Row(2, 3, 3, 9, 1.5, 2.5), Row(4, 1, 3, 9, 1.0, 1.0), Row(4, 3, 3, 9, 3.0, 1.0)]
-    assert Validation(tuple(rows)).picks == {2: (3, 1), 4: (1, 3)}
-    assert rows[1].error == pytest.approx(-0.4)

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from helpers.generations import generation as made
+from helpers.generations import generation as generated
 
 from smc_compile.bench.genealogy import draw_ancestry, texts_by_cycle, trace_genealogy, visible
 from smc_compile.errors import InputError, OptionError
@@ -23,7 +23,7 @@ def random_generation(batch: int = 2, n_particles: int = 6, n_cycles: int = 9, s
     resampled = (torch.arange(n_cycles) % 3 == 2)[None, :, None]
     particles = torch.arange(batch * n_particles * 7).view(batch, n_particles, 7)
     log_weights = torch.randn(batch, n_particles, generator=generator)
-    return made(
+    return generated(
         sequences=particles[:, 3],
         particles=particles,
         log_weights=log_weights,
@@ -43,7 +43,7 @@ def classes(path) -> list[set[str]]:
 def test_a_known_genealogy():
     ancestors = torch.tensor([[[0, 1, 2], [1, 1, 2], [0, 2, 2]]])
     particles = torch.arange(3)[None, :, None].expand(1, 3, 4)
-    generation = made(
+    generation = generated(
         sequences=particles[:, 0],
         particles=particles,
         log_weights=torch.zeros(1, 3),
@@ -86,13 +86,13 @@ def test_the_returned_lineage_follows_the_ancestors():
 def test_the_returned_lineage_is_drawn_connected(tmp_path):
     path = draw_ancestry(random_generation(seed=2), tmp_path / "a.svg")
     data = re.findall(r'class="(?:link|root) returned" d="([^"]*)"', path.read_text())
-    ends = {}
+    eos_ids = {}
     for piece in data:
         numbers = [float(number) for number in re.findall(r"[\d.]+", piece)]
-        ends[numbers[0], numbers[1]] = (numbers[2], numbers[1]) if "H" in piece else (numbers[-2], numbers[-1])
-    point, steps = min(ends), 0
-    while point in ends:
-        point, steps = ends[point], steps + 1
+        eos_ids[numbers[0], numbers[1]] = (numbers[2], numbers[1]) if "H" in piece else (numbers[-2], numbers[-1])
+    point, steps = min(eos_ids), 0
+    while point in eos_ids:
+        point, steps = eos_ids[point], steps + 1
     assert steps == len(data) == 10
 
 

@@ -95,7 +95,7 @@ def test_a_timing_tells_where_the_time_of_a_cycle_goes(pair, point):
 
 def test_a_replayed_cycle_does_not_tell_where_its_time_goes(pair, monkeypatch):
     monkeypatch.setattr("smc_compile.program.build.recorder_for", lambda *_: lambda work: work)
-    monkeypatch.setattr(import_module("smc_compile.generate"), "_programs", OrderedDict())
+    monkeypatch.setattr(import_module("smc_compile.program.from_model"), "_programs", OrderedDict())
     timing = point_timer(*pair, 1.0, cycles=2)(BASE, 0)
     assert timing.seconds > 0
     assert timing.parts == {}

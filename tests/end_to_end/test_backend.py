@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.enumeration import chi_square_p_value, sequence_law
+from helpers.enumeration import chi_square_p_value, sequence_distribution
 from helpers.toys import TableLM
 from torch import Tensor, nn
 
@@ -27,7 +27,7 @@ def fresh_dynamo() -> None:
     torch._dynamo.reset()
 
 
-# --- samplers: logits [B, V] -> token [B, 1], and the logits [..., V] of their law -----------------------------------
+# --- samplers: logits [B, V] -> token [B, 1], and the logits [..., V] of their distribution -----------------------------------
 
 
 def keep_two(logits: Tensor) -> Tensor:
@@ -92,11 +92,11 @@ def loop_with(sample: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, Tensor
     return decode
 
 
-def assert_in_support(result: Tensor, prompt: Tensor, n: int, law: Callable[[Tensor], Tensor]) -> None:
+def assert_in_support(result: Tensor, prompt: Tensor, n: int, distribution: Callable[[Tensor], Tensor]) -> None:
     assert result.dtype == torch.int64
     assert result.shape == (prompt.shape[0], prompt.shape[1] + n)
     assert torch.equal(result[:, : prompt.shape[1]], prompt)
-    logits = law(MODEL(result[:, :-1])[:, -n:])  # [B, n, V]
+    logits = distribution(MODEL(result[:, :-1])[:, -n:])  # [B, n, V]
     assert torch.isfinite(logits.gather(-1, result[:, -n:, None])).all()
 
 
@@ -109,18 +109,18 @@ def test_tokens_lie_in_the_support_and_the_prompt_is_kept(sample, method):
 
 
 @pytest.mark.parametrize("sample", [top_p_sorted, biased])
-def test_the_law_is_that_of_the_loop(sample):
+def test_the_distribution_is_that_of_the_loop(sample):
     """Chi-square at level 1e-3."""
     options = {**OPTIONS, "method": "autoregressive"}
     ids = IDS[:1].expand(2**13, -1)
     result = torch.compile(loop_with(sample), backend="smc", options=options)(MODEL, ids, 3)
-    law = sequence_law(MODEL, IDS[0], 3, V, process=LAWS[sample])
-    assert chi_square_p_value(result[:, 3:], law) > 1e-3
-    assert chi_square_p_value(result[:, 3:], sequence_law(MODEL, IDS[0], 3, V)) < 1e-9
+    distribution = sequence_distribution(MODEL, IDS[0], 3, V, process=LAWS[sample])
+    assert chi_square_p_value(result[:, 3:], distribution) > 1e-3
+    assert chi_square_p_value(result[:, 3:], sequence_distribution(MODEL, IDS[0], 3, V)) < 1e-9
 
 
 def test_lengths_and_prompts_share_one_program():
-    """Whatever n and the prompt are, the trip is the same; only its weights and the options make another program."""
+    """Whatever n and the prompt are, the iteration is the same; only its weights and the options make another program."""
     compiled = torch.compile(loop_with(race), backend="smc", options={**OPTIONS, "seed": 123})
     before = set(_programs)
     for ids, n in [(IDS, 4), (IDS, 2), (IDS, 7), (IDS.repeat(1, 2), 4), (IDS[:, :2], 3), (IDS.flip(0), 4)]:
@@ -137,7 +137,7 @@ def test_a_seed_reproduces_the_tokens():
     assert not torch.equal(first, other)
 
 
-def test_one_trip_is_no_loop_and_one_line_says_so(caplog):
+def test_one_iteration_is_no_loop_and_one_line_says_so(caplog):
     compiled = torch.compile(loop_with(top_k), backend="smc", options=OPTIONS)
     with caplog.at_level(logging.WARNING, "smc_compile.backend"):
         result = compiled(MODEL, IDS, 1)

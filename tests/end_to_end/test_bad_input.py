@@ -123,7 +123,7 @@ def test_a_bad_number_of_tokens(n):
 
 
 @pytest.mark.parametrize("n", [0, -1, 2.5])
-def test_a_bad_number_of_trips(n):
+def test_a_bad_number_of_iterations(n):
     compiled = smc_compile.decode(loop, draft=DRAFT, trip_count="n", **OPTIONS)
     with pytest.raises(InputError, match=rf"n asks for no tokens[\s\S]*n={n}"):
         compiled(MODEL, IDS, n)
@@ -177,7 +177,7 @@ def test_active_dropout():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("method", ["smc", "autoregressive"])
-def test_logits_that_are_no_law_at_the_prompt(value, method):
+def test_logits_that_are_no_distribution_at_the_prompt(value, method):
     with pytest.raises(GenerationError) as caught:
         run(Fixed(value), method=method)
     assert caught.value.partial is None

@@ -1,4 +1,4 @@
-"""Loops with a cache in them: the same tokens as without, or a refusal; never another law."""
+"""Loops with a cache in them: the same tokens as without, or a refusal; never another distribution."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from helpers.cached_models import HandedLM, SlotLM
-from helpers.enumeration import chi_square_p_value, sequence_law
+from helpers.enumeration import chi_square_p_value, sequence_distribution
 from helpers.model_parts import build, perturbed
 from helpers.toys import TableLM
 from torch import Tensor, nn
@@ -226,7 +226,7 @@ class Unbuffered(nn.Module):
 
 @untraced
 @pytest.mark.parametrize("loop", OWN)
-def test_the_law_is_the_models_own(loop):
+def test_the_distribution_is_the_models_own(loop):
     """Chi-square at level 1e-3, against full enumeration over four tokens."""
     batch, ids = 2**12, torch.tensor([[1, 3, 2]])
     model = slots(vocab=4, batch=batch, length=8) if loop is registered_buffers else handed(vocab=4)
@@ -236,9 +236,9 @@ def test_the_law_is_the_models_own(loop):
         return loop(model, ids, n, drawn)
 
     result = decode(sampled, compiler="eager", method="autoregressive", seed=3)(model, ids.expand(batch, -1), 3)
-    law = sequence_law(whole, ids[0], 3, 4, temperature=0.8)
-    assert chi_square_p_value(result[:, 3:], law) > 1e-3
-    assert chi_square_p_value(result[:, 3:], sequence_law(whole, ids[0], 3, 4)) < 1e-4
+    distribution = sequence_distribution(whole, ids[0], 3, 4, temperature=0.8)
+    assert chi_square_p_value(result[:, 3:], distribution) > 1e-3
+    assert chi_square_p_value(result[:, 3:], sequence_distribution(whole, ids[0], 3, 4)) < 1e-4
 
 
 @untraced
@@ -344,7 +344,7 @@ def test_registered_buffers_are_left_as_they_were():
 @pytest.mark.parametrize(
     ("loop", "told"),
     [
-        (handed_around, "tensors handed from trip to trip"),
+        (handed_around, "tensors handed from iteration to iteration"),
         (registered_buffers, "4 preallocated tensors of 24 positions"),
     ],
 )
@@ -397,7 +397,7 @@ def greedy_at_first(model, ids, n):
     return ids
 
 
-def ends(model, ids, n):
+def eos_ids(model, ids, n):
     x, cache, ended = ids, None, torch.zeros(ids.shape[0], 1, dtype=torch.bool)
     for _ in range(n):
         logits, cache = model(x, cache)
@@ -439,7 +439,7 @@ REFUSED = {
     thrown_away: (handed, "does not compute what the model computes on all tokens so far"),
     another_temperature: (handed, "does not compute what the model computes on all tokens so far"),
     greedy_at_first: (handed, "do not draw their tokens alike"),
-    ends: (handed, "pass eos_token_id instead"),
+    eos_ids: (handed, "pass eos_token_id instead"),
     in_parts: (handed, "reads tokens other than as the whole sequence"),
     returned: (handed, "Only tokens can be returned"),
     stays_at_one_position: (slots, "does not compute what the model computes on all tokens so far"),
@@ -545,7 +545,7 @@ def cropped_by_a_branch(model: nn.Module, ids: Tensor, n: int) -> Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize("loop", [cropped, cropped_by_a_branch])
 def test_a_loop_that_takes_another_path_when_the_text_is_long(loop):
-    """Three trips after five tokens do not show it, but Dynamo had to look at the length."""
+    """Three iterations after five tokens do not show it, but Dynamo had to look at the length."""
     model, compiled = handed(), decode(loop, compiler="eager")
     assert torch.equal(compiled(model, prompt(), N), loop(model, prompt(), N))
     with pytest.raises(InputError, match="takes another path"):

@@ -76,15 +76,15 @@ LAWS = [
 
 
 @pytest.mark.parametrize("settings", LAWS, ids=str)
-def test_processors_give_the_librarys_law(target, ours, settings):
+def test_processors_give_the_librarys_distribution(target, ours, settings):
     """The first token of 4096 draws: chi-square at level 1e-4 each, against the library's own processed scores."""
     own = target.generate(
         IDS[:1], max_new_tokens=1, do_sample=True, output_scores=True, return_dict_in_generate=True, **settings
     )
-    law = own.scores[0][0].double().softmax(-1)
+    distribution = own.scores[0][0].double().softmax(-1)
     many = IDS[:1].expand(4096, -1)
     drawn = ours(many, max_new_tokens=1, do_sample=True, method="autoregressive", **settings)[:, -1:]
-    assert chi_square_p_value(drawn, law) > 1e-4
+    assert chi_square_p_value(drawn, distribution) > 1e-4
 
 
 @interpreted

@@ -172,7 +172,7 @@ def test_last_is_the_generation():
     assert compiled.last.stats.new_tokens == N
 
 
-# --- what counts the trips -----------------------------------------------------------------------------------------
+# --- what counts the iterations -----------------------------------------------------------------------------------------
 
 
 def test_a_wrong_name_is_refused():
@@ -182,8 +182,8 @@ def test_a_wrong_name_is_refused():
         decode(top_k_of, trip_count="top_k", **OPTIONS)(MODEL, IDS, 2, N)
 
 
-def test_an_integer_that_takes_part_in_the_law_is_refused():
-    with pytest.raises(LoopError, match=r"'n' does not only count trips[\s\S]*what a trip computes differs"):
+def test_an_integer_that_takes_part_in_the_distribution_is_refused():
+    with pytest.raises(LoopError, match=r"'n' does not only count iterations[\s\S]*what an iteration computes differs"):
         decode(cooling, **OPTIONS)(MODEL, IDS, N)
 
 
@@ -200,7 +200,7 @@ def test_the_argument_that_counts_is_found_among_others(vocab):
 
 
 def test_a_loop_without_a_count_is_refused():
-    with pytest.raises(LoopError, match=r"no argument counts the trips[\s\S]*integer arguments: none"):
+    with pytest.raises(LoopError, match=r"no argument counts the iterations[\s\S]*integer arguments: none"):
         decode(partial_of_three, **OPTIONS)(MODEL, IDS)
 
 

@@ -1,4 +1,4 @@
-"""The law of what is generated, against full enumeration of toy models.
+"""The distribution of what is generated, against full enumeration of toy models.
 
 Seeds are fixed; the rate stated with a statistical test is that of a false alarm when the seed was chosen.
 """
@@ -10,9 +10,17 @@ import math
 
 import pytest
 import torch
-from helpers.enumeration import chi_square_p_value, sequence_law, total_variation, tv_noise_floor
+from helpers.enumeration import chi_square_p_value, sequence_distribution, total_variation, tv_noise_floor
 from helpers.model_parts import perturbed
-from helpers.replicates import distance, draft_chain, drawn, evidence_measure, replicate, weighted_law, z_scores
+from helpers.replicates import (
+    distance,
+    draft_chain,
+    drawn,
+    evidence_measure,
+    replicate,
+    weighted_distribution,
+    z_scores,
+)
 from helpers.toys import TableLM, TinyTransformerLM
 
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -35,36 +43,36 @@ def transformer_pair(scale: float = 0.3):
 PAIRS = {"table": table_pair, "transformer": transformer_pair}
 
 
-# --- toward the law as N grows -------------------------------------------------------------------------------------
+# --- toward the distribution as N grows -------------------------------------------------------------------------------------
 
 RUNS = {1: 2**14, 4: 2**13, 16: 2**12, 64: 2**10, 256: 2**8}
 
 
 @pytest.mark.parametrize(("pair", "n", "temperature"), [("table", 6, 1.0), ("transformer", 5, 0.8)])
-def test_the_law_approaches_the_target_as_particles_are_added(pair, n, temperature):
+def test_the_distribution_approaches_the_target_as_particles_are_added(pair, n, temperature):
     """The bias starts where one particle must stand (0.21 and 0.28) and falls to sampling noise.
 
-    Two estimates of the law of the returned sequence: the sequences themselves, whose exact sampler would exceed
+    Two estimates of the distribution of the returned sequence: the sequences themselves, whose exact sampler would exceed
     floor + 2.7 / sqrt(runs) less than once in a million (McDiarmid), and the weights, which have far less noise.
     """
     target, draft = PAIRS[pair]()
-    law = sequence_law(target, PROMPT, n, VOCAB, temperature)
+    distribution = sequence_distribution(target, PROMPT, n, VOCAB, temperature)
     bias, returned = {}, {}
     for particles, runs in RUNS.items():
         g = replicate(target, draft, PROMPT, n, runs, temperature=temperature, n_particles=particles, lookahead=1)
-        bias[particles] = distance(weighted_law(g, law), law)
-        returned[particles] = total_variation(drawn(g, law), law) - tv_noise_floor(law, runs)
+        bias[particles] = distance(weighted_distribution(g, distribution), distribution)
+        returned[particles] = total_variation(drawn(g, distribution), distribution) - tv_noise_floor(distribution, runs)
         print(f"{pair} N={particles}: weights {bias[particles]:.4f}, draws {returned[particles]:+.4f} over their floor")
 
-    chain = sequence_law(draft_chain(target, draft, PROMPT, 1), PROMPT, n, VOCAB, temperature)
-    assert bias[1] == pytest.approx(distance(chain, law), abs=0.03)
+    chain = sequence_distribution(draft_chain(target, draft, PROMPT, 1), PROMPT, n, VOCAB, temperature)
+    assert bias[1] == pytest.approx(distance(chain, distribution), abs=0.03)
     assert bias[4] < 0.6 * bias[1]
     assert bias[16] < 0.6 * bias[4]
     assert bias[64] < bias[16]
-    assert bias[256] < 2 * tv_noise_floor(law, 256 * RUNS[256])
+    assert bias[256] < 2 * tv_noise_floor(distribution, 256 * RUNS[256])
     for particles, runs in RUNS.items():
         assert returned[particles] < bias[particles] + 2.7 / runs**0.5
-    assert returned[1] > 0.1, "one particle is far from the law: the statistic can fail"
+    assert returned[1] > 0.1, "one particle is far from the distribution: the statistic can fail"
 
 
 # --- exact statements ----------------------------------------------------------------------------------------------
@@ -92,16 +100,18 @@ def test_evidence_times_weight_is_unbiased_for_every_sequence(case):
     options = {"lookahead": 1, **EXACT[case]}
     pair, n = options.pop("pair", "table"), 6
     target, draft = table_pair(1.5) if pair == "table" else transformer_pair(0.5)
-    law = sequence_law(target, PROMPT, n, VOCAB, options.get("temperature", 1.0), options.get("eos_token_id"))
+    distribution = sequence_distribution(
+        target, PROMPT, n, VOCAB, options.get("temperature", 1.0), options.get("eos_token_id")
+    )
     g = replicate(target, draft, PROMPT, n, 2**13, n_particles=4, **options)
 
     evidence = z_scores(g.log_evidence.exp(), 1.0)
-    frequent = law.flatten() > 0.003
-    sequences = z_scores(evidence_measure(g, law)[:, frequent], law.flatten()[frequent])
+    frequent = distribution.flatten() > 0.003
+    sequences = z_scores(evidence_measure(g, distribution)[:, frequent], distribution.flatten()[frequent])
     print(f"{case}: z(evidence) {evidence:+.2f}, largest |z| of {frequent.sum()} sequences {sequences.abs().max():.2f}")
     assert abs(evidence) < 4
     assert sequences.abs().max() < 5.5
-    assert (evidence_measure(g, law)[:, law.flatten() == 0] == 0).all()
+    assert (evidence_measure(g, distribution)[:, distribution.flatten() == 0] == 0).all()
     assert (g.stats.resamplings > 0) == (options.get("ess_threshold", 0.5) > 0)
 
 
@@ -111,19 +121,19 @@ def test_one_particle_follows_the_draft_with_target_tokens_between(lookahead, eo
     """Chi-square at level 1e-3: K tokens of the draft after each token of the target."""
     target, draft = table_pair()
     model = draft_chain(target, draft, PROMPT, lookahead)
-    law = sequence_law(model, PROMPT, 5, VOCAB, eos=eos)
+    distribution = sequence_distribution(model, PROMPT, 5, VOCAB, eos=eos)
     g = replicate(target, draft, PROMPT, 5, 2**13, n_particles=1, lookahead=lookahead, eos_token_id=eos)
-    assert chi_square_p_value(drawn(g, law), law) > 1e-3
-    assert chi_square_p_value(drawn(g, law), sequence_law(target, PROMPT, 5, VOCAB, eos=eos)) < 1e-9
+    assert chi_square_p_value(drawn(g, distribution), distribution) > 1e-3
+    assert chi_square_p_value(drawn(g, distribution), sequence_distribution(target, PROMPT, 5, VOCAB, eos=eos)) < 1e-9
 
 
 def test_draft_temperature_changes_the_proposal():
-    """Chi-square at level 1e-3, with one particle; that it leaves the law alone is the case "temperatures" above."""
+    """Chi-square at level 1e-3, with one particle; that it leaves the distribution alone is the case "temperatures" above."""
     target, draft = table_pair()
     options = {"n_particles": 1, "lookahead": 2, "temperature": 0.8}
     g = replicate(target, draft, PROMPT, 5, 2**13, draft_temperature=2.0, **options)
-    sharp = sequence_law(draft_chain(target, draft, PROMPT, 2), PROMPT, 5, VOCAB, 0.8)
-    flat = sequence_law(draft_chain(target, draft, PROMPT, 2, scale=0.8 / 2.0), PROMPT, 5, VOCAB, 0.8)
+    sharp = sequence_distribution(draft_chain(target, draft, PROMPT, 2), PROMPT, 5, VOCAB, 0.8)
+    flat = sequence_distribution(draft_chain(target, draft, PROMPT, 2, scale=0.8 / 2.0), PROMPT, 5, VOCAB, 0.8)
     assert chi_square_p_value(drawn(g, flat), flat) > 1e-3
     assert chi_square_p_value(drawn(g, sharp), sharp) < 1e-9
 
@@ -134,9 +144,12 @@ def test_autoregressive_is_exact(pair, temperature, eos):
     """Chi-square at level 1e-3."""
     target, draft = PAIRS[pair]()
     g = replicate(target, None, PROMPT, 5, 2**14, method="autoregressive", temperature=temperature, eos_token_id=eos)
-    law = sequence_law(target, PROMPT, 5, VOCAB, temperature, eos)
-    assert chi_square_p_value(drawn(g, law), law) > 1e-3
-    assert chi_square_p_value(drawn(g, law), sequence_law(draft, PROMPT, 5, VOCAB, temperature, eos)) < 1e-9
+    distribution = sequence_distribution(target, PROMPT, 5, VOCAB, temperature, eos)
+    assert chi_square_p_value(drawn(g, distribution), distribution) > 1e-3
+    assert (
+        chi_square_p_value(drawn(g, distribution), sequence_distribution(draft, PROMPT, 5, VOCAB, temperature, eos))
+        < 1e-9
+    )
 
 
 # --- a draft equal to the target -----------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def test_what_decode_has_compiled_can_be_explained():
     [
         (branching, MODEL, LoopError, "control flow that depends on data"),
         (loop, REFUSED["bidirectional"][0](vocab=4), CacheError, "attention"),
-        (lambda model, ids, n: ids + n, MODEL, LoopError, "no argument counts the trips"),
+        (lambda model, ids, n: ids + n, MODEL, LoopError, "no argument counts the iterations"),
     ],
 )
 def test_a_refused_loop_has_a_reason_and_no_report(function, model, kind, word):
@@ -115,7 +115,7 @@ def test_generate_is_explained_with_its_rules():
     target = TableLM(5).double()
     calls: list[int] = []
 
-    def by_hand(ids, scores):
+    def on_host(ids, scores):
         calls.append(1)
         return torch.stack([row + len(set(text)) for text, row in zip(ids.tolist(), scores, strict=True)])
 
@@ -128,9 +128,9 @@ def test_generate_is_explained_with_its_rules():
     assert told.sections["rules on the text"] == ["traced: compiled, on target and draft"]
     assert told.sections["sampler"] == [
         "softmax of logits after temperature, top_k",
-        "draft: the same of its own logits, mixed with 10% of its law under the temperature alone",
+        "draft: the same of its own logits, mixed with 10% of its distribution under the temperature alone",
     ]
     assert "rules" in {line.split(":")[0] for line in told.sections["regions"]}
-    told = explain(generate, target, perturbed(target), ids, logits_processor=[by_hand], **options)
+    told = explain(generate, target, perturbed(target), ids, logits_processor=[on_host], **options)
     assert told.sections["rules on the text"] == ["by_hand: on the host, once a position, on target and draft"]
     assert calls

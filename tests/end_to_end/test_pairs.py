@@ -34,7 +34,7 @@ class Padded(nn.Module):
 @pytest.mark.parametrize(("of_target", "of_draft"), [(3, 0), (0, 3)])
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_k": 40}])
 def test_padding_is_cut_off_with_a_warning(of_target, of_draft, settings, caplog):
-    """The smaller head decides: the law is that of the models without the rows that are missing there."""
+    """The smaller head decides: the distribution is that of the models without the rows that are missing there."""
     target = TableLM(VOCAB).double()
     draft = perturbed(target, 0.3)
     ids = torch.tensor([[1, 7, 3]])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers.enumeration import chi_square_p_value, sequence_law
+from helpers.enumeration import chi_square_p_value, sequence_distribution
 from helpers.matmul_models import Eager, EagerWhere, Softcap
 from helpers.model_parts import LM, build, perturbed
 from helpers.plain_models import Alibi, Llama, LlamaBuffered, SlidingWindow
@@ -52,7 +52,7 @@ class Case:
         sizes = {"vocab": self.vocab, "layers": self.layers, "heads": self.heads, "kv_heads": self.kv_heads, "dim": 8}
         return build(normed(self.style) if self.layer_norm else self.style, **sizes)
 
-    def law(self, logits: Tensor) -> Tensor:
+    def distribution(self, logits: Tensor) -> Tensor:
         """Logits [..., V] of what is drawn."""
         if self.sampler == "temperature":
             return logits / self.parameter
@@ -61,7 +61,7 @@ class Case:
         return logits.masked_fill(logits < torch.topk(logits, 2).values[..., -1:], -math.inf)
 
     def loop(self) -> Callable[[nn.Module, Tensor, int], Tensor]:
-        slicing, law, form = self.slicing, self.law, self.form
+        slicing, distribution, form = self.slicing, self.distribution, self.form
 
         def draw(model, ids):
             logits = model(ids)
@@ -71,7 +71,7 @@ class Case:
                 last = logits[:, -1, :]
             else:
                 last = logits[:, -1:].squeeze(1)
-            return torch.multinomial(torch.softmax(law(last), -1), 1)
+            return torch.multinomial(torch.softmax(distribution(last), -1), 1)
 
         def cat(model, ids, n):
             for _ in range(n):
@@ -133,7 +133,7 @@ def assert_valid(case: Case, model: nn.Module, ids: Tensor, result: Tensor) -> N
     assert result.min() >= 0
     assert result.max() < case.vocab
     with torch.no_grad():
-        probs = case.law(model(result[:, :-1])[:, -N:].double()).softmax(-1)
+        probs = case.distribution(model(result[:, :-1])[:, -N:].double()).softmax(-1)
     assert (probs.gather(-1, result[:, -N:, None]) > 0).all()
 
 
@@ -141,7 +141,7 @@ def assert_valid(case: Case, model: nn.Module, ids: Tensor, result: Tensor) -> N
 @settings(max_examples=5, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(cases())
 def test_a_valid_result_or_an_error_of_the_package(case: Case):
-    """The first token's law: chi-square at level 1e-4 a case, 512 runs."""
+    """The first token's distribution: chi-square at level 1e-4 a case, 512 runs."""
     torch._dynamo.reset()
     model = case.model()
     ids = PROMPT.expand(2, -1) % case.vocab
@@ -156,5 +156,5 @@ def test_a_valid_result_or_an_error_of_the_package(case: Case):
     assert_valid(case, model, ids, result)
     assert torch.isfinite(smc.last.log_evidence).all()
     assert_valid(case, model, ids[:1].expand(RUNS, -1), many)
-    law = sequence_law(model, ids[0], 1, case.vocab, process=case.law)
-    assert chi_square_p_value(many[:, 3:4], law) > 1e-4
+    distribution = sequence_distribution(model, ids[0], 1, case.vocab, process=case.distribution)
+    assert chi_square_p_value(many[:, 3:4], distribution) > 1e-4

@@ -1,4 +1,4 @@
-"""What a session promises besides the law: reproducible, independent of the batch, its state follows its tokens, and
+"""What a session promises besides the distribution: reproducible, independent of the batch, its state follows its tokens, and
 whatever breaks in the middle is reported with what was generated before."""
 
 from __future__ import annotations
@@ -187,12 +187,12 @@ def test_nan_in_the_middle_raises_with_what_was_generated(pair, method, eos):
     with pytest.raises(GenerationError, match="target's logits are NaN") as error:
         run((target, draft), **options)
     partial = error.value.partial
-    made = partial.sequences.shape[1]
-    assert 1 < made < 41
-    assert torch.equal(partial.particles, good.particles[:, :, :made])
-    assert partial.stats.new_tokens == made - 1
+    generated = partial.sequences.shape[1]
+    assert 1 < generated < 41
+    assert torch.equal(partial.particles, good.particles[:, :, :generated])
+    assert partial.stats.new_tokens == generated - 1
     assert (partial.particles[:, :, :-1] != 3).all() or method == "smc"
-    assert f"generated token {made - 1}" in str(error.value)
+    assert f"generated token {generated - 1}" in str(error.value)
 
 
 def test_nan_logits_of_the_draft_in_the_middle_raise_too(pair):
@@ -309,11 +309,11 @@ def test_particles_that_share_an_ancestor_share_its_tokens(pair):
         place = torch.arange(OPTIONS["n_particles"])
         for cycle in reversed(range(g.stats.cycles)):
             place = ancestors[cycle, place]  # where each final particle stood before this cycle's resampling
-            made = prompt + 1 + (cycle + 1) * width
+            generated = prompt + 1 + (cycle + 1) * width
             for i, j in itertools.combinations(range(len(place)), 2):
                 if place[i] == place[j]:
                     shared += 1
-                    assert torch.equal(g.particles[b, i, :made], g.particles[b, j, :made])
+                    assert torch.equal(g.particles[b, i, :generated], g.particles[b, j, :generated])
     assert shared > 0
 
 

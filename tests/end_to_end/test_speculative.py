@@ -1,4 +1,4 @@
-"""Speculative decoding by rejection is exact, whatever the draft: laws against full enumeration, greedy loops token for
+"""Speculative decoding by rejection is exact, whatever the draft: distributions against full enumeration, greedy loops token for
 token; requests advance by different counts and do not depend on each other.
 
 Seeds are fixed; the rate stated with a statistical test is that of a false alarm when the seed was chosen.
@@ -12,12 +12,12 @@ import math
 
 import pytest
 import torch
-from helpers.enumeration import chi_square_p_value, sequence_law
+from helpers.enumeration import chi_square_p_value, sequence_distribution
+from helpers.logits_processors import Applied, no_third, penalty
 from helpers.model_parts import perturbed
 from helpers.models import CACHEABLE
 from helpers.replicates import drawn, replicate
 from helpers.toys import GRUStep, TableLM, TinyTransformerLM
-from test_rules import Applied, no_third, penalty
 from torch import Tensor, nn
 
 import smc_compile
@@ -72,7 +72,7 @@ def compactions(monkeypatch) -> list[int]:
     return found
 
 
-# ---- the law ---------------------------------------------------------------------------------------------------------
+# ---- the distribution ---------------------------------------------------------------------------------------------------------
 
 
 def top_2(logits: Tensor) -> Tensor:
@@ -97,13 +97,13 @@ CASES = {
 @interpreted
 @pytest.mark.parametrize("chains", [1, 4, 8])
 @pytest.mark.parametrize("case", CASES)
-def test_the_law_is_the_targets(case, chains):
+def test_the_distribution_is_the_targets(case, chains):
     """Chi-square at level 1e-3 for each."""
     options = {**CASES[case]}
     target, draft = options.pop("pair", table_pair)(options.pop("scale", 1.0))
-    rules = options.get("logits_processor", [])
-    law = sequence_law(
-        Applied(target, *rules) if rules else target,
+    text_processors = options.get("logits_processor", [])
+    distribution = sequence_distribution(
+        Applied(target, *text_processors) if text_processors else target,
         PROMPT,
         4,
         VOCAB,
@@ -112,7 +112,7 @@ def test_the_law_is_the_targets(case, chains):
         top_2 if "top_k" in options else None,
     )
     g = replicate(target, draft, PROMPT, 4, 2**13, **{**OPTIONS, "n_particles": chains, "seed": 50000, **options})
-    assert chi_square_p_value(drawn(g, law), law) > 1e-3
+    assert chi_square_p_value(drawn(g, distribution), distribution) > 1e-3
     assert g.particles.shape == (2**13, 1, 7)
     assert (g.log_weights == 0).all()
     assert (g.log_evidence == 0).all()
@@ -120,13 +120,13 @@ def test_the_law_is_the_targets(case, chains):
 
 
 @interpreted
-def test_the_law_after_compactions(compactions):
+def test_the_distribution_after_compactions(compactions):
     """What stands behind eight tokens that were cut into many cycles. Chi-square at level 1e-3."""
     target, draft = transformer_pair(2.0)
-    law = sequence_law(target, PROMPT, 8, VOCAB)
+    distribution = sequence_distribution(target, PROMPT, 8, VOCAB)
     g = replicate(target, draft, PROMPT, 8, 2**12, **{**OPTIONS, "n_particles": 2})
     assert compactions
-    assert chi_square_p_value(drawn(g, law)[:, -3:], law.sum((0, 1, 2, 3, 4))) > 1e-3
+    assert chi_square_p_value(drawn(g, distribution)[:, -3:], distribution.sum((0, 1, 2, 3, 4))) > 1e-3
 
 
 @interpreted
@@ -146,9 +146,9 @@ def test_log_probs_are_the_targets_own():
 def test_greedy_is_the_greedy_loop(kind, scale, compactions):
     pair = pair_of(kind, scale)
     options = {"attention_mask": MASK, "n": [40, 7, 1, 23], "temperature": 0}
-    for ends in ([], [3]):
-        loop = run(pair, method="autoregressive", eos_token_id=ends, **options)
-        g = run(pair, eos_token_id=ends, **options)
+    for eos_ids in ([], [3]):
+        loop = run(pair, method="autoregressive", eos_token_id=eos_ids, **options)
+        g = run(pair, eos_token_id=eos_ids, **options)
         assert torch.equal(g.sequences, loop.sequences)
         assert torch.equal(g.new_lengths, loop.new_lengths)
         torch.testing.assert_close(g.log_probs, loop.log_probs, atol=1e-9, rtol=0)
@@ -341,10 +341,10 @@ def test_nan_breaks_off_with_the_partial_result(who):
     with pytest.raises(GenerationError, match=f"the {who}'s logits are NaN") as caught:
         run(pair, torch.tensor([[1]]), 40)
     partial = caught.value.partial
-    made = int(partial.new_lengths[0])
-    assert 0 < made < 40
-    assert partial.log_probs[0, :made].isfinite().all()
-    assert who == "draft" or not (partial.sequences[0, 1:made] == 2).any()
+    generated = int(partial.new_lengths[0])
+    assert 0 < generated < 40
+    assert partial.log_probs[0, :generated].isfinite().all()
+    assert who == "draft" or not (partial.sequences[0, 1:generated] == 2).any()
 
 
 # ---- streaming, compilation ------------------------------------------------------------------------------------------

@@ -9,9 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.enumeration import chi_square_p_value, sequence_law
+from helpers.enumeration import chi_square_p_value, sequence_distribution
 from helpers.model_parts import perturbed
-from helpers.replicates import distance, drawn, evidence_measure, recorded_cycles, replicate, weighted_law, z_scores
+from helpers.replicates import (
+    distance,
+    drawn,
+    evidence_measure,
+    recorded_cycles,
+    replicate,
+    weighted_distribution,
+    z_scores,
+)
 from helpers.toys import GRUStep, TinyTransformerLM
 from torch import Tensor, nn
 
@@ -68,11 +76,11 @@ PAIRS = {
 def test_evidence_times_weight_is_unbiased_for_every_sequence(pair, eos):
     """At N=4, resampled in every cycle: E[Z] = 1 (4 standard errors, 6e-5), E[Z w(x)] = p(x) (5.5 each, 3e-6)."""
     target, draft = PAIRS[pair]()
-    law = sequence_law(target, PROMPT, 6, VOCAB, eos=eos)
+    distribution = sequence_distribution(target, PROMPT, 6, VOCAB, eos=eos)
     options = {"n_particles": 4, "lookahead": 1, "ess_threshold": 1.0, "eos_token_id": eos}
     g = replicate(target, draft, PROMPT, 6, 2**13, **options)
-    evidence, frequent = z_scores(g.log_evidence.exp(), 1.0), law.flatten() > 0.003
-    sequences = z_scores(evidence_measure(g, law)[:, frequent], law.flatten()[frequent])
+    evidence, frequent = z_scores(g.log_evidence.exp(), 1.0), distribution.flatten() > 0.003
+    sequences = z_scores(evidence_measure(g, distribution)[:, frequent], distribution.flatten()[frequent])
     print(f"{pair}: z(evidence) {evidence:+.2f}, largest |z| of {frequent.sum()} sequences {sequences.abs().max():.2f}")
     assert abs(evidence) < 4
     assert sequences.abs().max() < 5.5
@@ -80,28 +88,30 @@ def test_evidence_times_weight_is_unbiased_for_every_sequence(pair, eos):
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_the_law_of_many_particles_is_the_target(pair):
+def test_the_distribution_of_many_particles_is_the_target(pair):
     """Chi-square at level 1e-4; the bias left at N=64 is far below what 1024 runs can see. The draft would fail."""
     target, draft = PAIRS[pair]()
-    law = sequence_law(target, PROMPT, 4, VOCAB)
+    distribution = sequence_distribution(target, PROMPT, 4, VOCAB)
     g = replicate(target, draft, PROMPT, 4, 2**10, n_particles=64, lookahead=2)
-    print(f"{pair}: total variation of the weights {distance(weighted_law(g, law), law):.4f}")
-    assert chi_square_p_value(drawn(g, law), law) > 1e-4
-    assert chi_square_p_value(drawn(g, law), sequence_law(draft, PROMPT, 4, VOCAB)) < 1e-9
+    print(
+        f"{pair}: total variation of the weights {distance(weighted_distribution(g, distribution), distribution):.4f}"
+    )
+    assert chi_square_p_value(drawn(g, distribution), distribution) > 1e-4
+    assert chi_square_p_value(drawn(g, distribution), sequence_distribution(draft, PROMPT, 4, VOCAB)) < 1e-9
 
 
 @pytest.mark.parametrize("model", [gru(), Counter()])
 def test_autoregressive_is_exact(model):
     """Chi-square at level 1e-3."""
     g = replicate(model, None, PROMPT, 5, 2**13, method="autoregressive", temperature=0.8, eos_token_id=2)
-    law = sequence_law(model, PROMPT, 5, VOCAB, 0.8, eos=2)
-    assert chi_square_p_value(drawn(g, law), law) > 1e-3
+    distribution = sequence_distribution(model, PROMPT, 5, VOCAB, 0.8, eos=2)
+    assert chi_square_p_value(drawn(g, distribution), distribution) > 1e-3
 
 
 def test_greedy_takes_the_mode():
     g = generate(gru(), None, PROMPT[None], max_new_tokens=5, temperature=0, compiler="eager")
-    law = sequence_law(gru(), PROMPT, 5, VOCAB, temperature=0)
-    assert law[tuple(g.sequences[0, 3:])] == 1
+    distribution = sequence_distribution(gru(), PROMPT, 5, VOCAB, temperature=0)
+    assert distribution[tuple(g.sequences[0, 3:])] == 1
 
 
 def test_a_draft_equal_to_the_target_gives_weights_one():

@@ -1,4 +1,4 @@
-"""The oracle: the law of a decode loop by full enumeration, and how to compare samples with it.
+"""The oracle: the distribution of a decode loop by full enumeration, and how to compare samples with it.
 
 Nothing here shares code with the compiler, assumes that the model is causal, or keeps a cache.
 """
@@ -11,7 +11,7 @@ from scipy import stats
 from torch import Tensor
 
 
-def next_law(logits: Tensor, temperature: float = 1.0, process: Callable | None = None) -> Tensor:
+def next_distribution(logits: Tensor, temperature: float = 1.0, process: Callable | None = None) -> Tensor:
     """Probabilities in float64 of the next token; `process` maps logits to logits, after the temperature."""
     logits = logits.double()
     if temperature == 0:
@@ -21,7 +21,7 @@ def next_law(logits: Tensor, temperature: float = 1.0, process: Callable | None 
 
 
 @torch.no_grad()
-def sequence_law(
+def sequence_distribution(
     logits_fn: Callable[[Tensor], Tensor],
     prompt: Tensor,
     n: int,
@@ -31,23 +31,23 @@ def sequence_law(
     process: Callable | None = None,
     rows: int = 4096,
 ) -> Tensor:
-    """The probability of every continuation of `prompt` [P] by n tokens, as a tensor of n axes: `law[2, 0, 1]`.
+    """The probability of every continuation of `prompt` [P] by n tokens, as a tensor of n axes: `distribution[2, 0, 1]`.
 
     Each step runs the model over every whole prefix, as the loop would. After `eos` only `eos` follows.
     """
     prompt = prompt.reshape(1, -1)
-    law = torch.ones(1, dtype=torch.float64)
+    distribution = torch.ones(1, dtype=torch.float64)
     tokens = prompt.new_empty(1, 0)
     for _ in range(n):
         ids = torch.cat([prompt.expand(len(tokens), -1), tokens], dim=1)
-        p = torch.cat([next_law(logits_fn(part)[:, -1], temperature, process) for part in ids.split(rows)])
+        p = torch.cat([next_distribution(logits_fn(part)[:, -1], temperature, process) for part in ids.split(rows)])
         if eos is not None:
             ended = (tokens == eos).any(dim=1)
             p[ended] = torch.nn.functional.one_hot(torch.tensor(eos), vocab).double()
-        law = (law[:, None] * p).flatten()
+        distribution = (distribution[:, None] * p).flatten()
         following = torch.arange(vocab).repeat(len(tokens))[:, None]
         tokens = torch.cat([tokens.repeat_interleave(vocab, dim=0), following], dim=1)
-    return law.reshape([vocab] * n)
+    return distribution.reshape([vocab] * n)
 
 
 @torch.no_grad()
@@ -63,7 +63,7 @@ def sample_loop(
     """The plain eager loop; the n new tokens of each row of `ids` [B, P], padded with `eos` after `eos`."""
     start = ids.shape[1]
     for _ in range(n):
-        p = next_law(model(ids)[:, -1], temperature, process)
+        p = next_distribution(model(ids)[:, -1], temperature, process)
         token = torch.multinomial(p, 1, generator=generator)
         if eos is not None:
             token[(ids[:, start:] == eos).any(dim=1)] = eos
@@ -71,42 +71,42 @@ def sample_loop(
     return ids[:, start:]
 
 
-def draw(law: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
-    """`count` independent exact sequences [count, n], straight from the law."""
-    flat = torch.multinomial(law.flatten(), count, replacement=True, generator=generator)
-    return torch.stack(torch.unravel_index(flat, law.shape), dim=1)
+def draw(distribution: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
+    """`count` independent exact sequences [count, n], straight from the distribution."""
+    flat = torch.multinomial(distribution.flatten(), count, replacement=True, generator=generator)
+    return torch.stack(torch.unravel_index(flat, distribution.shape), dim=1)
 
 
-def counts(samples: Tensor, law: Tensor) -> np.ndarray:
-    """How often each sequence occurs in `samples` [M, n], in the order of `law.flatten()`."""
+def counts(samples: Tensor, distribution: Tensor) -> np.ndarray:
+    """How often each sequence occurs in `samples` [M, n], in the order of `distribution.flatten()`."""
     samples = samples.cpu().numpy()
     assert samples.ndim == 2, "samples must be [M, n]"
-    assert samples.shape[1] == law.ndim, "samples and law differ in length"
-    return np.bincount(np.ravel_multi_index(samples.T, law.shape), minlength=law.numel())
+    assert samples.shape[1] == distribution.ndim, "samples and distribution differ in length"
+    return np.bincount(np.ravel_multi_index(samples.T, distribution.shape), minlength=distribution.numel())
 
 
-def total_variation(samples: Tensor, law: Tensor) -> float:
-    """Half the L1 distance between the empirical law of independent samples [M, n] and `law`."""
-    return float(0.5 * np.abs(counts(samples, law) / len(samples) - law.flatten().numpy()).sum())
+def total_variation(samples: Tensor, distribution: Tensor) -> float:
+    """Half the L1 distance between the empirical distribution of independent samples [M, n] and `distribution`."""
+    return float(0.5 * np.abs(counts(samples, distribution) / len(samples) - distribution.flatten().numpy()).sum())
 
 
-def tv_noise_floor(law: Tensor, count: int) -> float:
+def tv_noise_floor(distribution: Tensor, count: int) -> float:
     """The expected total variation of an exact sampler with `count` independent draws.
 
     Exact (De Moivre's mean deviation of a binomial), so also right for cells that are seldom hit. By McDiarmid an exact
     sampler exceeds it by 2.7 / sqrt(count) less than once in a million.
     """
-    p = law.flatten().numpy().clip(0, 1)
+    p = distribution.flatten().numpy().clip(0, 1)
     k = np.floor(count * p) + 1
     return float(np.sum(k * (1 - p) * stats.binom.pmf(k, count, p)) / count)
 
 
-def chi_square_p_value(samples: Tensor, law: Tensor) -> float:
-    """Pearson's test that independent samples [M, n] follow `law`; cells expected under five times are pooled.
+def chi_square_p_value(samples: Tensor, distribution: Tensor) -> float:
+    """Pearson's test that independent samples [M, n] follow `distribution`; cells expected under five times are pooled.
 
-    A sequence that the law excludes gives 0. The samples must be independent: particles of one run are not.
+    A sequence that the distribution excludes gives 0. The samples must be independent: particles of one run are not.
     """
-    observed, p = counts(samples, law), law.flatten().numpy()
+    observed, p = counts(samples, distribution), distribution.flatten().numpy()
     if observed[p == 0].any():
         return 0.0
     order = np.argsort(p[p > 0])

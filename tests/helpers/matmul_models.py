@@ -174,8 +174,8 @@ class RoutedMLP(nn.Module):
         kept = torch.zeros(B * S, self.experts, dtype=x.dtype, device=x.device).scatter(1, ids, scores.softmax(-1))
         copies = flat.repeat_interleave(self.chosen, dim=0)
         hidden = F.silu(torch.bmm(copies[:, None], self.up[ids.reshape(-1)]))
-        made = torch.bmm(hidden, self.down[ids.reshape(-1)])[:, 0]
-        weighted = made * kept.gather(1, ids).reshape(-1)[:, None]
+        generated = torch.bmm(hidden, self.down[ids.reshape(-1)])[:, 0]
+        weighted = generated * kept.gather(1, ids).reshape(-1)[:, None]
         return weighted.view(B * S, self.chosen, D).sum(1).view(B, S, D)
 
 

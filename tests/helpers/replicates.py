@@ -24,31 +24,33 @@ def replicate(target: Any, draft: Any, prompt: Tensor, n: int, runs: int, **opti
     return generate(target, draft, ids, max_new_tokens=n, **{"compiler": "eager", "seed": 0, **options})
 
 
-def drawn(generation: Generation, law: Tensor) -> Tensor:
+def drawn(generation: Generation, distribution: Tensor) -> Tensor:
     """New tokens [B, n] of the returned sequences."""
-    return generation.sequences[:, -law.ndim :]
+    return generation.sequences[:, -distribution.ndim :]
 
 
-def weighted_law(generation: Generation, law: Tensor) -> Tensor:
-    """The law of the returned sequence given the particles, averaged over runs: less noisy than draws."""
-    return contributions(generation, law, generation.log_weights.softmax(-1)).mean(0).view(law.shape)
+def weighted_distribution(generation: Generation, distribution: Tensor) -> Tensor:
+    """The distribution of the returned sequence given the particles, averaged over runs: less noisy than draws."""
+    return contributions(generation, distribution, generation.log_weights.softmax(-1)).mean(0).view(distribution.shape)
 
 
-def evidence_measure(generation: Generation, law: Tensor) -> Tensor:
-    """Evidence times normalised weight, per run and sequence [B, V^n]: unbiased for `law` at every N."""
-    return contributions(generation, law, generation.log_evidence[:, None].exp() * generation.log_weights.softmax(-1))
+def evidence_measure(generation: Generation, distribution: Tensor) -> Tensor:
+    """Evidence times normalised weight, per run and sequence [B, V^n]: unbiased for `distribution` at every N."""
+    return contributions(
+        generation, distribution, generation.log_evidence[:, None].exp() * generation.log_weights.softmax(-1)
+    )
 
 
-def contributions(generation: Generation, law: Tensor, weights: Tensor) -> Tensor:
+def contributions(generation: Generation, distribution: Tensor, weights: Tensor) -> Tensor:
     """Particle weights [B, N] summed by sequence: [B, V^n]."""
-    tokens = generation.particles[..., -law.ndim :]  # [B, N, n]
-    sequence = (tokens * torch.tensor(law.stride())).sum(-1)  # [B, N], the index in law.flatten()
-    return torch.zeros(len(tokens), law.numel(), dtype=torch.float64).scatter_add_(1, sequence, weights)
+    tokens = generation.particles[..., -distribution.ndim :]  # [B, N, n]
+    sequence = (tokens * torch.tensor(distribution.stride())).sum(-1)  # [B, N], the index in distribution.flatten()
+    return torch.zeros(len(tokens), distribution.numel(), dtype=torch.float64).scatter_add_(1, sequence, weights)
 
 
-def distance(estimate: Tensor, law: Tensor) -> float:
+def distance(estimate: Tensor, distribution: Tensor) -> float:
     """Total variation."""
-    return float((estimate - law).abs().sum() / 2)
+    return float((estimate - distribution).abs().sum() / 2)
 
 
 def z_scores(samples: Tensor, expected: Tensor | float) -> Tensor:
@@ -88,7 +90,7 @@ def recorded_cycles() -> Iterator[list[Cycle]]:
         p = run.p
         moved = bool((p.ancestors[-1] != torch.arange(self._n)).any())
         states = [[leaf.clone() for leaf in state] for state in (p.target, p.draft)]
-        cycles.append(Cycle(p.tokens[:, : p.made].clone(), p.ended.clone(), moved, *states))
+        cycles.append(Cycle(p.tokens[:, : p.generated].clone(), p.ended.clone(), moved, *states))
 
     SMCSession._cycle = recording
     try:

@@ -63,7 +63,7 @@ def test_distributions_are_not_trivial(name):
 
 @pytest.mark.parametrize("name", ["eager", "table", "tiny_transformer"])
 def test_exports_with_a_symbolic_length(name):
-    """One with a mask buffer, and two toys; passes/test_synthesize_cache.py exports all that are cacheable."""
+    """One with a mask buffer, and two toys; passes/cache/test_synthesize.py exports all that are cacheable."""
     model = {**CACHEABLE, **TOYS}[name]()
     ids = random_ids(model)
     # One below the maximum: cutting the two equal axes of a mask buffer adds a guard that S is not the whole of it.

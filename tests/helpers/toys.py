@@ -1,4 +1,4 @@
-"""Toys whose law can be enumerated."""
+"""Toys whose distribution can be enumerated."""
 
 import torch
 import torch.nn.functional as F

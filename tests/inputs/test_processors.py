@@ -96,9 +96,9 @@ def test_a_trial_leaves_a_processor_as_it_was():
 
 def test_rules_reach_to_the_last_that_reads_the_text():
     found = sort_processors([halved, last_token, top_three], ["temperature"], VOCAB)
-    assert (len(found.traced), len(found.by_hand), len(found.stages)) == (2, 0, 2)
+    assert (len(found.traced), len(found.on_host), len(found.warpers)) == (2, 0, 2)
     found = sort_processors([halved, row_by_row, top_three], ["temperature", "top_p"], VOCAB)
-    assert (len(found.traced), len(found.by_hand), len(found.stages)) == (0, 2, 3)
+    assert (len(found.traced), len(found.on_host), len(found.warpers)) == (0, 2, 3)
 
 
 def test_a_rule_behind_truncation_is_refused():
@@ -155,7 +155,7 @@ def test_a_rule_that_compiles_once_a_length_runs_by_hand():
             return scores + self.table[int(ids.shape[1])] * (torch.arange(scores.shape[1]) == ids[:, -1:])
 
     found = sort_processors([Table()], ["temperature"], VOCAB)
-    assert (len(found.traced), len(found.by_hand)) == (0, 1)
+    assert (len(found.traced), len(found.on_host)) == (0, 1)
 
 
 def test_keys_are_equal_for_equal_settings_and_only_then():

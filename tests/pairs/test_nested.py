@@ -1,4 +1,4 @@
-"""A target that contains the draft: the same law without noise, the acceptance asked for with it."""
+"""A target that contains the draft: the same distribution without noise, the acceptance asked for with it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def contexts(vocab: int, seed: int = 12345) -> Tensor:
     return torch.randint(0, vocab, (48, 40), generator=torch.Generator().manual_seed(seed))
 
 
-def laws(model: Llama, ids: Tensor) -> Tensor:
+def distributions(model: Llama, ids: Tensor) -> Tensor:
     with torch.no_grad():
         return torch.softmax(model(ids).double() / TEMPERATURE, -1)
 
@@ -44,8 +44,8 @@ def test_without_noise_the_target_is_the_draft(name):
     tune_pair(target, draft, 0.7, TEMPERATURE)
     set_head(target, draft, float(draft.norm.weight[0]), 0.0)
     ids = contexts(500)
-    p, q = laws(target, ids), laws(draft, ids)
-    assert float((p - q).abs().sum(-1).mean()) / 2 < 0.02  # total variation; a law has 2.5 nats
+    p, q = distributions(target, ids), distributions(draft, ids)
+    assert float((p - q).abs().sum(-1).mean()) / 2 < 0.02  # total variation; a distribution has 2.5 nats
 
 
 @pytest.mark.parametrize("acceptance", [0.5, 0.7, 0.9])
@@ -55,23 +55,23 @@ def test_the_acceptance_is_what_was_asked_for(name, dtype, acceptance):
     tuned = tune_pair(target, draft, acceptance, TEMPERATURE)
     assert tuned.acceptance == pytest.approx(acceptance, abs=0.01)
     ids = contexts(500)
-    accepted = torch.minimum(laws(target, ids), laws(draft, ids)).sum(-1).flatten()
+    accepted = torch.minimum(distributions(target, ids), distributions(draft, ids)).sum(-1).flatten()
     # Both sets of contexts are random, 512 and 1920 positions: four standard errors of the difference.
     tolerance = 0.01 + 4 * float(accepted.std()) * (1 / 512 + 1 / accepted.numel()) ** 0.5
     assert tolerance < 0.06
     assert float(accepted.mean()) == pytest.approx(acceptance, abs=tolerance)
 
 
-def test_the_law_of_the_draft_has_the_entropy_of_text_and_depends_on_what_came_before():
+def test_the_distribution_of_the_draft_has_the_entropy_of_text_and_depends_on_what_came_before():
     target, draft = pair(TARGETS["wider and deeper"])
     tuned = tune_pair(target, draft, 0.7, TEMPERATURE)
-    q = laws(draft, contexts(500))
+    q = distributions(draft, contexts(500))
     assert tuned.entropy == pytest.approx(TEXT_ENTROPY, abs=0.01)
     assert float(-(q * q.log()).sum(-1).mean()) == pytest.approx(TEXT_ENTROPY, abs=0.15)
     ids = contexts(500)[:, :8].clone()
     changed = ids.clone()
     changed[:, 2] = (ids[:, 2] + 1) % 500
-    moved = (laws(target, ids)[:, -1] - laws(target, changed)[:, -1]).abs().sum(-1).mean()
+    moved = (distributions(target, ids)[:, -1] - distributions(target, changed)[:, -1]).abs().sum(-1).mean()
     assert float(moved) > 0.02, "or the text is a chain of single tokens"
 
 
@@ -80,7 +80,7 @@ def test_a_draft_does_not_merely_repeat_the_last_token():
     tune_pair(target, draft, 0.7, TEMPERATURE)
     ids = contexts(500)
     for model in (target, draft):
-        assert float(laws(model, ids).gather(-1, ids[..., None]).mean()) < 0.1
+        assert float(distributions(model, ids).gather(-1, ids[..., None]).mean()) < 0.1
 
 
 def test_shapes_types_and_the_tied_head_stay():
@@ -106,7 +106,7 @@ def test_the_acceptance_holds_along_the_models_own_text():
     torch.manual_seed(0)
     with torch.no_grad():
         text = plain_loop(target, contexts(500)[:32, :8], 20, TEMPERATURE)
-    accepted = torch.minimum(laws(target, text), laws(draft, text)).sum(-1)[:, 8:]
+    accepted = torch.minimum(distributions(target, text), distributions(draft, text)).sum(-1)[:, 8:]
     assert float(accepted.mean()) == pytest.approx(0.7, abs=0.08)
 
 

@@ -14,10 +14,10 @@ from smc_compile.dev.kernel_audit.absent_device import CUDA, Target, absent_devi
 from smc_compile.dev.kernel_audit.record import Recorded
 from smc_compile.errors import SMCError
 from smc_compile.kernels import attend, thresholds
-from smc_compile.kernels import skinny_linear as few_rows
+from smc_compile.kernels import skinny_linear as skinny_linear
 
 # What each op with a kernel of ours is without it.
-IN_TENSOR_CODE = attend.IN_TENSOR_CODE | few_rows.IN_TENSOR_CODE | thresholds.IN_TENSOR_CODE
+IN_TENSOR_CODE = attend.IN_TENSOR_CODE | skinny_linear.IN_TENSOR_CODE | thresholds.IN_TENSOR_CODE
 # (code, flat arguments) -> outputs; arguments that the code changes are changed in place
 Execute = Callable[[str, list[Any]], Sequence[Any]]
 

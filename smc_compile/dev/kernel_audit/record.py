@@ -68,9 +68,9 @@ class Recording:
 
     def end_session(self) -> None:
         """Count the calls of the last whole cycle."""
-        ends = [i for i, n in enumerate(self._log) if self.found[n].name.partition(" ")[0] in END_OF_CYCLE]
-        if len(ends) > 1:
-            last = self._log[ends[-2] + 1 : ends[-1] + 1]
+        eos_ids = [i for i, n in enumerate(self._log) if self.found[n].name.partition(" ")[0] in END_OF_CYCLE]
+        if len(eos_ids) > 1:
+            last = self._log[eos_ids[-2] + 1 : eos_ids[-1] + 1]
             for number, recorded in enumerate(self.found):
                 recorded.a_cycle = last.count(number)
 

@@ -23,7 +23,7 @@ TIED = 16  # tokens whose logits are nearly equal, in the session of near ties
 
 @dataclass(frozen=True)
 class Pair:
-    """What is compiled: the models' shapes, the method, the law and the request."""
+    """What is compiled: the models' shapes, the method, the distribution and the request."""
 
     target: LlamaConfig
     draft: LlamaConfig

@@ -120,8 +120,8 @@ def compiled(graph: fx.GraphModule, recorded: Recorded, compiler: str) -> Callab
     from torch._inductor.compile_fx import compile_fx
 
     patches = {**lowered_by(compiler).get("options", {}), "cpp.enable_kernel_profile": True}
-    made: Any = compile_fx(deepcopy(graph), recorded.inputs, config_patches=patches)
-    return made  # type: ignore[no-any-return]
+    generated: Any = compile_fx(deepcopy(graph), recorded.inputs, config_patches=patches)
+    return generated  # type: ignore[no-any-return]
 
 
 def prepared(function: Callable[..., Any], arguments: list[Any], device: torch.device) -> Call:

@@ -94,11 +94,11 @@ def compare(
         want = results(reference, call)
         nearby = [results(reference, moved(recorded, call, by)) for by in (-NEARBY, NEARBY)] if narrow else [want, want]
         turned = turns(got, want) if narrow else {}
-        for a, b, *ends in zip(got, want, *nearby, strict=True):
+        for a, b, *eos_ids in zip(got, want, *nearby, strict=True):
             if isinstance(a, Tensor) and a.numel():
                 if a.shape in turned and a.is_floating_point():
                     a = torch.where(turned[a.shape], b, a)
-                largest, share = difference(a, b, dtype, *ends)
+                largest, share = difference(a, b, dtype, *eos_ids)
                 verdict.error, verdict.beyond = max(verdict.error, largest), max(verdict.beyond, share)
         verdict.runs += 1
     return verdict

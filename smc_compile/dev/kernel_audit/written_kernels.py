@@ -10,7 +10,7 @@ from torch import Tensor
 
 from smc_compile.dev.kernel_audit.timing import in_turn
 from smc_compile.kernels import attend, thresholds
-from smc_compile.kernels import skinny_linear as few_rows
+from smc_compile.kernels import skinny_linear as skinny_linear
 
 CPU = torch.device("cpu")
 Operands = tuple[Tensor, ...]
@@ -122,7 +122,7 @@ def random_attention(g: torch.Generator) -> Operands:
 ops = torch.ops.smc_compile
 WRITTEN_BY_HAND = (
     Entry(
-        "few_rows", ops.few_rows, few_rows.IN_TENSOR_CODE[ops.few_rows.default], torch.nn.functional.linear,
+        "skinny_linear", ops.skinny_linear, skinny_linear.IN_TENSOR_CODE[ops.skinny_linear.default], torch.nn.functional.linear,
         lambda g: product(g, drawn(g, 1, 99), drawn(g, 1, 1500), drawn(g, 1, 700)),
         lambda g: product(g, 18, 1024, 2752), "18 rows, 1024 to 2752", 2e-6,
     ),

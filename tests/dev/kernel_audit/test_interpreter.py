@@ -22,9 +22,11 @@ class Double:
 
 def run(body: Any) -> Ran:
     """Generated code with two kernels and a function ``call``."""
-    made: dict[str, Any] = {}
-    made["call"] = lambda arguments: body(arguments, made["first"], made["second"], made["empty_strided_cuda"])
-    code = file._Generated(made, {"first": Double(), "second": Double()})
+    generated: dict[str, Any] = {}
+    generated["call"] = lambda arguments: body(
+        arguments, generated["first"], generated["second"], generated["empty_strided_cuda"]
+    )
+    code = file._Generated(generated, {"first": Double(), "second": Double()})
     return file.run(code, [torch.ones(3), 7], ["first", "second"])
 
 

@@ -39,7 +39,7 @@ def test_near_ties_make_the_last_bits_of_a_cut_matter():
     assert kept_otherwise(rows_of(with_near_ties(model)), cut.top_k).float().mean() > 0.5
 
 
-def test_near_ties_keep_the_law_that_was_asked_for():
+def test_near_ties_keep_the_distribution_that_was_asked_for():
     config = LlamaConfig(VOCAB, 32, 1, 2, 1, 32, 64)
     pair = Pair(config, config, "speculative", 4, 3, 16, 0.8, 490, 0.99, torch.float32)
     assert abs(cutting_near_ties(pair).top_k - pair.top_k) <= TIED // 2

@@ -25,9 +25,9 @@ TARGET = TARGETS["sm_90"]
 
 @pytest.fixture(scope="module")
 def interpreter() -> Iterator[Interpreter]:
-    made = Interpreter(TARGET)
-    yield made
-    made.close()
+    generated = Interpreter(TARGET)
+    yield generated
+    generated.close()
 
 
 def smc_draw(scores: Tensor, k: Tensor, p: Tensor, u: Tensor) -> Tensor:
@@ -102,13 +102,13 @@ def test_the_same_uniforms_give_the_same_tokens_and_a_wrong_kernel_does_not(reco
     assert not compare(recorded, compiled, torch.float32, wrong.verdict).agrees(torch.float32)
 
 
-def test_products_of_a_few_rows_are_the_librarys_on_a_gpu():
+def test_products_of_a_skinny_linear_are_the_librarys_on_a_gpu():
     """The graph was traced on a CPU, where they are an op of ours."""
     x, weight = torch.randn(8, 512), torch.nn.Parameter(torch.randn(512, 512), requires_grad=False)
     with recording() as record:
         torch.compile(lambda *args: linear(*args) + 1, backend=BACKEND, fullgraph=True)(x, weight)
     (found,) = record.found
-    assert "few_rows" in found.graph.code
+    assert "skinny_linear" in found.graph.code
     code, _ = lower(found, TARGET, lambda *_: [])
     assert library_calls(code) == {"mm": 1}
 

@@ -1,4 +1,4 @@
-"""Whatever a loop samples with, the cut graph must carry exactly the law of the user's own probabilities."""
+"""Whatever a loop samples with, the cut graph must carry exactly the distribution of the user's own probabilities."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from smc_compile.passes.capture.export_lm import export_lm
 from smc_compile.passes.capture.sampler import Sampler, match_sampler
 from smc_compile.passes.ir import CausalLM
 from smc_compile.passes.validate import validate
-from smc_compile.runtime.algorithms.next_token import Law
+from smc_compile.runtime.algorithms.next_token import NextTokenDistribution
 
 V, BATCH = 11, 2
 BIAS = torch.linspace(-2.0, 2.0, V, dtype=torch.float64)
@@ -77,13 +77,13 @@ def unnormalised(logits: Tensor) -> Drawn:
 
 
 def categorical(logits: Tensor) -> Drawn:
-    law = torch.distributions.Categorical(logits=logits / 0.7, validate_args=False)
-    return law.sample(), law.probs
+    distribution = torch.distributions.Categorical(logits=logits / 0.7, validate_args=False)
+    return distribution.sample(), distribution.probs
 
 
 def categorical_probs(logits: Tensor) -> Drawn:
-    law = torch.distributions.Categorical(probs=logits.square(), validate_args=False)
-    return law.sample(), law.probs
+    distribution = torch.distributions.Categorical(probs=logits.square(), validate_args=False)
+    return distribution.sample(), distribution.probs
 
 
 def race(logits: Tensor) -> Drawn:
@@ -204,12 +204,16 @@ def matched(sample: Callable[[Tensor], Drawn]) -> tuple[CausalLM, Sampler, list[
 
 
 @samplers
-def test_the_cut_graph_carries_the_law_of_the_users_probabilities(sample) -> None:
+def test_the_cut_graph_carries_the_distribution_of_the_users_probabilities(sample) -> None:
     cut, sampler, weights = matched(sample)
     ids, table = tokens(BATCH, 5), weights[0]
     rows = rows_of(cut, ids, weights)
     torch.testing.assert_close(
-        Law(sampler.kind).log_probs(rows, {}).exp(), sample(table[ids[:, -1]])[1], rtol=0, atol=1e-6, check_dtype=False
+        NextTokenDistribution(sampler.kind).log_probs(rows, {}).exp(),
+        sample(table[ids[:, -1]])[1],
+        rtol=0,
+        atol=1e-6,
+        check_dtype=False,
     )
     assert rows.shape == (BATCH, V)
 
@@ -223,7 +227,7 @@ def test_sampler_form_and_temperature_are_named(sample) -> None:
 
 
 @pytest.mark.parametrize("sample", [top_k, sorted_top_p, sorted_top_k_then_top_p], ids=lambda f: f.__name__)
-def test_the_law_has_a_cached_form(sample) -> None:
+def test_the_distribution_has_a_cached_form(sample) -> None:
     cut, _, weights = matched(sample)
     assert validate(cut, synthesize_cache(cut), weights) < 1e-12
 
@@ -254,7 +258,7 @@ def test_greedy_is_also_written_with_max_and_topk(pick) -> None:
 
 
 def test_probabilities_of_a_kept_last_axis() -> None:
-    """`[:, -1:]` keeps an axis of one; the law's rows have none."""
+    """`[:, -1:]` keeps an axis of one; the distribution's rows have none."""
     module = Step(lambda x: (torch.softmax(x[:, -1:] / 0.7, -1)).view(-1, V).multinomial(1), width=V)
     cut, sampler = match_sampler(export(module, BATCH))
     ids = tokens(BATCH, 4)

@@ -216,7 +216,7 @@ def check_outputs(loop: DecodeLoop, fn: Any, ids: torch.Tensor) -> None:
         torch.manual_seed(1)
         returned = fn(ids)
         torch.manual_seed(1)
-        whole = growing_cat(*fn.loop, ids, loop.trips)
+        whole = growing_cat(*fn.loop, ids, loop.iterations)
     returned = returned if isinstance(returned, tuple) else (returned,)
     for value, layout in zip(returned, loop.outputs, strict=True):
         built = layout.build(ids, whole[:, loop.prompt_length :])
@@ -239,7 +239,7 @@ def bind(loop: Any, model: Any, sample: Any, n: int) -> Any:
 def test_every_form_of_loop(loop, dynamic):
     fn = bind(loop, MODEL, temperature, 3)
     found, inputs = capture(fn, prompt(), dynamic=dynamic)
-    assert (found.trips, found.batch, found.prompt_length) == (3, 2, P)
+    assert (found.iterations, found.batch, found.prompt_length) == (3, 2, P)
     assert inputs[found.prompt_index].shape == (2, P)
     check_step(found, inputs, lambda ids: temperature(MODEL(ids)[:, -1]))
     check_outputs(found, fn, prompt())
@@ -259,7 +259,7 @@ def test_every_sampler(sample, dynamic):
 def test_batches_and_trip_counts(loop, batch, n):
     fn = bind(loop, MODEL, gumbel, n)
     found, inputs = capture(fn, prompt(batch))
-    assert found.trips == n
+    assert found.iterations == n
     assert found.batch == batch
     check_step(found, inputs, lambda ids: gumbel(MODEL(ids)[:, -1]))
     check_outputs(found, fn, prompt(batch))
@@ -307,7 +307,7 @@ def test_a_symbolic_graph_is_recovered_again_for_other_sizes():
         sizes[x.node.hint] if isinstance(x, torch.SymInt) else longer if x.dtype == torch.long else x for x in inputs
     ]  # int(x) would fix the size for good
     found = recover_loop(gm, again)
-    assert (found.trips, found.batch, found.prompt_length) == (3, 5, 9)
+    assert (found.iterations, found.batch, found.prompt_length) == (3, 5, 9)
     check_step(found, again, lambda ids: greedy(MODEL(ids)[:, -1]))
     check_outputs(found, fn, longer)
 
@@ -344,7 +344,7 @@ def test_bigram_golden():
 
     found, _ = capture(fn, prompt(), TABLE)
     assert found.step.code.strip() == GOLDEN.strip()
-    assert found.report[:2] == ["decode loop of 3 trips", "prompt `l_ids_` [2, 4]"]
+    assert found.report[:2] == ["decode loop of 3 iterations", "prompt `l_ids_` [2, 4]"]
 
 
 GOLDEN = """
@@ -376,7 +376,7 @@ def test_growing_integers_become_sizes():
 def test_source_lines_are_kept():
     found, _ = capture(bind(growing_cat, MODEL, greedy, 2), prompt())
     calls = [node for node in found.step.graph.nodes if node.op == "call_function"]
-    assert all("test_recover_loop" in node.meta["stack_trace"] for node in calls if "size" not in node.name)
+    assert all("test_recover" in node.meta["stack_trace"] for node in calls if "size" not in node.name)
 
 
 @pytest.mark.parametrize("n", [0, 1])
@@ -407,8 +407,8 @@ def test_refuses_a_temperature_schedule():
         return ids
 
     error = refusal(fn, prompt())
-    assert "1.5 in trip 0 but 1.0 in trip 1" in error.why
-    assert "test_recover_loop.py" in error.why
+    assert "1.5 in iteration 0 but 1.0 in iteration 1" in error.why
+    assert "test_recover.py" in error.why
 
 
 def test_refuses_integers_that_grow_unevenly():
@@ -418,7 +418,7 @@ def test_refuses_integers_that_grow_unevenly():
             ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
         return ids
 
-    assert "2 in trip 0, 4 in trip 1 and 8 in trip 2" in refusal(fn, prompt()).why
+    assert "2 in iteration 0, 4 in iteration 1 and 8 in iteration 2" in refusal(fn, prompt()).why
 
 
 def test_refuses_a_cropped_window():
@@ -463,7 +463,7 @@ def test_refuses_an_end_of_sequence_mask_in_place():
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_sum_that_is_carried_on_is_the_sum_of_all_tokens(dynamic):
-    """A loop that reads its newest token only: its first trip is the step, and its other trips agree with it."""
+    """A loop that reads its newest token only: its first iteration is the step, and its other iterations agree with it."""
 
     def fn(ids):
         state = TABLE[ids].sum(1)
@@ -475,7 +475,7 @@ def test_a_sum_that_is_carried_on_is_the_sum_of_all_tokens(dynamic):
         return torch.cat(tokens, 1)
 
     found, inputs = capture(fn, prompt(), dynamic=dynamic)
-    assert found.trips == 3
+    assert found.iterations == 3
     check_step(found, inputs, lambda ids: torch.multinomial(torch.softmax(TABLE[ids].sum(1), -1), 1))
     found.check(inputs)
 
@@ -515,7 +515,7 @@ def test_refuses_dropout_in_training_mode():
     error = refusal(bind(growing_cat, model, greedy, 2), prompt())
     assert "model.eval()" in error.fix
     model.eval()
-    assert capture(bind(growing_cat, model, greedy, 2), prompt())[0].trips == 2
+    assert capture(bind(growing_cat, model, greedy, 2), prompt())[0].iterations == 2
 
 
 def test_refuses_other_noise():

@@ -184,7 +184,7 @@ def same_step(loop: DecodeLoop, inputs: list[Any], model: Any) -> None:
 @pytest.mark.parametrize("n", [2, 6])
 def test_forms(form, n):
     loop, inputs = capture(form, bigram, prompt(), n)
-    assert loop.trips == n
+    assert loop.iterations == n
     assert loop.outputs[0].segments == ("prompt", "tokens")
     assert loop.outputs[0].padding == ((3,) if form is while_index_copy else ())
     loop.check(inputs)
@@ -218,7 +218,7 @@ def test_a_buffer_as_long_as_the_model_reaches():
     loop.check(inputs)
 
 
-def test_while_loop_of_one_trip_is_no_loop():
+def test_while_loop_of_one_iteration_is_no_loop():
     assert capture(while_where, bigram, prompt(), 1)[0] is None
 
 
@@ -336,7 +336,7 @@ def finder_of(fn: Any, *args: Any) -> tuple[LoopFinder, list[Any], list[Any]]:
 def test_two_lengths_that_agree_settle_all_lengths():
     finder, calls, _ = finder_of(plain, bigram, 3)
     loops = [finder.loop_for(arguments) for arguments in calls]
-    assert {loop.trips for loop in loops} == {3}
+    assert {loop.iterations for loop in loops} == {3}
     assert finder.recoveries <= 3
 
 
@@ -387,7 +387,7 @@ def test_refuses_a_condition_on_tokens():
         return torch._higher_order_ops.while_loop(lambda i, buf: (i < P + n) & (buf != 5).all(), body, state)[1]
 
     error = refusal(fn, bigram, prompt(), 5)
-    assert "only count trips" in error.what
+    assert "only count iterations" in error.what
     assert "eos_token_id" in error.fix
 
 

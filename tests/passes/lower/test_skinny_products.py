@@ -10,7 +10,7 @@ from smc_compile.pairs.llama import Llama, LlamaConfig
 from smc_compile.passes.cache.synthesize import synthesize_cache
 from smc_compile.passes.capture.export_lm import export_lm
 from smc_compile.passes.lower import skinny_products as pass_file
-from smc_compile.passes.lower.skinny_products import ROWS, few_rows, linear
+from smc_compile.passes.lower.skinny_products import ROWS, linear, skinny_linear
 from smc_compile.program.model import LastLogits
 
 
@@ -46,8 +46,8 @@ def test_the_product_is_the_exact_one_to_rounding(rows, biased, dtype, tolerance
 
 def test_which_products_are_rerouted(monkeypatch):
     monkeypatch.setattr(pass_file, "EMULATED", True)
-    assert "smc_compile::few_rows" in calls(linear, *operands((8,), torch.float32))
-    assert "smc_compile::few_rows" in calls(linear, *operands((1,), torch.bfloat16))
+    assert "smc_compile::skinny_linear" in calls(linear, *operands((8,), torch.float32))
+    assert "smc_compile::skinny_linear" in calls(linear, *operands((1,), torch.bfloat16))
     for left_alone in (
         operands((ROWS[torch.float32].start - 1,), torch.float32),
         operands((ROWS[torch.float32].stop,), torch.float32),
@@ -55,9 +55,9 @@ def test_which_products_are_rerouted(monkeypatch):
         operands((8,), torch.float32, outputs=64),
         operands((ROWS[torch.bfloat16].stop,), torch.bfloat16),
     ):
-        assert not any("few_rows" in name for name in calls(linear, *left_alone))
+        assert not any("skinny_linear" in name for name in calls(linear, *left_alone))
     monkeypatch.setattr(pass_file, "EMULATED", False)
-    assert not any("few_rows" in name for name in calls(linear, *operands((8,), torch.bfloat16)))
+    assert not any("skinny_linear" in name for name in calls(linear, *operands((8,), torch.bfloat16)))
 
 
 def test_rows_and_weights_need_not_be_contiguous():
@@ -74,12 +74,12 @@ def test_one_row_alone_and_among_others_is_the_same_number(inputs, outputs, dtyp
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(n, inputs, generator=generator).to(dtype) for n in (40, outputs))
     exact = x.double() @ weight.double().t()
-    among = torch.ops.smc_compile.few_rows(x, weight, None)
+    among = torch.ops.smc_compile.skinny_linear(x, weight, None)
     torch.testing.assert_close(
         among.double(), exact, rtol=0, atol=float(exact.abs().max()) * 4 * torch.finfo(dtype).eps
     )
     for count in range(1, 9):
-        assert torch.equal(torch.ops.smc_compile.few_rows(x[3 : 3 + count], weight, None), among[3 : 3 + count])
+        assert torch.equal(torch.ops.smc_compile.skinny_linear(x[3 : 3 + count], weight, None), among[3 : 3 + count])
 
 
 def test_without_a_compiler_the_product_is_atens(monkeypatch):
@@ -102,7 +102,7 @@ def test_every_linear_layer_of_a_model_is_rewritten_and_nothing_else():
     lm, _ = export_lm(LastLogits(model), torch.zeros(2, 2, dtype=torch.int64))
     before = synthesize_cache(lm)
     targets = {kind: [node.target for node in getattr(before, kind).graph.nodes] for kind in ("score", "advance")}
-    after = few_rows(before)
+    after = skinny_linear(before)
     aten = torch.ops.aten.linear.default
     for kind, old in targets.items():
         new = [node.target for node in getattr(after, kind).graph.nodes]

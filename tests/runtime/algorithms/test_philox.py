@@ -101,7 +101,7 @@ def test_seed_step_particle_and_purpose_all_matter() -> None:
 
 
 @pytest.mark.parametrize("purpose", PURPOSES)
-def test_uniform_in_law(purpose: int) -> None:
+def test_uniform_in_distribution(purpose: int) -> None:
     """Kolmogorov-Smirnov, and chi-square of 256 cells on the high and on the low bits: 1e-5 each, 12 tests."""
     u = uniforms(torch.arange(-4, 4), 32, torch.arange(128), purpose).flatten()
     assert stats.kstest(u.numpy(), "uniform").pvalue > 1e-5

@@ -1,4 +1,4 @@
-"""Inverse-CDF sampling: the law, the edges of [0, 1), and rows that are not distributions.
+"""Inverse-CDF sampling: the distribution, the edges of [0, 1), and rows that are not distributions.
 
 Seeds are fixed; the rate stated with a statistical test is that of a false alarm when the seed was chosen.
 """

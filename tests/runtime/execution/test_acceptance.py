@@ -1,6 +1,6 @@
-"""What rejection commits follows the target's law, whatever the draft and however many chains are tried.
+"""What rejection commits follows the target's distribution, whatever the draft and however many chains are tried.
 
-The exact law of the output is enumerated: every tuple of drafted tokens, and for each the probability of every path of
+The exact distribution of the output is enumerated: every tuple of drafted tokens, and for each the probability of every path of
 acceptances, which plain Python follows beside the code under test.
 """
 
@@ -27,12 +27,12 @@ LAWS = {
 
 
 def residuals(p: Tensor, q: Tensor, count: int) -> list[Tensor]:
-    """The target's law before the first, second, ... candidate, and after ``count`` rejections."""
-    laws = [p]
+    """The target's distribution before the first, second, ... candidate, and after ``count`` rejections."""
+    distributions = [p]
     for _ in range(count):
-        left = (laws[-1] - q).clamp_min(0)
-        laws.append(left / left.sum() if left.sum() > 1e-12 else p)
-    return laws
+        left = (distributions[-1] - q).clamp_min(0)
+        distributions.append(left / left.sum() if left.sum() > 1e-12 else p)
+    return distributions
 
 
 def one_position(p: Tensor, q: Tensor, drafted: Tensor, u: Tensor) -> Walk:
@@ -44,19 +44,19 @@ def one_position(p: Tensor, q: Tensor, drafted: Tensor, u: Tensor) -> Walk:
 
 @pytest.mark.parametrize("chains", [1, 2, 3])
 @pytest.mark.parametrize("name", LAWS)
-def test_the_law_of_one_position_is_exactly_the_target(name, chains):
+def test_the_distribution_of_one_position_is_exactly_the_target(name, chains):
     """Uniforms on either side of each threshold find the probability of an acceptance; sums over all drafts give p."""
-    p, q = (torch.tensor(law, dtype=torch.float64) for law in LAWS[name])
-    laws, found = residuals(p, q, chains), torch.zeros_like(p)
+    p, q = (torch.tensor(distribution, dtype=torch.float64) for distribution in LAWS[name])
+    distributions, found = residuals(p, q, chains), torch.zeros_like(p)
     for drafted in itertools.product(range(len(p)), repeat=chains):
         weight = math.prod(q[x].item() for x in drafted)
         if weight == 0:
             continue
         for n, x in enumerate(drafted):  # rejected before n, decided at n
-            threshold = min(1.0, float(laws[n][x] / q[x]))
+            threshold = min(1.0, float(distributions[n][x] / q[x]))
             u = torch.ones(2, chains, dtype=torch.float64) * (1 - 1e-15)
             u[0, n], u[1, n] = max(threshold - 1e-9, 0), min(threshold + 1e-9, 1 - 1e-15)
-            before = [min(1.0, float(laws[i][drafted[i]] / q[drafted[i]])) for i in range(n)]
+            before = [min(1.0, float(distributions[i][drafted[i]] / q[drafted[i]])) for i in range(n)]
             if max(before, default=0.0) >= 1 - 1e-12:
                 break
             walk = one_position(p, q, torch.tensor([drafted] * 2), u)
@@ -66,7 +66,7 @@ def test_the_law_of_one_position_is_exactly_the_target(name, chains):
             if n == chains - 1 and threshold < 1 - 1e-9:
                 assert not walk.going[1], "above it, it is rejected"
                 rest = walk.rest[1] / walk.rest[1].sum()
-                torch.testing.assert_close(rest, laws[-1], atol=1e-12, rtol=0)
+                torch.testing.assert_close(rest, distributions[-1], atol=1e-12, rtol=0)
                 found += weight * (1 - threshold) * rest
             weight *= 1 - threshold
     torch.testing.assert_close(found, p, atol=1e-12, rtol=0)
@@ -103,7 +103,7 @@ def walked(p: Tensor, q: Tensor, drafted: Tensor, u: Tensor) -> Walk:
 
 
 def drafts(count: int, chains: int, length: int, vocab: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Chains of two Markov laws from state 0, and uniforms."""
+    """Chains of two Markov distributions from state 0, and uniforms."""
     generator = torch.Generator().manual_seed(seed)
     target, draft = markov(generator, vocab, 1.0), markov(generator, vocab, 1.0)
     state = torch.zeros(count, chains, dtype=torch.int64)
@@ -121,11 +121,11 @@ def drafts(count: int, chains: int, length: int, vocab: int, seed: int) -> tuple
 def test_it_follows_a_plain_loop(chains):
     p, q, drafted, u = drafts(500, chains, 4, 5, seed=chains)
     walk = walked(p, q, drafted, u)
-    _, law = arrive(walk, p[torch.arange(500), walk.chain, -1], torch.zeros(500, dtype=torch.float64))
+    _, distribution = arrive(walk, p[torch.arange(500), walk.chain, -1], torch.zeros(500, dtype=torch.float64))
     for b in range(500):
         length, chain, rest = plain(p[b], q[b], drafted[b], u[b])
         assert (int(walk.length[b]), int(walk.chain[b])) == (length, chain)
-        torch.testing.assert_close(law[b] / law[b].sum(), rest, atol=1e-9, rtol=0)
+        torch.testing.assert_close(distribution[b] / distribution[b].sum(), rest, atol=1e-9, rtol=0)
     assert set(walk.length.tolist()) == set(range(5)), "every length occurs, or this test sees little"
 
 
@@ -143,8 +143,8 @@ def test_a_whole_block_follows_the_target(chains):
     drawn = torch.multinomial(target[first], 1, generator=generator)[:, 0]
     second = torch.where(walk.length > 1, own[:, 1], torch.where(walk.length == 1, last, drawn))
     third = torch.where(walk.length > 1, last, torch.multinomial(target[second], 1, generator=generator)[:, 0])
-    law = torch.einsum("a,ab,bc->abc", target[0], target, target)
-    assert chi_square_p_value(torch.stack([first, second, third], 1), law) > 1e-3
+    distribution = torch.einsum("a,ab,bc->abc", target[0], target, target)
+    assert chi_square_p_value(torch.stack([first, second, third], 1), distribution) > 1e-3
 
 
 def test_more_chains_accept_more():
@@ -152,7 +152,7 @@ def test_more_chains_accept_more():
     assert all(b > a + 0.05 for a, b in itertools.pairwise(accepted))
 
 
-def test_a_residual_that_rounding_leaves_empty_gives_way_to_the_law():
+def test_a_residual_that_rounding_leaves_empty_gives_way_to_the_distribution():
     """A token with p < q by one rounding, and nothing with p > q."""
     p = torch.tensor([0.5, 0.5, 0.0], dtype=torch.float64)
     walk = one_position(p, p, torch.tensor([[2]]), torch.zeros(1, 1, dtype=torch.float64))
@@ -163,7 +163,7 @@ def test_a_residual_that_rounding_leaves_empty_gives_way_to_the_law():
 def test_a_nan_is_not_accepted_and_shows():
     p = torch.tensor([0.5, 0.5], dtype=torch.float64)
     nan = torch.full_like(p, torch.nan)
-    for laws in ((nan, p), (p, nan)):
-        walk = one_position(*laws, torch.tensor([[0, 1]]), torch.zeros(1, 2, dtype=torch.float64))
+    for distributions in ((nan, p), (p, nan)):
+        walk = one_position(*distributions, torch.tensor([[0, 1]]), torch.zeros(1, 2, dtype=torch.float64))
         assert not walk.going
         assert walk.rest.isnan().any()

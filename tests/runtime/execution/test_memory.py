@@ -39,12 +39,12 @@ METHODS = {"smc": {}, "speculative": {"method": "speculative"}, "one token": {"m
 @pytest.mark.parametrize("method", METHODS)
 def test_what_fits_runs_and_one_byte_less_is_refused(pair, method, monkeypatch):
     """What is asked for covers the caches that the session then makes, its logits and its tokens."""
-    options, made, asked = {**OPTIONS, **METHODS[method]}, [], []
+    options, generated, asked = {**OPTIONS, **METHODS[method]}, [], []
     begin, need_of = CachedModel.begin, memory.need_of
 
     def watched(self, *args):
         found = begin(self, *args)
-        made.extend([*found[1][0], *found[2]])
+        generated.extend([*found[1][0], *found[2]])
         return found
 
     def noted(*args):
@@ -61,10 +61,10 @@ def test_what_fits_runs_and_one_byte_less_is_refused(pair, method, monkeypatch):
     free(monkeypatch, needed - 1)
     with pytest.raises(InputError):
         generate(*pair, IDS, **options)
-    assert not made, "nothing was allocated"
+    assert not generated, "nothing was allocated"
     free(monkeypatch, needed)
     generate(*pair, IDS, **options)
-    beside = needed - sum(cache.nbytes for cache in made) - len(IDS) * n * width * 7 * 4
+    beside = needed - sum(cache.nbytes for cache in generated) - len(IDS) * n * width * 7 * 4
     slots = {"smc": 9, "speculative": 32, "one token": 9}[method]
     assert beside == len(IDS) * n * slots * memory.OF_A_TOKEN
 

@@ -104,7 +104,7 @@ def records(monkeypatch: pytest.MonkeyPatch) -> Records:
 
 def set_recorder(monkeypatch: pytest.MonkeyPatch, record: Any) -> None:
     monkeypatch.setattr("smc_compile.program.build.recorder_for", lambda *_: record)
-    monkeypatch.setattr(import_module("smc_compile.generate"), "_programs", OrderedDict())
+    monkeypatch.setattr(import_module("smc_compile.program.from_model"), "_programs", OrderedDict())
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +275,7 @@ def test_a_call_that_has_grown_does_not_share_with_another(records, pair):
     first, second = (
         session.cycles(build_request(PROMPTS[:1], 170, torch.tensor([seed]), settings=settings)) for seed in (1, 2)
     )
-    one = next(run for run in first if run.p.made > 140)  # in suffixes of the second size
+    one = next(run for run in first if run.p.generated > 140)  # in suffixes of the second size
     *_, other = second
     *_, one = first
     assert torch.equal(one.result(True).sequences, whole[0].sequences)
@@ -289,14 +289,14 @@ def test_neither_weights_nor_requests_are_written_to(records, kind):
     target = CACHEABLE[kind](max_positions=300).double()
     pair, before = (target, perturbed(target, 0.3)), copy.deepcopy(target.state_dict())
     run(pair, torch.ones(1, 128, dtype=torch.int64), n=128)  # tables of just the length that is recorded
-    made, session, settings = len(records), last_program().session, settings_of(1, temperature=1.0)
+    generated, session, settings = len(records), last_program().session, settings_of(1, temperature=1.0)
     requests = [
         build_request(torch.full((1, length), 2), 128, torch.tensor([length]), settings=settings) for length in (9, 70)
     ]
     first = session.run(requests[0])
     session.run(requests[1])
     assert_same(session.run(requests[0]), first)
-    assert len(records) == made, "all of them in the first call's"
+    assert len(records) == generated, "all of them in the first call's"
     assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
 
 
@@ -309,9 +309,9 @@ def test_what_cannot_be_recorded_is_told_with_what_there_is(monkeypatch, pair):
     set_recorder(monkeypatch, refuse)
     with pytest.raises(GenerationError, match="cannot be recorded as a CUDA graph") as error:
         run(pair, PROMPTS[:1], n=20, ess_threshold=0.0)
-    made = error.value.partial.sequences.shape[1]
-    assert made == 3 + 1 + 2 * 3, "the first cycle, and the one that compiled"
-    assert torch.equal(error.value.partial.particles, good.particles[:, :, :made])
+    generated = error.value.partial.sequences.shape[1]
+    assert generated == 3 + 1 + 2 * 3, "the first cycle, and the one that compiled"
+    assert torch.equal(error.value.partial.particles, good.particles[:, :, :generated])
 
 
 @interpreted
@@ -350,9 +350,9 @@ def test_nan_in_the_middle_raises_with_what_was_generated(records, pair, method)
         target.embed.weight[3] = math.nan
     with pytest.raises(GenerationError, match="target's logits are NaN") as error:
         run((target, pair[1]), **options)
-    made = error.value.partial.sequences.shape[1]
+    generated = error.value.partial.sequences.shape[1]
     assert error.value.partial.stats.replayed > 0
-    assert torch.equal(error.value.partial.particles, good.particles[:, :, :made])
+    assert torch.equal(error.value.partial.particles, good.particles[:, :, :generated])
 
 
 @interpreted
@@ -467,5 +467,5 @@ def on_meta(home: Run) -> Run:
         moved(home.contexts),
         moved(home.keys),
     )
-    run.ends, run.settings, run.nothing = moved(home.ends), moved(home.settings), moved(home.nothing)
+    run.eos_ids, run.settings, run.nothing = moved(home.eos_ids), moved(home.settings), moved(home.nothing)
     return run

@@ -1,4 +1,4 @@
-"""Rules that read the text, truncation, stops and lag: the law with them, against full enumeration.
+"""Rules that read the text, truncation, stops and lag: the distribution with them, against full enumeration.
 
 Seeds are fixed; the rate stated with a statistical test is that of a false alarm when the seed was chosen.
 """
@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers.enumeration import chi_square_p_value, sequence_law
+from helpers.enumeration import chi_square_p_value, sequence_distribution
+from helpers.logits_processors import Applied, no_third, penalty
 from helpers.model_parts import perturbed
 from helpers.replicates import drawn, evidence_measure, replicate, z_scores
 from helpers.toys import TableLM, TinyTransformerLM
@@ -20,50 +21,17 @@ from smc_compile import GenerationError, generate
 from smc_compile.program.from_model import _programs
 
 VOCAB = 3
+
+
 PROMPT = torch.tensor([1, 0, 2])
+
+
 interpreted = pytest.mark.usefixtures("interpreted")
-
-
-def penalty(input_ids: Tensor, scores: Tensor) -> Tensor:
-    """Tensor code: what was said in the last two tokens is less likely."""
-    said = torch.zeros_like(scores).scatter(1, input_ids[:, -2:], 1.0)
-    return scores - 0.8 * said
-
-
-class NoThird:
-    """Python on each row, and a count of its calls: never the same token three times in a row."""
-
-    calls = 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.calls += 1
-        scores = scores.clone()
-        for row, text in enumerate(input_ids.tolist()):
-            if text[-1] == text[-2]:
-                scores[row, text[-1]] = -math.inf
-        return scores
-
-
-no_third = NoThird()
 
 
 def tilt(input_ids: Tensor, scores: Tensor) -> Tensor:
     """Tensor code on the scores alone."""
     return scores + torch.arange(scores.shape[1]) * 0.15
-
-
-class Applied:
-    """A model whose last logits went through processors, as the plain loop would see them."""
-
-    def __init__(self, model: Callable[[Tensor], Tensor], *processors: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self.model, self.processors = model, processors
-
-    def __call__(self, ids: Tensor) -> Tensor:
-        logits = self.model(ids)
-        last = logits[:, -1]
-        for processor in self.processors:
-            last = processor(ids, last)
-        return torch.cat([logits[:, :-1], last[:, None]], 1)
 
 
 def table_pair(scale: float = 1.0):
@@ -88,14 +56,16 @@ def test_evidence_times_weight_is_unbiased_with_rules(case):
     options = {"lookahead": 2, "ess_threshold": 0.8, **CASES[case]}
     target, draft = table_pair()
     model = Applied(target, *options["logits_processor"])
-    law = sequence_law(model, PROMPT, 5, VOCAB, options.get("temperature", 1.0), options.get("eos_token_id"))
+    distribution = sequence_distribution(
+        model, PROMPT, 5, VOCAB, options.get("temperature", 1.0), options.get("eos_token_id")
+    )
     g = replicate(target, draft, PROMPT, 5, 2**12, n_particles=4, **options)
-    frequent = law.flatten() > 0.003
-    sequences = z_scores(evidence_measure(g, law)[:, frequent], law.flatten()[frequent])
+    frequent = distribution.flatten() > 0.003
+    sequences = z_scores(evidence_measure(g, distribution)[:, frequent], distribution.flatten()[frequent])
     print(f"{case}: z(evidence) {z_scores(g.log_evidence.exp(), 1.0):+.2f}, largest {sequences.abs().max():.2f}")
     assert abs(z_scores(g.log_evidence.exp(), 1.0)) < 4
     assert sequences.abs().max() < 5.5
-    assert (evidence_measure(g, law)[:, law.flatten() == 0] == 0).all()
+    assert (evidence_measure(g, distribution)[:, distribution.flatten() == 0] == 0).all()
 
 
 @interpreted
@@ -104,12 +74,12 @@ def test_the_one_token_loop_follows_rules(case):
     """Chi-square at level 1e-3."""
     options = CASES[case]
     target, _ = table_pair()
-    law = sequence_law(
+    distribution = sequence_distribution(
         Applied(target, *options["logits_processor"]), PROMPT, 5, VOCAB, options.get("temperature", 1.0),
         options.get("eos_token_id"),
     )  # fmt: skip
     g = replicate(target, None, PROMPT, 5, 2**13, method="autoregressive", **options)
-    assert chi_square_p_value(drawn(g, law), law) > 1e-3
+    assert chi_square_p_value(drawn(g, distribution), distribution) > 1e-3
 
 
 @interpreted
@@ -120,24 +90,21 @@ def test_rules_apply_to_the_draft_too():
     def chain(ids: Tensor) -> Tensor:
         return Applied(target if (ids.shape[1] - len(PROMPT)) % 3 == 0 else draft, no_third)(ids)
 
-    law = sequence_law(chain, PROMPT, 5, VOCAB)
+    distribution = sequence_distribution(chain, PROMPT, 5, VOCAB)
     g = replicate(target, draft, PROMPT, 5, 2**13, n_particles=1, lookahead=2, logits_processor=[no_third])
-    assert chi_square_p_value(drawn(g, law), law) > 1e-3
+    assert chi_square_p_value(drawn(g, distribution), distribution) > 1e-3
 
 
-@pytest.mark.parametrize(("rule", "traced"), [(penalty, True), (no_third, False)])
-def test_tensor_code_compiles_and_python_does_not(rule, traced):
+@pytest.mark.parametrize(("text_processor", "traced"), [(penalty, True), (no_third, False)])
+def test_tensor_code_compiles_and_python_does_not(text_processor, traced):
     target, draft = table_pair()
-    options = {"max_new_tokens": 7, "n_particles": 3, "lookahead": 2, "seed": 0, "logits_processor": [rule]}
+    options = {"max_new_tokens": 7, "n_particles": 3, "lookahead": 2, "seed": 0, "logits_processor": [text_processor]}
     compiled = generate(target, draft, PROMPT[None], compiler="aot_eager", **options)
     assert ("rules" in {r.name for r in list(_programs.values())[-1].regions}) == traced
     with torch.compiler.set_stance("force_eager"):
         interpreted = generate(target, draft, PROMPT[None], compiler="eager", **options)
     assert torch.equal(compiled.particles, interpreted.particles)
     torch.testing.assert_close(compiled.log_weights, interpreted.log_weights)
-
-
-# ---- truncation ------------------------------------------------------------------------------------------------------
 
 
 TRUNCATIONS = {
@@ -162,35 +129,32 @@ def truncated(setting: str) -> Callable[[Tensor], Tensor]:
 
 @interpreted
 @pytest.mark.parametrize("setting", TRUNCATIONS)
-def test_the_law_with_truncation(setting):
+def test_the_distribution_with_truncation(setting):
     """Chi-square at level 1e-3 for the one-token loop against enumeration."""
     target, _ = table_pair()
-    law = sequence_law(target, PROMPT, 4, VOCAB, 0.9, process=truncated(setting))
-    assert (law == 0).any()
+    distribution = sequence_distribution(target, PROMPT, 4, VOCAB, 0.9, process=truncated(setting))
+    assert (distribution == 0).any()
     given = {"temperature": 0.9, setting: TRUNCATIONS[setting][0]}
     g = replicate(target, None, PROMPT, 4, 2**13, method="autoregressive", **given)
-    assert chi_square_p_value(drawn(g, law), law) > 1e-3
+    assert chi_square_p_value(drawn(g, distribution), distribution) > 1e-3
 
 
 @interpreted
 @pytest.mark.parametrize("setting", TRUNCATIONS)
-def test_the_law_of_particles_with_truncation(setting):
+def test_the_distribution_of_particles_with_truncation(setting):
     """E[Z] = 1 and E[Z w(x)] = p(x) (4 and 5.5 standard errors) as no cycle is drawn again: the draft truncates too."""
     target, draft = table_pair(0.5)
-    law = sequence_law(target, PROMPT, 4, VOCAB, 0.9, process=truncated(setting))
+    distribution = sequence_distribution(target, PROMPT, 4, VOCAB, 0.9, process=truncated(setting))
     given = {"temperature": 0.9, setting: TRUNCATIONS[setting][0], "n_particles": 8, "lookahead": 2}
     g = replicate(target, draft, PROMPT, 4, 2**13, **given)
     evidence = z_scores(g.log_evidence.exp(), 1.0)
-    kept = law.flatten() > 0.003
-    sequences = z_scores(evidence_measure(g, law)[:, kept], law.flatten()[kept])
+    kept = distribution.flatten() > 0.003
+    sequences = z_scores(evidence_measure(g, distribution)[:, kept], distribution.flatten()[kept])
     print(f"{setting}: z(evidence) {evidence:+.2f}, largest |z| {sequences.abs().max():.2f}, retries {g.stats.retries}")
     assert g.stats.retries == 0
     assert abs(evidence) < 4
     assert sequences.abs().max() < 5.5
-    assert (evidence_measure(g, law)[:, law.flatten() == 0] == 0).all()
-
-
-# ---- stops -----------------------------------------------------------------------------------------------------------
+    assert (evidence_measure(g, distribution)[:, distribution.flatten() == 0] == 0).all()
 
 
 def rising(input_ids: Tensor, scores: object = None) -> Tensor:
@@ -200,7 +164,7 @@ def rising(input_ids: Tensor, scores: object = None) -> Tensor:
 
 @interpreted
 @pytest.mark.parametrize("lookahead", [1, 2, 4])
-def test_the_law_with_a_stop_in_the_middle_of_a_block(lookahead):
+def test_the_distribution_with_a_stop_in_the_middle_of_a_block(lookahead):
     """A stop is an end: E[Z] = 1 and E[Z w(x)] = p(x), where 2 fills up after the stop."""
     target, draft = table_pair()
 
@@ -211,40 +175,34 @@ def test_the_law_with_a_stop_in_the_middle_of_a_block(lookahead):
         filled = torch.full_like(logits[:, -1], -math.inf).index_fill(1, torch.tensor([2]), 0.0)
         return torch.cat([logits[:, :-1], torch.where(over[:, None], filled, logits[:, -1])[:, None]], 1)
 
-    law = sequence_law(stopped, PROMPT, 5, VOCAB)
+    distribution = sequence_distribution(stopped, PROMPT, 5, VOCAB)
     options = {"n_particles": 4, "lookahead": lookahead, "stopping_criteria": [rising], "pad_token_id": 2}
     g = replicate(target, draft, PROMPT, 5, 2**12, ess_threshold=0.8, **options)
-    frequent = law.flatten() > 0.003
+    frequent = distribution.flatten() > 0.003
     assert abs(z_scores(g.log_evidence.exp(), 1.0)) < 4
-    assert z_scores(evidence_measure(g, law)[:, frequent], law.flatten()[frequent]).abs().max() < 5.5
-    assert (evidence_measure(g, law)[:, law.flatten() == 0] == 0).all()
+    assert z_scores(evidence_measure(g, distribution)[:, frequent], distribution.flatten()[frequent]).abs().max() < 5.5
+    assert (evidence_measure(g, distribution)[:, distribution.flatten() == 0] == 0).all()
     at = rising(g.particles[0, :, : len(PROMPT) + 2])
     assert torch.equal(g.particle_lengths[0] == 2, at & (g.particle_lengths[0] != 1))
-
-
-# ---- lag -------------------------------------------------------------------------------------------------------------
 
 
 @interpreted
 @pytest.mark.parametrize(("max_lag", "threshold"), [(0, 0.5), (1, 0.0), (3, 0.5)])
 def test_a_lag_keeps_every_expectation(max_lag, threshold):
     target, draft = table_pair()
-    law = sequence_law(target, PROMPT, 5, VOCAB)
+    distribution = sequence_distribution(target, PROMPT, 5, VOCAB)
     g = replicate(target, draft, PROMPT, 5, 2**13, n_particles=4, lookahead=1, ess_threshold=threshold, max_lag=max_lag)
     assert g.stats.settled_early > 0
-    frequent = law.flatten() > 0.003
+    frequent = distribution.flatten() > 0.003
     assert abs(z_scores(g.log_evidence.exp(), 1.0)) < 4
-    assert z_scores(evidence_measure(g, law)[:, frequent], law.flatten()[frequent]).abs().max() < 5.5
-
-
-# ---- what breaks -----------------------------------------------------------------------------------------------------
+    assert z_scores(evidence_measure(g, distribution)[:, frequent], distribution.flatten()[frequent]).abs().max() < 5.5
 
 
 def breaking(after: int, how: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor, Tensor], Tensor | None]:
-    def rule(input_ids: Tensor, scores: Tensor) -> Tensor | None:
+    def text_processor(input_ids: Tensor, scores: Tensor) -> Tensor | None:
         return how(scores) if input_ids.shape[1] > after else scores + 0 * input_ids[:, -1:]
 
-    return rule
+    return text_processor
 
 
 def raising(scores: Tensor) -> Tensor:
@@ -267,9 +225,11 @@ def test_a_rule_that_breaks_is_named_and_nothing_is_lost(case, method):
     how, message = BROKEN[case]
     target = TinyTransformerLM(VOCAB).double()
     options = {"n_particles": 3, "lookahead": 2, "seed": 0, "compiler": "eager", "method": method}
-    rule = breaking(len(PROMPT) + 5, how)
+    text_processor = breaking(len(PROMPT) + 5, how)
     with pytest.raises(GenerationError, match=f"logits processor \\w+ broke[\\s\\S]*{message}") as caught:
-        generate(target, perturbed(target), PROMPT[None], max_new_tokens=12, logits_processor=[rule], **options)
+        generate(
+            target, perturbed(target), PROMPT[None], max_new_tokens=12, logits_processor=[text_processor], **options
+        )
     partial = caught.value.partial
     good = generate(target, perturbed(target), PROMPT[None], max_new_tokens=12, **options)
     assert partial.particles.shape[2] > len(PROMPT) + 2
