@@ -14,7 +14,6 @@ from torch import Tensor
 
 from smc_compile.runtime.algorithms.next_token import Mixture, NextTokenDistribution, broken, pick
 from smc_compile.runtime.algorithms.sampling import sample_inverse_cdf
-from smc_compile.runtime.algorithms.weights import resample_step
 from smc_compile.runtime.state.region_types import EosIds, Forward, Places, Settings, State, is_eos
 
 
@@ -137,12 +136,3 @@ def score(forward: Forward, judged: Callable[..., Judged]) -> Callable[..., tupl
         return judged(rows, block, log_q, ended, stops, eos_ids, remaining, settings, u), state
 
     return score_block
-
-
-def weigh(threshold: float, method: str) -> Callable[..., tuple[Tensor, ...]]:
-    """Resample the requests whose population [B, N] degenerated."""
-
-    def weigh_and_resample(log_w: Tensor, log_evidence: Tensor, u: Tensor) -> tuple[Tensor, ...]:
-        return resample_step(log_w, log_evidence, u, threshold, method)
-
-    return weigh_and_resample

@@ -1,4 +1,4 @@
-"""Rules that read the text so far: the same for target and draft, applied to every particle outside the regions."""
+"""Text processors: logits processors that read the text so far, applied to target and draft outside their regions."""
 
 from __future__ import annotations
 
@@ -15,38 +15,57 @@ from smc_compile.runtime.state.request import Request, Rows, TextProcessor
 
 
 class TextProcessors:
-    """Logits processors in order, ``(text [R, L], scores [R, V], rows) -> scores [R, V]``, before a distribution's stages.
+    """What a session knows of text processors, ``(text [R, L], scores [R, V], rows) -> scores [R, V]``.
 
-    Rules in ``traced`` are tensor code and compile into one region for texts of every length. Others may keep a state:
-    with ``by_hand`` each request brings its own, and they run as they are, once a position.
+    Those in ``traced`` are tensor code and compile into one region for texts of every length. Others may keep a state:
+    with ``on_host`` each request brings its own, and they run as they are, once a position.
     """
 
     def __init__(self, traced: Sequence[TextProcessor] = (), on_host: bool = False, compiler: str = "inductor") -> None:
-        self.text_processors, self._on_host_too = tuple(traced), on_host
-        self.region = Region("rules", _in_order(self.text_processors), compiler) if traced else None
+        self._traced, self._on_host = tuple(traced), on_host
+        self.region = Region("rules", _in_order(self._traced), compiler) if traced else None
+
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return self.region is not None or self._on_host
+
+    @property
+    def regions(self) -> list[Region]:
+        """The one that traced processors compile into, if there are any."""
+        return [] if self.region is None else [self.region]
+
+    def of(self, request: Request) -> RequestProcessors:
+        """Those that a call applies."""
+        return RequestProcessors(self._traced if self.region else request.text_processors, self.region)
+
+
+class RequestProcessors:
+    """The text processors of one call, in order: they come before a distribution's warpers.
+
+    Attributes:
+        seconds: time spent in ``apply``.
+    """
+
+    def __init__(self, processors: Sequence[TextProcessor], region: Region | None) -> None:
+        self._processors, self._region = tuple(processors), region
         self.seconds = 0.0
 
     def __bool__(self) -> bool:
-        return self.region is not None or self._on_host_too
+        """Whether there are any."""
+        return bool(self._processors)
 
-    def told(self) -> list[str]:
-        """Each rule and where it runs."""
-        where = "compiled" if self.region is not None else "on the host, once a position"
-        return [f"{name_of(text_processor)}: {where}, on target and draft" for text_processor in self.text_processors]
-
-    def begin(self, request: Request) -> None:
-        """Take the rules of a request."""
-        self.seconds = 0.0
-        if self.region is None:
-            self.text_processors = request.text_processors
+    def report(self) -> list[str]:
+        """A line for each: its name, and where it runs."""
+        where = "compiled" if self._region is not None else "on the host, once a position"
+        return [f"{name_of(processor)}: {where}, on target and draft" for processor in self._processors]
 
     def apply(self, text: Tensor, scores: Tensor, rows: Rows, live: Tensor) -> Tensor:
         """Scores [R, T, V] after the T last prefixes of text [R, L].
 
-        Prefixes that are not ``live`` [R, T] count for nothing: no rule is asked about them.
+        Prefixes that are not ``live`` [R, T] count for nothing: on the host no processor is called for them.
 
         Raises:
-            GenerationError: without a partial result, when a rule raises, changes the shape, or leaves no token.
+            GenerationError: without a partial result, when a processor raises, changes the shape, or leaves no token.
         """
         start = time.perf_counter()
         count = scores.shape[1]
@@ -58,14 +77,14 @@ class TextProcessors:
         return torch.stack(columns, 1)
 
     def _position(self, text: Tensor, scores: Tensor, rows: Rows, live: Tensor) -> Tensor:
-        if self.region is not None:
+        """Scores [R, V] after texts [R, L]; as they are where not ``live`` [R]."""
+        if self._region is not None:
             try:
-                after = self.region(mark_dynamic(text, 1), scores.clone(), rows)
+                after = self._region(mark_dynamic(text, 1), scores.clone(), rows)
             except Exception as error:
-                raise processor_error(
-                    self.text_processors, f"compiled, it raised {type(error).__name__}: {error}"
-                ) from error
-            check_scores(after[live], scores[live], self.text_processors)
+                why = f"compiled, it raised {type(error).__name__}: {error}"
+                raise processor_error(self._processors, why) from error
+            check_scores(after[live], scores[live], self._processors)
             return torch.where(live[:, None], after, scores)
         if live.any():
             some = Rows(rows.request[live], rows.padding[live])
@@ -73,7 +92,7 @@ class TextProcessors:
         return scores
 
     def _on_host(self, text: Tensor, scores: Tensor, rows: Rows) -> Tensor:
-        for text_processor in self.text_processors:
+        for text_processor in self._processors:
             before = scores
             try:
                 scores = text_processor(text, before.clone(), rows)
@@ -93,7 +112,11 @@ def _in_order(text_processors: Sequence[TextProcessor]) -> Callable[[Tensor, Ten
 
 
 def check_scores(after: object, before: Tensor, text_processors: Sequence[TextProcessor]) -> None:
-    """Raises GenerationError when rules returned something else than scores of a distribution, though they were given some."""
+    """Refuse what processors returned for the scores ``before`` [R, V].
+
+    Raises:
+        GenerationError: when it is no tensor of that shape, or leaves no distribution where ``before`` had one.
+    """
     text_processor = text_processors[0] if len(text_processors) == 1 else text_processors
     if not isinstance(after, Tensor) or after.shape != before.shape:
         found = f"a tensor of shape {tuple(after.shape)}" if isinstance(after, Tensor) else type(after).__name__
@@ -114,7 +137,7 @@ def processor_error(text_processor: object, why: str) -> GenerationError:
 
 
 def name_of(text_processor: object) -> str:
-    """What a reader knows a rule by."""
+    """The name under which a report lists a processor."""
     return str(
         getattr(text_processor, "name", None)
         or getattr(text_processor, "__name__", None)

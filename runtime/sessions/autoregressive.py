@@ -1,38 +1,36 @@
-"""The exact cached one-token loop: one row a request, no draft, no weights."""
+"""The exact one-token loop with caches: one row a request, no draft, no weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from smc_compile.kernels.copy_rows import RowCopy
-from smc_compile.result import Generation, Stats
+from smc_compile.result import Generation
 from smc_compile.runtime.algorithms.next_token import NextTokenDistribution
-from smc_compile.runtime.algorithms.tensors import mark_dynamic, packed
-from smc_compile.runtime.algorithms.uniforms import Streams, of_token
+from smc_compile.runtime.algorithms.uniforms import of_token
 from smc_compile.runtime.execution.incremental import RuntimeModel
 from smc_compile.runtime.execution.region import Region, compiled_apart
-from smc_compile.runtime.execution.region_bodies import choose, draw, run_model, step
+from smc_compile.runtime.execution.region_bodies import choose, run_model, step
 from smc_compile.runtime.execution.text_processors import TextProcessors
-from smc_compile.runtime.sessions.clock import Clock
-from smc_compile.runtime.sessions.cycle import Held, close_token
-from smc_compile.runtime.sessions.replay import At, Record, Replay, in_shape, make_room, replays
-from smc_compile.runtime.sessions.run import (
-    Run,
-    after_processors,
-    cycles,
-    drive,
-    first_distribution,
-    not_finite,
-    require_distribution,
-    stops,
+from smc_compile.runtime.sessions.begin import Method, begin
+from smc_compile.runtime.sessions.cycle import Status, where_sound
+from smc_compile.runtime.sessions.replay import Answer, Asked, Record, Replay, replays
+from smc_compile.runtime.sessions.run import Run, after_processors, cycles, drive, not_finite, stops
+from smc_compile.runtime.state.particles import (
+    CycleState,
+    Particles,
+    all_finished,
+    ends_at_pending,
+    ends_within,
+    write_block,
 )
-from smc_compile.runtime.state.population import Population
-from smc_compile.runtime.state.region_types import is_eos
+from smc_compile.runtime.state.region_types import EosIds, State, is_eos
 from smc_compile.runtime.state.request import Request
-from smc_compile.runtime.state.settling import Watcher
-from smc_compile.runtime.state.suffix_sizes import capacity_of, first_size
+from smc_compile.runtime.state.suffix_sizes import capacity_of
 
 
 class AutoregressiveSession:
@@ -46,12 +44,14 @@ class AutoregressiveSession:
         text_processors: TextProcessors,
         record: Record | None = None,
     ) -> None:
-        """``record`` captures tokens to be replayed (see replay.py); rules and stops of the host are not."""
+        """``record`` captures tokens to be replayed (see replay.py), but none with text processors or stopping
+        criteria: these run on the host."""
         self._target, self._distribution, self._text_processors = target, distribution, text_processors
+        self._method = Method("autoregressive", (target,), distribution, text_processors, rows=1, particles=1, width=1)
         self._replay = Replay(record, self._on_device) if record is not None and not text_processors else None
         self._uniforms = Region("uniforms", of_token, compiler)
-        self._close = Region("close", close_token, compiler)
-        self._sizes: set[int] = set()
+        self._close = Region("close", end_of_token, compiler)
+        self._sizes: set[int] = set()  # batch sizes for which the regions have run
         if text_processors:
             self._step = Region("target_step", run_model(target.advance), compiler, target.whole)
             self._choose = Region("target_choose", choose(distribution), compiler)
@@ -61,112 +61,122 @@ class AutoregressiveSession:
 
     @property
     def regions(self) -> list[Region]:
-        text_processors = (
-            [self._choose, *([self._text_processors.region] if self._text_processors.region else [])]
-            if self._text_processors
-            else []
-        )
-        return [self._step, *([self._uniforms, self._close] if self._replay else text_processors)]
+        processed = [self._choose, *self._text_processors.regions] if self._text_processors else []
+        return [self._step, *([self._uniforms, self._close] if self._replay else processed)]
 
     @torch.no_grad()
     def run(self, request: Request) -> Generation:
         """Generate; raises GenerationError with the partial result when the target's logits are not finite."""
-        return drive(self._begin(request), (self._target,), self._sizes, self._token, self._result)
+        return drive(self._begin(request), (self._target,), self._sizes, self._next_token, self._result)
 
     @torch.no_grad()
     def cycles(self, request: Request) -> Iterator[Run]:
-        """As ``run``, token by token: the run before the first one and after each. Whoever asks may stop at any."""
+        """As ``run``, token by token: the run before the first one and after each. The caller may stop at any."""
         run = self._begin(request)
         yield run
-        for _ in cycles(run, (self._target,), self._sizes, self._token):
+        for _ in cycles(run, (self._target,), self._sizes, self._next_token):
             yield run
 
     def _begin(self, request: Request) -> Run:
-        clock, asked = Clock(self.regions), request
-        self._text_processors.begin(request)
-        n = int(request.new_tokens.max())
-        capacity = capacity_of(n, 1)
-        if replays(self._replay, request):
-            request, capacity = in_shape(request, capacity)
-        make_room(self._replay, request, 1, capacity, 1, self._target)
-        size = first_size(capacity, request.ids.shape[1])
-        rows, context, state = self._target.begin(request, 1, size)
-        clock.prefilled()
-        log_p = first_distribution(rows, request, self._distribution, self._text_processors)
-        require_distribution(log_p, None)
-        streams = Streams(request.seeds, 1, capacity, 1)
-        p = Population.start(request, 1, capacity, state, [])
-        p.tokens[:, 0] = draw(log_p, streams.first()[:, 0], self._distribution.kind == "greedy")
-        p.log_p[:, 0] = log_p.gather(1, p.tokens[:, :1])[:, 0]
-        keys = mark_dynamic(request.key_positions(size), 1)
-        watcher = Watcher(request.watch) if request.watch is not None else None
-        run = Run(
-            asked,
-            request,
-            p,
-            streams,
-            [context],
-            keys,
-            clock,
-            Stats("autoregressive", n, rules=self._text_processors.told()),
-            [],
-            watcher,
-        )
-        p.stopped = stops(run, run.nothing, 1)[:, 0]
-        return run
+        capacity = capacity_of(int(request.new_tokens.max()), 1)
+        return begin(self._method, request, self.regions, capacity, replay=self._replay).run
 
-    def _token(self, run: Run) -> None:
+    def _next_token(self, run: Run) -> None:
         run.reserve(run.p.generated, (self._target,))
-        if replays(self._replay, run.request):
-            self._replayed(run)
-            return
-        p, last = run.p, run.p.generated - 1
-        tokens, u = packed(p.tokens[:, last:].narrow(1, 0, 1)), run.streams.token(p.generated)
-        ended, places = p.ended | p.stopped, run.places(last, 1)
-        given = (tokens, ended, run.eos_ids, run.settings, u)
-        if self._text_processors:
-            rows, state = self._step(tokens, places, p.target, run.contexts[0])
-            live = ~(ended | is_eos(tokens, run.eos_ids)[:, 0]) & (run.remaining(p.generated) > 0)
-            rows = after_processors(
-                run, self._text_processors, self._distribution, rows[:, None], run.nothing, live[:, None]
-            )[:, 0]
-            token, log_p, over, bad = self._choose(rows, *given)
-        else:
-            token, log_p, over, bad, state = self._step(*given, places, p.target, run.contexts[0])
-        bad = bad & (run.remaining(p.generated) > 0)
-        if bad.any():
-            raise not_finite(bad, run.request, p.generated)
-        p.target = state or p.target
-        p.commit(token[:, None], torch.where(over, 0.0, log_p.double())[:, None], over[:, None])
-        p.stopped = stops(run, run.nothing, 1)[:, 0]
-
-    def _replayed(self, run: Run) -> None:
-        """As ``_token``, in one recorded piece."""
-        assert self._replay is not None
-        status, _ = self._replay(run, 0, torch.ones(run.request.batch, dtype=torch.int64))
+        status = self._replayed(run) if replays(self._replay, run.request) else self._from_host(run)
         if status.undefined.any():
             raise not_finite(status.undefined, run.request, run.p.generated)
-        run.p.generated += 1
-        run.told = status.finished
-        run.stats.replayed += 1
+        run.p.state = run.p.state._replace(generated=run.p.generated + 1)
+        run.reported = status.finished
 
-    def _on_device(self, run: Run, at: At, _: RowCopy) -> None:
-        """One token, in place; what holds numbers of tokens are tensors."""
-        p, last = run.p, at.generated - 1
-        u, ended = self._uniforms(run.streams.seeds, at.generated), p.ended | p.stopped
-        tokens = p.tokens.index_select(1, last[None])
-        places, context = run.places(last, 1), run.contexts[0]
-        token, log_p, over, bad, _ = self._step(tokens, ended, run.eos_ids, run.settings, u, places, p.target, context)
-        held, status = self._close(over, bad, Held.by(p), token, run.eos_ids, run.request.new_tokens, at.generated)
-        p.tokens.index_copy_(1, at.generated[None], token[:, None])
-        p.log_p.index_copy_(1, at.generated[None], torch.where(over, 0.0, log_p.double())[:, None])
-        held.write(p)
-        at.status.copy_(status)
+    def _token(
+        self, run: Run, state: CycleState, u: Tensor, end: Callable[..., EndOfToken]
+    ) -> tuple[CycleState, Tensor]:
+        """One token of every row, from uniforms [R]. Returns the next state, and the fields of ``Status`` [5, B].
+
+        As a cycle of SMC it is called from the host and recorded, and writes texts and caches in place.
+        """
+        generated, particles = state.generated, state.particles
+        last = generated - 1 + torch.arange(1, device=run.keys.device)
+        tokens, remaining = state.texts.tokens.index_select(1, last), run.remaining(generated)
+        token, log_p, over, bad, caches = self._drawn(run, state, tokens, u, remaining)
+        write_block(state.texts, token[:, None], torch.where(over, 0.0, log_p.double())[:, None], generated)
+        stopped = stops(run, token[:, None], 1)[:, 0]
+        after = end(over, bad, stopped, particles, token, run.eos_ids, remaining, generated)
+        return (
+            state._replace(particles=after.particles, target=caches or state.target, generated=generated + 1),
+            after.status,
+        )
+
+    def _drawn(
+        self, run: Run, state: CycleState, tokens: Tensor, u: Tensor, remaining: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, State]:
+        """What ``step`` returns for the pending ``tokens`` [R, 1], text processors included."""
+        ended = state.particles.ended | state.particles.stopped
+        places, given = run.places(state.generated - 1, 1), (tokens, ended, run.eos_ids, run.settings, u)
+        if not self._text_processors:
+            drawn: tuple[Tensor, Tensor, Tensor, Tensor, State]
+            drawn = self._step(*given, places, state.target, run.contexts[0])
+            return drawn
+        rows, caches = self._step(tokens, places, state.target, run.contexts[0])
+        live = ~(ended | is_eos(tokens, run.eos_ids)[:, 0]) & (remaining > 0)
+        rows = after_processors(run, self._distribution, rows[:, None], run.no_tokens, live[:, None])[:, 0]
+        return (*self._choose(rows, *given), caches)
+
+    def _from_host(self, run: Run) -> Status:
+        after, status = self._token(run, run.p.state, run.streams.token(run.p.generated), end_of_token)
+        told = Status(*status.cpu())
+        if told.sound:
+            run.p.state = after._replace(generated=run.p.generated)
+        return told
+
+    def _replayed(self, run: Run) -> Status:
+        """As ``_from_host``, in one recorded piece."""
+        assert self._replay is not None
+        status, _ = self._replay(run, 0, torch.ones(run.request.batch, dtype=torch.int64))
+        run.stats.replayed += status.sound
+        return status
+
+    def _on_device(self, run: Run, asked: Asked, answer: Answer, _: RowCopy) -> None:
+        """What is recorded: a token whose next state is written over the one before."""
+        state = run.p.state._replace(generated=asked.generated)
+        u = self._uniforms(run.streams.seeds, asked.generated)
+        after, status = self._token(run, state, u, self._close)
+        state.write(after)
+        answer.write(status)
 
     def _result(self, run: Run, whole: bool) -> Generation:
         result = run.result(whole)
         stats = run.stats
         stats.cycles = run.p.generated - 1
         stats.score_seconds = run.clock.spent("target_step", "target_choose")
-        stats.rules_seconds += self._text_processors.seconds
+        stats.rules_seconds += run.text_processors.seconds
         return result
+
+
+class EndOfToken(NamedTuple):
+    """The next particles, and the fields of ``Status``."""
+
+    particles: Particles
+    status: Tensor  # [5, B] bool
+
+
+def end_of_token(
+    over: Tensor,  # [B] bool: the text has ended before the new token
+    bad: Tensor,  # [B] bool: the distribution of the new token is undefined
+    stopped: Tensor,  # [B] bool, as of ``Particles``, of the new token
+    particles: Particles,
+    token: Tensor,  # [B], the new one
+    eos_ids: EosIds,
+    remaining: Tensor,  # [B], tokens wanted, the new one included
+    generated: int | Tensor,  # before it
+) -> EndOfToken:
+    """Commit a token. Where a distribution is undefined, particles stay as they were."""
+    undefined = bad & (remaining > 0)
+    sound = ~undefined.any()
+    length, ended = ends_within(particles.length, particles.ended, over[:, None], generated)
+    after = Particles(*where_sound(sound, Particles(ended, stopped, length), particles))
+    lengths = ends_at_pending(after, token[:, None], eos_ids, generated + 1)
+    finished = all_finished(lengths, 1, generated + 1, generated + remaining)
+    never = torch.zeros_like(undefined)
+    return EndOfToken(after, torch.stack([undefined, never, never, never, finished & sound]))

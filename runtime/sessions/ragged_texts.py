@@ -1,4 +1,4 @@
-"""Rules and stopping criteria on the texts of requests that advance by different counts: asked once for each length."""
+"""Text processors and stopping criteria where requests advance by different counts: called once for each length."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ import torch
 from torch import Tensor
 
 from smc_compile.runtime.algorithms.next_token import Mixture, NextTokenDistribution
-from smc_compile.runtime.execution.text_processors import TextProcessors
 from smc_compile.runtime.sessions.run import Run, ask
 from smc_compile.runtime.state.request import Request, Rows
 
 
 def by_count(request: Request, tokens: Tensor, count: Tensor, extra: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each number L of tokens made: which requests [B] have so many, and texts [R, P + L + E].
+    """For each number L of generated tokens: which requests [B] have so many, and texts [R, P + L + E].
 
-    Texts are prompts as they were given, made tokens [B, G], and ``extra`` [R, E] behind them; those of other
-    requests mean nothing.
+    Texts are prompts as they were given, generated tokens [B, G], and ``extra`` [R, E] behind them. Those of requests
+    that do not have L tokens mean nothing.
     """
     n = len(extra) // len(count)
     for generated in count.unique().tolist():
@@ -29,21 +28,21 @@ def by_count(request: Request, tokens: Tensor, count: Tensor, extra: Tensor) -> 
 def texts_after_processors(
     run: Run,
     count: Tensor,
-    text_processors: TextProcessors,
     distribution: NextTokenDistribution | Mixture,
     rows: Tensor,
     extra: Tensor,
     live: Tensor,
 ) -> Tensor:
-    """Rows [R, T, V] of the last T prefixes of the texts with ``extra`` [R, T-1] behind them, after the rules.
+    """Scores [R, T, V] after the text processors, from a model's rows [R, T, V].
 
-    ``count`` [B] are the tokens made; prefixes that are not ``live`` [R, T] count for nothing.
+    They are those of the last T prefixes of the texts of ``count`` [B] generated tokens with ``extra`` [R, T-1] behind
+    them; what is not ``live`` [R, T] counts for nothing.
     """
     scores = distribution.scores(rows)
     for group, text in by_count(run.request, run.p.tokens, count, extra):
         asked = live & group.repeat_interleave(run.n)[:, None]
         if asked.any():
-            scores = text_processors.apply(text, scores, run.rows, asked)
+            scores = run.text_processors.apply(text, scores, run.rows, asked)
     return scores
 
 

@@ -1,8 +1,8 @@
 """Cycles that are recorded once, with all that they read and write at fixed addresses, and replayed: CUDA graphs.
 
-Nothing in a recorded cycle is decided by the host. It says at which token a cycle stands, replays it, and reads one
-small tensor that tells what came of it. A recording serves every later call of the same shapes, whose tensors are
-copied to where the recorded ones stand.
+Nothing in a recorded cycle is decided by the host. The host writes at which token a cycle stands (``Asked``), replays
+it, and reads what came of it in one small tensor (``Answer.status``). A recording serves every later call of the same
+shapes, whose tensors are copied to where the recorded ones stand.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from smc_compile.errors import GenerationError, InputError
+from smc_compile.errors import GenerationError
 from smc_compile.kernels.copy_rows import RowCopy
-from smc_compile.runtime.execution.memory import require_memory
+from smc_compile.runtime.sessions.cycle import Status
 from smc_compile.runtime.sessions.run import Run
+from smc_compile.runtime.state.population import Population
 from smc_compile.runtime.state.request import Request
 
 KEPT = 8  # recordings of a session
@@ -27,16 +29,14 @@ KEPT = 8  # recordings of a session
 PROMPTS = 128
 ANSWERS = 128
 
-VALUES = ("tokens", "log_p", "ended", "stopped", "length", "log_w", "log_evidence", "shared")  # of a population
-
-# What it is handed works in place on tensors that stay where they are; what it returns does the same again.
+# Takes work that reads and writes tensors in place, and returns what does the same work on the same tensors again.
 Record = Callable[[Callable[[], None]], Callable[[], None]]
 
 
 def cuda_graphs(device: torch.device) -> Record:
-    """Record CUDA graphs on ``device``, one at a time in use: they share the memory in between. What is recorded has
-    run once before, so that everything is compiled."""
-    first: list[Any] = []  # a graph that keeps their memory from being given back, and the stream of all
+    """Records CUDA graphs on ``device``. They share the memory of what a cycle makes in between, so one may run at a
+    time. Work is recorded after it has run once, so that everything is compiled."""
+    first: list[Any] = []  # a graph that keeps this memory from being given back, and the stream of all graphs
 
     def record(work: Callable[[], None]) -> Callable[[], None]:
         with torch.cuda.device(device):
@@ -53,58 +53,50 @@ def cuda_graphs(device: torch.device) -> Record:
 
 
 def replays(replay: Replay | None, request: Request) -> bool:
-    """Whether the cycles of a request are: none has a part for the host."""
+    """Whether the cycles of a request are recorded: those in which the host takes no part."""
     return replay is not None and request.stop is None and request.max_lag is None
 
 
 def in_shape(request: Request, capacity: int) -> tuple[Request, int]:
-    """The same request, and slots for its answer, in a shape that others share."""
+    """The same request and ``capacity``, padded to shapes that other requests share."""
     return request.padded(PROMPTS, ANSWERS), capacity + -capacity % ANSWERS
 
 
-def make_room(replay: Replay | None, request: Request, *what: Any) -> None:
-    """As ``require_memory``, which see; what recordings hold is given up before a call is refused."""
-    try:
-        require_memory(request, *what)
-    except InputError:
-        if replay is None or not replay.forget():
-            raise
-        require_memory(request, *what)
+class Asked(NamedTuple):
+    """What the host writes before a recorded cycle, on its device."""
+
+    generated: Tensor  # [], tokens of a row
+    cycle: Tensor  # [], number of the cycle
+    tries: Tensor  # [B], how often it has been drawn, this time included
+
+    @classmethod
+    def of(cls, run: Run) -> Asked:
+        zero = torch.zeros((), dtype=torch.int64, device=run.keys.device)
+        return cls(zero, zero.clone(), zero.repeat(run.request.batch))
 
 
-class At(NamedTuple):
-    """What the host tells a recorded cycle, and what it hears of it."""
+class Answer(NamedTuple):
+    """What a recorded cycle writes for the host, as of ``CycleInfo``."""
 
-    generated: Tensor  # []
-    cycle: Tensor  # []
-    tries: Tensor  # [B]
-    status: Tensor  # [5, B] bool, as of closing.Closed
+    status: Tensor  # [5, B] bool, the fields of ``Status``
     ess: Tensor  # [B]
     ancestors: Tensor  # [B, N]
 
     @classmethod
-    def of(cls, run: Run) -> At:
-        p, batch = run.p, run.request.batch
-        zero = torch.zeros((), dtype=torch.int64, device=p.tokens.device)
-        status = torch.zeros(5, batch, dtype=torch.bool, device=zero.device)
-        return cls(
-            zero, zero.clone(), zero.repeat(batch), status, torch.empty_like(p.log_evidence), zero.repeat(batch, p.n)
-        )
+    def of(cls, run: Run) -> Answer:
+        batch, device = run.request.batch, run.keys.device
+        status = torch.zeros(len(Status._fields), batch, dtype=torch.bool, device=device)
+        ess = torch.empty_like(run.p.state.weights.log_evidence)
+        return cls(status, ess, torch.zeros(batch, run.p.n, dtype=torch.int64, device=device))
+
+    def write(self, *values: Tensor) -> None:
+        """Overwrite the first fields, in place."""
+        for kept, value in zip(self, values, strict=False):
+            kept.copy_(value)
 
 
-class Status(NamedTuple):
-    """What came of a cycle, on the host: [B] bool each."""
-
-    undefined: Tensor
-    undefined_draft: Tensor
-    dead: Tensor
-    resampled: Tensor
-    finished: Tensor
-
-    @property
-    def sound(self) -> bool:
-        """Whether the cycle counts."""
-        return not bool((self.undefined | self.undefined_draft | self.dead).any())
+# Reads and writes the tensors of a run, an ``Asked`` and an ``Answer``, and copies rows of caches by the last argument.
+Work = Callable[[Run, Asked, Answer, RowCopy], None]
 
 
 @dataclass(eq=False)
@@ -112,14 +104,16 @@ class Recording:
     """A cycle with its tensors.
 
     Attributes:
-        run: holds the tensors that it reads and writes.
-        user: the call that is using them.
-        ran: whether it ran once, so that everything is compiled and can be recorded.
-        replay: once it is recorded.
+        run: holds the tensors that the cycle reads and writes.
+        key: the ``signature`` of the runs that can use it.
+        user: the call that is using the tensors.
+        ran: whether the cycle has run once: then everything is compiled, and it can be recorded.
+        replay: runs the cycle; None until it is recorded.
     """
 
     run: Run
-    at: At
+    asked: Asked
+    answer: Answer
     copy_rows: RowCopy
     key: Any
     user: weakref.ref[Run]
@@ -133,38 +127,39 @@ class Recording:
 
 
 class Replay:
-    """The recordings of one session.
+    """The recordings of one session; ``work`` is its cycle."""
 
-    ``work`` is a cycle: it reads and writes the tensors of a run, with what the host tells, and copies rows of caches
-    by the last argument.
-    """
-
-    def __init__(self, record: Record, work: Callable[[Run, At, RowCopy], None]) -> None:
+    def __init__(self, record: Record, work: Work) -> None:
         self._record, self._work = record, work
         self._recordings: list[Recording] = []  # the last used stands last
 
-    def __call__(self, run: Run, cycle: int, tries: Tensor) -> tuple[Status, At]:
-        """The cycle behind ``run.p.made`` tokens; what the host counts is left to the caller. tries: [B].
+    def __call__(self, run: Run, cycle: int, tries: Tensor) -> tuple[Status, Answer]:
+        """The cycle behind the ``run.p.generated`` tokens, for the ``tries``-th time [B].
+
+        It changes the tensors of the run's state. The caller counts tokens; the answer's tensors are overwritten by the
+        next cycle.
 
         Raises:
-            GenerationError: when it cannot be recorded, before it runs.
+            GenerationError: when the cycle cannot be recorded, before it runs.
         """
         recording = self._recording_of(run)
-        at = recording.at
-        at.generated.fill_(run.p.generated)
-        at.cycle.fill_(cycle)
-        at.tries.copy_(tries)
+        recording.asked.generated.fill_(run.p.generated)
+        recording.asked.cycle.fill_(cycle)
+        recording.asked.tries.copy_(tries)
         if not recording.ran:
-            self._work(recording.run, at, recording.copy_rows)
+            self._run(recording)
             recording.ran = True
         else:
             recording.replay = recording.replay or self._recorded(recording)
             recording.replay()
-        return Status(*at.status.cpu()), at
+        return Status(*recording.answer.status.cpu()), recording.answer
+
+    def _run(self, recording: Recording) -> None:
+        self._work(recording.run, recording.asked, recording.answer, recording.copy_rows)
 
     def _recorded(self, recording: Recording) -> Callable[[], None]:
         try:
-            return self._record(lambda: self._work(recording.run, recording.at, recording.copy_rows))
+            return self._record(lambda: self._run(recording))
         except Exception as error:
             raise GenerationError(
                 "a cycle cannot be recorded as a CUDA graph",
@@ -173,13 +168,13 @@ class Replay:
             ) from error
 
     def forget(self) -> bool:
-        """Free the memory of recordings that no call is using. Whether there were any."""
+        """Free the memory of recordings that no call is using. Returns whether there were any."""
         before = len(self._recordings)
         self._recordings = [r for r in self._recordings if r.busy]
         return len(self._recordings) < before
 
     def _recording_of(self, run: Run) -> Recording:
-        """The one whose tensors are those of ``run``; they are moved there if they are not, and an idle one is free."""
+        """The recording whose tensors ``run`` uses. If there is none, its tensors move to an idle one or a new one."""
         found = next((r for r in self._recordings if r.run.keys is run.keys), None) or self._taken(run)
         others = [r for r in self._recordings if r is not found]
         idle = [r for r in others if not r.busy]
@@ -198,40 +193,34 @@ class Replay:
 
 
 def new_recording(run: Run, key: Any) -> Recording:
-    """One with tensors of its own, in which ``run`` goes on. Those that it had may be the caller's, or weights."""
-    request, streams = run.request, copy(run.streams)
+    """A recording with tensors of its own, which ``run`` uses from here on. Those before may be the caller's, or
+    weights, and nothing may write to them."""
+    request, streams, state = run.request, copy(run.streams), run.p.state
     streams.seeds = fixed(streams.seeds)
-    states: dict[str, Any] = {name: list(map(fixed, getattr(run.p, name))) for name in ("target", "draft")}
-    values: dict[str, Any] = {name: fixed(getattr(run.p, name)) for name in VALUES}
     home = replace(
         run,
         request=replace(request, lengths=fixed(request.lengths), new_tokens=fixed(request.new_tokens), watch=None),
-        p=replace(run.p, **values, **states, ess=[], ancestors=[], lag=[]),
+        p=Population(run.p.n, pytree.tree_map_only(Tensor, fixed, state)),
         streams=streams,
         contexts=[(list(map(fixed, a)), list(map(fixed, b)), weights) for a, b, weights in run.contexts],
         keys=fixed(run.keys),
         outcomes=[],
         watcher=None,
     )
-    go_on_in(run, home)
-    return Recording(home, At.of(run), RowCopy([*home.p.target, *home.p.draft]), key, weakref.ref(run))
+    use_tensors_of(home, run)
+    copy_rows = RowCopy([*home.p.state.target, *home.p.state.draft])
+    return Recording(home, Asked.of(run), Answer.of(run), copy_rows, key, weakref.ref(run))
 
 
 def fixed(tensor: Tensor) -> Tensor:
-    """A copy to be recorded, of which the same dimensions may vary."""
+    """A copy of which the same dimensions are marked as dynamic."""
     copied = tensor.clone()
-    copied.__dict__.update(tensor.__dict__)  # mark_dynamic notes them there
+    copied.__dict__.update(tensor.__dict__)  # marks are attributes of a tensor
     return copied
 
 
-def written(run: Run) -> list[Tensor]:
-    """What a cycle changes in place."""
-    p = run.p
-    return [*(getattr(p, name) for name in VALUES), *p.target, *p.draft]
-
-
 def read(run: Run) -> list[Tensor]:
-    """What it only reads, weights apart."""
+    """The tensors that a cycle reads and does not write, but for weights."""
     request = run.request
     contexts = [tensor for prompts, tables, _ in run.contexts for tensor in (*prompts, *tables)]
     settings = [run.settings[name] for name in sorted(run.settings)]
@@ -240,22 +229,21 @@ def read(run: Run) -> list[Tensor]:
 
 
 def signature(run: Run) -> Any:
-    """Runs of equal signatures can use one recording: shapes, types, and where the weights are."""
+    """Shapes, types, and where the weights are: runs of equal signatures can use one recording."""
     weights = tuple(weight.data_ptr() for *_, weights in run.contexts for weight in weights)
-    kinds = tuple((tensor.shape, tensor.dtype) for tensor in (*written(run), *read(run)))
+    kinds = tuple((tensor.shape, tensor.dtype) for tensor in (*run.p.state.tensors, *read(run)))
     return kinds, tuple(sorted(run.settings)), weights
 
 
 def move(run: Run, home: Run) -> None:
-    """Let ``run`` go on in the tensors of ``home``."""
-    for mine, theirs in zip((*written(home), *read(home)), (*written(run), *read(run)), strict=True):
+    """Copy what ``run`` holds into the tensors of ``home``, and let it use these from here on."""
+    kept, values = (*home.p.state.tensors, *read(home)), (*run.p.state.tensors, *read(run))
+    for mine, theirs in zip(kept, values, strict=True):
         mine.copy_(theirs)
-    go_on_in(run, home)
+    use_tensors_of(home, run)
 
 
-def go_on_in(run: Run, home: Run) -> None:
-    """Let ``run`` use the tensors of ``home``, which hold what its own do; lists stay its own."""
-    for name in VALUES:
-        setattr(run.p, name, getattr(home.p, name))
-    run.p.target, run.p.draft = list(home.p.target), list(home.p.draft)
+def use_tensors_of(home: Run, run: Run) -> None:
+    """Let ``run`` use the tensors of ``home``, which hold what its own hold."""
+    run.p.state = home.p.state._replace(generated=run.p.generated)
     run.contexts, run.keys = list(home.contexts), home.keys

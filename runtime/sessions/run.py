@@ -1,4 +1,4 @@
-"""One call while it runs: what the sessions share."""
+"""One call while it runs, and the loop over its cycles: what all methods share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from smc_compile.runtime.algorithms.tensors import mark_dynamic
 from smc_compile.runtime.algorithms.uniforms import Streams
 from smc_compile.runtime.execution.incremental import RuntimeModel
 from smc_compile.runtime.execution.region import begin_run
-from smc_compile.runtime.execution.text_processors import TextProcessors
+from smc_compile.runtime.execution.text_processors import RequestProcessors
 from smc_compile.runtime.sessions.clock import Clock
 from smc_compile.runtime.state.population import Outcome, Population, assemble, outcome
 from smc_compile.runtime.state.region_types import EosIds, Places, Settings
@@ -25,22 +25,37 @@ from smc_compile.runtime.state.request import Request, Rows, Stop
 from smc_compile.runtime.state.settling import Watcher
 from smc_compile.runtime.state.suffix_sizes import next_size
 
+CACHES = ("target", "draft")  # fields of a state, in the order of models and contexts
+
 
 @dataclass
 class Run:
-    """One call while it runs: the requests that go on, and what became of those that have finished."""
+    """One call while it runs: the requests that go on, and what became of those that have finished.
+
+    Attributes:
+        asked: all requests as the caller gave them.
+        request: those that go on, B of them.
+        p: their particles.
+        contexts: what the particles of a request share, of the target and, if there is one, the draft.
+        keys: [B, P+S], positions of what the caches hold.
+        text_processors: those of this call.
+        outcomes: what became of the others.
+        reported: [B] bool, which requests have finished, where the last cycle has reported it.
+        gone: numbers of the requests whose outcomes are known.
+    """
 
     asked: Request
     request: Request
     p: Population
     streams: Streams
-    contexts: list[Any]  # of the target and the draft
-    keys: Tensor  # [B, P+S]
+    contexts: list[Any]
+    keys: Tensor
     clock: Clock
     stats: Stats
+    text_processors: RequestProcessors
     outcomes: list[Outcome]
     watcher: Watcher | None = None
-    told: Tensor | None = None  # which requests have finished, where a cycle said so itself: [B]
+    reported: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.gone: set[int] = set()
@@ -48,29 +63,29 @@ class Run:
 
     @property
     def n(self) -> int:
-        """Rows of a request."""
+        """Rows of a request in the models' caches."""
         return self.p.n
 
     def by_row(self) -> None:
-        """What the regions read of each row."""
+        """Spread over rows what regions read of each request."""
         r, n = self.request, self.n
         self.eos_ids = EosIds(r.eos_ids.repeat_interleave(n, 0), r.pad.repeat_interleave(n))
         self.settings: Settings = {name: value.repeat_interleave(n) for name, value in r.settings.items()}
         self.rows = r.rows(n)
-        self.nothing = self.request.ids[:, :0].repeat_interleave(n, 0)  # no tokens [R, 0]
+        self.no_tokens = r.ids[:, :0].repeat_interleave(n, 0)  # [R, 0]
 
     def remaining(self, generated: int | Tensor) -> Tensor:
-        """[R], tokens still wanted after the pending one, number ``made``."""
+        """[R], tokens still wanted when so many are generated."""
         return (self.request.new_tokens - generated).repeat_interleave(self.p.n)
 
     def places(self, first: int | Tensor, count: int) -> Places:
-        """``count`` slots from ``first``."""
+        """Where ``count`` tokens go from slot ``first`` of the suffixes on."""
         slots = first + torch.arange(count, device=self.keys.device)
         return Places(self.request.positions(slots), slots, self.keys)
 
     def finished(self) -> Tensor:
-        """[B] bool"""
-        return self.p.finished(self.request, self.eos_ids) if self.told is None else self.told
+        """Which requests have finished [B] bool."""
+        return self.p.finished(self.request, self.eos_ids) if self.reported is None else self.reported
 
     def reserve(self, slots: int, models: Sequence[RuntimeModel]) -> None:
         """Let the suffixes of these models grow until they have ``slots`` slots."""
@@ -79,16 +94,18 @@ class Run:
         if slots <= size:
             return
         begin_run()
-        size = next_size(size, slots, self.p.tokens.shape[1], prompt)
+        state = self.p.state
+        size = next_size(size, slots, state.texts.tokens.shape[1], prompt)
         self.keys = mark_dynamic(self.request.key_positions(size), 1)
-        for name, model in zip(("target", "draft"), models, strict=False):
-            setattr(self.p, name, model.grow(getattr(self.p, name), size))
+        for name, model in zip(CACHES, models, strict=False):
+            state = state._replace(**{name: model.grow(getattr(state, name), size)})
+        self.p.state = state
 
     def release(self, finished: Tensor, models: Sequence[RuntimeModel], sizes: set[int]) -> None:
-        """Give the answers of requests that have finished, and let their rows go, so that the others do not carry them.
+        """Keep the answers of the requests that have ``finished`` [B], and drop their rows from the batch.
 
-        A batch shrinks to a size in ``sizes``, for which regions are compiled already: to compile for another one would
-        hold up those that go on for longer than the rows that are left over.
+        A batch shrinks to a size in ``sizes``, for which regions are compiled already. Some finished requests may stay
+        in it to make up that size: compiling for another one would take longer than their rows do.
         """
         if not finished.any():
             return
@@ -100,7 +117,7 @@ class Run:
             self._take(sorted([b for b in range(len(finished)) if b not in done] + done[: size - live]), models)
 
     def settle(self, done: list[int]) -> None:
-        """Keep the answers of these rows' requests; one that stayed behind for company has given its own."""
+        """Keep the answers of these requests of the batch, but of those whose answers are kept already."""
         fresh = [b for b in done if self.request.number[b] not in self.gone]
         if not fresh:
             return
@@ -116,14 +133,18 @@ class Run:
         self.request, self.streams = self.request.take(keep), self.streams.take(index)
         self.p = self.p.take(index, rows)
         self.keys = mark_dynamic(self.keys[index], 1)
-        for i, model in enumerate(models):
-            name = ("target", "draft")[i]
-            self.contexts[i], state = model.take(self.contexts[i], getattr(self.p, name), index, rows)
-            setattr(self.p, name, state)
+        state = self.p.state
+        for i, (name, model) in enumerate(zip(CACHES, models, strict=False)):
+            self.contexts[i], caches = model.take(self.contexts[i], getattr(state, name), index, rows)
+            state = state._replace(**{name: caches})
+        self.p.state = state
         self.by_row()
 
     def result(self, whole: bool) -> Generation:
-        """All requests; those that still go on as they stand, and no wider than that unless ``whole``."""
+        """The result of all requests; of those that still go on, as they stand.
+
+        Sequences have the most new tokens asked for if ``whole``, else no more than are generated.
+        """
         on = [b for b, number in enumerate(self.request.number) if number not in self.gone]
         now = [outcome(self.p, self.request, self.eos_ids, on, self.streams.select())] if on else []
         width = int(self.asked.new_tokens.max())
@@ -132,11 +153,11 @@ class Run:
 
 
 def cycles(run: Run, models: Sequence[RuntimeModel], sizes: set[int], advance: Callable[[Run], None]) -> Iterator[None]:
-    """Advance cycle by cycle until every request has finished; ``sizes`` learns the batch sizes that have run."""
+    """Advance cycle by cycle until every request has finished. Batch sizes that have run are added to ``sizes``."""
     begin_run()
     run.release(run.finished(), models, sizes)
     while len(run.gone) < run.asked.batch:
-        run.told = None
+        run.reported = None
         advance(run)
         sizes.add(run.request.batch)
         if run.watcher is not None:
@@ -152,9 +173,9 @@ def drive(
     advance: Callable[[Run], None],
     result: Callable[[Run, bool], Generation],
 ) -> Generation:
-    """Advance until every request has finished, and give all answers; ``sizes`` as for ``cycles``.
+    """Advance until every request has finished. Returns the result; ``sizes`` as for ``cycles``.
 
-    Whatever is raised on the way, by us, a model or the compiler, carries the result so far as ``error.partial``.
+    Whatever is raised by a cycle, a model or the compiler has the result so far as ``error.partial``.
     """
     try:
         for _ in cycles(run, models, sizes, advance):
@@ -166,9 +187,9 @@ def drive(
 
 
 def first_distribution(
-    rows: Tensor, request: Request, distribution: NextTokenDistribution | Mixture, text_processors: TextProcessors
+    rows: Tensor, request: Request, distribution: NextTokenDistribution | Mixture, text_processors: RequestProcessors
 ) -> Tensor:
-    """log-probabilities [B, V] of the first new token of each request."""
+    """log-probabilities [B, V] of the first new token of each request. rows: [B, V], behind the prompts."""
     if text_processors:
         live = torch.ones(request.batch, 1, dtype=torch.bool, device=rows.device)
         rows = text_processors.apply(request.ids, distribution.scores(rows)[:, None], request.rows(1), live)[:, 0]
@@ -176,15 +197,14 @@ def first_distribution(
 
 
 def after_processors(
-    run: Run,
-    text_processors: TextProcessors,
-    distribution: NextTokenDistribution | Mixture,
-    rows: Tensor,
-    extra: Tensor,
-    live: Tensor,
+    run: Run, distribution: NextTokenDistribution | Mixture, rows: Tensor, extra: Tensor, live: Tensor
 ) -> Tensor:
-    """Rows [R, T, V] of the last T prefixes of the text with ``extra`` [R, T-1] behind it, after the rules."""
-    return text_processors.apply(run.p.text(run.request, extra), distribution.scores(rows), run.rows, live)
+    """Scores [R, T, V] after the text processors, from a model's rows [R, T, V].
+
+    They are those of the last T prefixes of the text with ``extra`` [R, T-1] behind it; what is not ``live`` [R, T]
+    counts for nothing.
+    """
+    return run.text_processors.apply(run.p.text(run.request, extra), distribution.scores(rows), run.rows, live)
 
 
 def stops(run: Run, extra: Tensor, count: int) -> Tensor:
@@ -195,7 +215,7 @@ def stops(run: Run, extra: Tensor, count: int) -> Tensor:
     """
     p, stop = run.p, run.request.stop
     if stop is None:
-        return torch.zeros(p.tokens.shape[0], count, dtype=torch.bool, device=p.tokens.device)
+        return torch.zeros(extra.shape[0], count, dtype=torch.bool, device=extra.device)
     start = time.perf_counter()
     found = ask(stop, p.text(run.request, extra), run.rows, count)
     run.stats.rules_seconds += time.perf_counter() - start
@@ -219,12 +239,14 @@ def ask(stop: Stop, text: Tensor, rows: Rows, count: int) -> Tensor:
 
 
 def require_distribution(log_probs: Tensor, request: Request | None, who: str = "target") -> None:
+    """Raises GenerationError when a row of ``log_probs`` [B, V] holds NaN; ``who`` names the model."""
     bad = broken(log_probs)
     if bad.any():
         raise not_finite(bad, request, 0, who)
 
 
 def not_finite(bad: Tensor, request: Request | None, generated: int, who: str = "target") -> GenerationError:
+    """The error of requests ``bad`` [B] bool behind so many tokens; without a request, rows are numbers."""
     rows = bad.nonzero()[:, 0].tolist()
     first = rows[0] if request is None else request.number[rows[0]]
     return GenerationError(

@@ -2,56 +2,57 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from smc_compile.result import Generation, Stats
+from smc_compile.result import Generation
 from smc_compile.runtime.algorithms.next_token import NextTokenDistribution
 from smc_compile.runtime.algorithms.tensors import packed
-from smc_compile.runtime.algorithms.uniforms import RejectionStreams, Streams
+from smc_compile.runtime.algorithms.uniforms import RejectionStreams
 from smc_compile.runtime.execution.acceptance import Verdict, accept_drafted, conclude, draft, propose, set_out
 from smc_compile.runtime.execution.incremental import CachedModel
-from smc_compile.runtime.execution.memory import require_memory
 from smc_compile.runtime.execution.region import Region, compiled_apart
-from smc_compile.runtime.execution.region_bodies import draw, run_model
+from smc_compile.runtime.execution.region_bodies import run_model
 from smc_compile.runtime.execution.text_processors import TextProcessors
-from smc_compile.runtime.sessions.clock import Clock
+from smc_compile.runtime.sessions.begin import Method, begin
 from smc_compile.runtime.sessions.ragged_texts import ends_by_text, texts_after_processors
-from smc_compile.runtime.sessions.run import Run, drive, first_distribution, not_finite, require_distribution
+from smc_compile.runtime.sessions.run import Run, drive, not_finite
+from smc_compile.runtime.state.particles import CycleState
 from smc_compile.runtime.state.population import Population
 from smc_compile.runtime.state.region_types import EosIds, is_eos
 from smc_compile.runtime.state.request import Request
-from smc_compile.runtime.state.settling import Watcher
 from smc_compile.runtime.state.slots import Slots, capacity
 
 
 @dataclass(kw_only=True)
 class Committed(Population):
-    """One text a request: requests advance by different counts, and ``made`` is the longest. Rows are requests."""
+    """One text a request, so rows are requests. They advance by different counts; ``generated`` is the largest."""
 
-    count: Tensor  # [B], tokens made
+    state: CycleState
+    count: Tensor  # [B], generated tokens of each
     tail: Tensor  # [B, 2], the token before the pending one, of the prompt at first, and the pending one
 
     def append(self, tokens: Tensor, log_p: Tensor, width: Tensor, ended: Tensor) -> None:
         """Commit the first ``width`` [B] of ``tokens`` [B, K+1]; ``ended`` [B]: the last of them is the end."""
+        texts, particles = self.state.texts, self.state.particles
         row, column = (torch.arange(tokens.shape[1], device=width.device) < width[:, None]).nonzero(as_tuple=True)
         place = self.count[row] + column
-        self.tokens[row, place] = tokens[row, column]
-        self.log_p[row, place] = log_p[row, column]
+        texts.tokens[row, place] = tokens[row, column]
+        texts.log_p[row, place] = log_p[row, column]
         behind = torch.cat([self.tail, tokens], 1)
         self.tail = behind.gather(1, width[:, None] + torch.arange(2, device=width.device))
         self.count = self.count + width
-        self.ended = self.ended | ended
-        self.generated = int(self.count.max())
-        self.ess.append(torch.ones_like(self.log_evidence))
+        particles = particles._replace(ended=particles.ended | ended)
+        self.state = self.state._replace(particles=particles, generated=int(self.count.max()))
+        self.ess.append(torch.ones_like(self.state.weights.log_evidence))
         self.ancestors.append(torch.zeros_like(self.count)[:, None])
 
     def wanted(self, request: Request) -> Tensor:
         """Tokens still wanted [B]."""
-        return torch.where(self.ended, 0, (request.new_tokens - self.count).clamp_min(0))
+        return torch.where(self.state.particles.ended, 0, (request.new_tokens - self.count).clamp_min(0))
 
     def lengths(self, eos_ids: EosIds) -> Tensor:
         return self.count
@@ -65,7 +66,7 @@ class Committed(Population):
 
 @dataclass(kw_only=True)
 class SpeculativeRun(Run):
-    """One call: ``p`` holds a row for each request, the models' states hold N."""
+    """One call: its texts have one row a request, the models' caches N."""
 
     p: Committed
     chains: int  # N
@@ -109,16 +110,18 @@ class SpeculativeSession:
         compiler: str,
         text_processors: TextProcessors,
     ) -> None:
-        self._target, self._draft, self._distribution, self._draft_distribution = (
-            target,
-            draft_model,
+        self._target, self._draft = target, draft_model
+        self._distribution, self._draft_distribution = distribution, draft_distribution
+        self._n, self._k = 1 if distribution.kind == "greedy" else n_particles, lookahead
+        self._text_processors = text_processors
+        self._method = Method(
+            "speculative",
+            (target, draft_model),
             distribution,
-            draft_distribution,
-        )
-        self._n, self._k, self._text_processors = (
-            1 if distribution.kind == "greedy" else n_particles,
-            lookahead,
             text_processors,
+            self._n,
+            particles=1,
+            width=lookahead + 1,
         )
         self._sizes: set[int] = set()
         proposed = compiled_apart(propose(draft_distribution), "draft_choose", compiler, draft_model.whole)
@@ -132,12 +135,8 @@ class SpeculativeSession:
 
     @property
     def regions(self) -> list[Region]:
-        text_processors = (
-            [self._choose, *([self._text_processors.region] if self._text_processors.region else [])]
-            if self._text_processors
-            else []
-        )
-        return [self._head, self._step, self._score, self._accept, self._conclude, *text_processors]
+        processed = [self._choose, *self._text_processors.regions] if self._text_processors else []
+        return [self._head, self._step, self._score, self._accept, self._conclude, *processed]
 
     @torch.no_grad()
     def run(self, request: Request) -> Generation:
@@ -145,46 +144,28 @@ class SpeculativeSession:
         return drive(self._begin(request), (self._target, self._draft), self._sizes, self._cycle, self._result)
 
     def _begin(self, request: Request) -> SpeculativeRun:
-        clock = Clock(self.regions)
-        self._text_processors.begin(request)
-        n = int(request.new_tokens.max())
-        size = capacity(n, self._k + 1)
-        require_memory(request, self._n, size, self._k + 1, self._target, self._draft)
-        rows, context, target = self._target.begin(request, self._n, size)
-        _, draft_context, draft_state = self._draft.begin(request, self._n, size)
-        clock.prefilled()
-        log_p = first_distribution(rows, request, self._distribution, self._text_processors)
-        require_distribution(log_p, None)
-        streams = Streams(request.seeds, 1, 1, 1)
-        first = draw(log_p, streams.first()[:, 0], self._distribution.kind == "greedy")[:, None]  # [B, 1]
-        start = Population.start(request, 1, n, target, draft_state)
-        start.tokens[:, :1], start.log_p[:, :1] = first, log_p.gather(1, first).double()
-        ended = is_eos(first, EosIds(request.eos_ids, request.pad))[:, 0]
-        tail = torch.cat([request.ids[:, -1:], first], 1)
-        p = Committed(**{**vars(start), "ended": ended}, count=torch.ones_like(request.lengths), tail=tail)
-        slots = Slots.start(request, size, self._k + 1)
-        run = SpeculativeRun(
-            asked=request,
-            request=request,
-            p=p,
-            streams=streams,
-            contexts=[context, draft_context],
-            keys=slots.target,
-            clock=clock,
-            stats=Stats("speculative", n, rules=self._text_processors.told()),
-            outcomes=[],
-            watcher=Watcher(request.watch) if request.watch is not None else None,
-            chains=self._n,
-            slots=slots,
-            uniforms=RejectionStreams(request.seeds, self._n, self._k, max(n - 1, 1)),
+        new_tokens, width = int(request.new_tokens.max()), self._k + 1
+        size = capacity(new_tokens, width)
+        run, *_ = begin(self._method, request, self.regions, new_tokens, slots=size)
+        state = run.p.state
+        first, particles = run.p.tokens, state.particles  # first: [B, 1]
+        ended = is_eos(first, run.eos_ids)[:, 0] | particles.stopped
+        slots = Slots.start(request, size, width)
+        own = {f.name: getattr(run, f.name) for f in fields(Run)}
+        own["keys"] = slots.target
+        own["p"] = Committed(
+            n=1,
+            state=state._replace(particles=particles._replace(ended=ended)),
+            count=torch.ones_like(request.lengths),
+            tail=torch.cat([request.ids[:, -1:], first], 1),
         )
-        p.ended = ended | ends_by_text(run, torch.zeros_like(p.count), first, torch.ones_like(p.count))[:, 0]
-        return run
+        uniforms = RejectionStreams(request.seeds, self._n, self._k, max(new_tokens - 1, 1))
+        return SpeculativeRun(**own, chains=self._n, slots=slots, uniforms=uniforms)
 
     def _cycle(self, run: Run) -> None:
         assert isinstance(run, SpeculativeRun)
-        p, slots = run.p, run.slots
-        run.stats.compactions += slots.compact(p.target, p.draft)
+        p, slots, state = run.p, run.slots, run.p.state
+        run.stats.compactions += slots.compact(state.target, state.draft)
         slots.open(run.request.lengths + p.count - 1)
         drafted, log_q = self._propose(run)
         verdict = self._verdict(run, drafted, log_q)
@@ -197,7 +178,7 @@ class SpeculativeSession:
         ended = stopped.any(1) | verdict.ended
         if self._n > 1:
             chain = verdict.chain + self._n * torch.arange(len(width), device=width.device)
-            slots.share(chain.repeat_interleave(self._n), p.target, p.draft)
+            slots.share(chain.repeat_interleave(self._n), state.target, state.draft)
         slots.close(width)
         run.accepted += int(verdict.accepted.minimum(width).sum())
         run.live += int((width > 0).sum())
@@ -208,7 +189,7 @@ class SpeculativeSession:
         """K tokens a row from the draft [R, K], and the distributions that they were drawn from, K times [R, V]."""
         p, u = run.p, run.uniforms.draft(run.cycle)
         tokens = p.tail.repeat_interleave(self._n, 0)  # [R, 2]
-        ended = run.nothing.new_zeros(len(tokens), dtype=torch.bool)
+        ended: Tensor = run.no_tokens.new_zeros(len(tokens), dtype=torch.bool)
         wanted = p.wanted(run.request).repeat_interleave(self._n)
         drafted: list[Tensor] = []
         log_q: list[Tensor] = []
@@ -218,16 +199,16 @@ class SpeculativeSession:
             region = self._step if k else self._head
             uniform = packed(u[:, k])
             if self._text_processors:
-                rows, _ = region(tokens, places, p.draft, run.contexts[1])
-                so_far = torch.stack(drafted, 1) if k else run.nothing
+                rows, _ = region(tokens, places, p.state.draft, run.contexts[1])
+                so_far = torch.stack(drafted, 1) if k else run.no_tokens
                 live = ~ended & (wanted > k)
                 rows = texts_after_processors(
-                    run, p.count, self._text_processors, self._draft_distribution, rows[:, None], so_far, live[:, None]
+                    run, p.count, self._draft_distribution, rows[:, None], so_far, live[:, None]
                 )[:, 0]
                 token, distribution = self._choose(rows, run.settings, uniform)
                 ended = ended | is_eos(token[:, None], run.eos_ids)[:, 0]
             else:
-                token, distribution = region(tokens, run.settings, uniform, places, p.draft, run.contexts[1])
+                token, distribution = region(tokens, run.settings, uniform, places, p.state.draft, run.contexts[1])
             drafted.append(token)
             log_q.append(distribution)
             tokens = token[:, None]
@@ -238,16 +219,14 @@ class SpeculativeSession:
         p, width = run.p, self._k + 1
         block = torch.cat([p.tail[:, 1:].repeat_interleave(self._n, 0), drafted], 1)  # [R, K+1]
         places = run.slots.places(run.slots.target, run.positions(0, width), 0)
-        rows, _ = self._score(block, places, p.target, run.contexts[0])
+        rows, _ = self._score(block, places, p.state.target, run.contexts[0])
         wanted = p.wanted(run.request)
         if self._text_processors:
             over = is_eos(drafted, run.eos_ids).int().cumsum(1) > 0  # [R, K]
             over = torch.cat([torch.zeros_like(over[:, :1]), over], 1)
             live = ~over & (torch.arange(width, device=over.device) < wanted.repeat_interleave(self._n)[:, None])
             rows = rows.view(*block.shape, -1)
-            rows = texts_after_processors(
-                run, p.count, self._text_processors, self._distribution, rows, drafted, live
-            ).flatten(0, 1)
+            rows = texts_after_processors(run, p.count, self._distribution, rows, drafted, live).flatten(0, 1)
         batch, settings = len(wanted), run.request.settings
         rows, drafted = rows.view(batch, self._n, width, -1), drafted.view(batch, self._n, -1)
         walk = set_out(batch, self._n, self._distribution.scores(rows[:1, 0, 0]).shape[-1], rows.device)
@@ -266,5 +245,5 @@ class SpeculativeSession:
         stats.accepted = run.accepted / max(run.live, 1)
         stats.draft_seconds = clock.spent("draft_head", "draft_step", "draft_choose")
         stats.score_seconds = clock.spent("score", "accept", "conclude")
-        stats.rules_seconds += self._text_processors.seconds
+        stats.rules_seconds += run.text_processors.seconds
         return result

@@ -21,8 +21,8 @@ class Progress:
     """One request at the end of a cycle.
 
     Attributes:
-        request: its place in the batch.
-        tokens: [made] int64, new tokens of its leader: the particle of the largest weight.
+        request: its place in the caller's batch.
+        tokens: [G] int64, generated tokens of its leader: the particle of the largest weight.
         settled: how many of them are the same in every particle that can still be chosen.
         finished: whether ``tokens`` is the answer.
     """
@@ -41,25 +41,26 @@ def settled_tokens(tokens: Tensor, log_w: Tensor) -> int:
     return int((alive == alive[0]).all(0).int().cumprod(0).sum())
 
 
-def settle_old(p: Population, log_w: Tensor, max_lag: int, u: Tensor) -> tuple[Tensor, Tensor]:
+def settle_old(tokens: Tensor, log_w: Tensor, max_lag: int, u: Tensor) -> tuple[Tensor, Tensor]:
     """Draw one ancestor for what is older than ``max_lag`` tokens, where particles still differ there.
 
     A group of particles with the same old tokens is drawn in proportion to its weight W; the others get weight zero and
     the group's weights are divided by its share of the total. Every expectation under the weighted population, the
     evidence included, keeps its mean. What it costs is variance: the other groups' particles are lost.
 
-    log_w: [B, N]; u: [B] uniforms. Returns log_w [B, N] and which requests were settled [B].
+    tokens: [R, G], the generated ones; log_w: [B, N]; u: [B] uniforms.
+    Returns log_w [B, N] and for which requests an ancestor was drawn [B] bool.
     """
-    old = max(p.generated - max_lag, 0)
+    old, n = max(tokens.shape[1] - max_lag, 0), log_w.shape[1]
     settled = log_w.clone()
     drawn = torch.zeros(log_w.shape[0], dtype=torch.bool, device=log_w.device)
     for b in range(log_w.shape[0]):
-        tokens = p.tokens[b * p.n : (b + 1) * p.n, :old]
-        if settled_tokens(tokens, log_w[b]) == old:
+        past = tokens[b * n : (b + 1) * n, :old]
+        if settled_tokens(past, log_w[b]) == old:
             continue
         w = normalise(log_w[b])
         leader = sample_inverse_cdf(w[None], u[b : b + 1])[0]
-        group = (tokens == tokens[leader]).all(1)  # [N]
+        group = (past == past[leader]).all(1)  # [N]
         share = torch.where(group, w, 0.0).sum()
         settled[b] = torch.where(group, log_w[b] - share.log(), -math.inf)
         drawn[b] = True
@@ -67,27 +68,28 @@ def settle_old(p: Population, log_w: Tensor, max_lag: int, u: Tensor) -> tuple[T
 
 
 class Watcher:
-    """Tells ``report`` after every cycle how far each request has come, and keeps the lag."""
+    """Calls ``report`` after every cycle with the progress of each request, and keeps the lag."""
 
     def __init__(self, report: Callable[[Progress], None]) -> None:
         self._report = report
 
     def cycle(self, p: Population, request: Request, eos_ids: EosIds, gone: Container[int]) -> None:
-        """After a cycle, before the finished requests leave; ``gone`` have left."""
-        lag = []
+        """Report a cycle, before the finished requests leave; those in ``gone`` have been reported as finished."""
+        lag, log_w = [], p.state.weights.log_w
         lengths = (
             p.lengths(eos_ids).view(request.batch, p.n).minimum(request.new_tokens[:, None]).clamp(max=p.generated)
         )
         for b, number in enumerate(request.number):
-            leader = int(p.log_w[b].argmax())
+            leader = int(log_w[b].argmax())
             tokens = p.tokens[b * p.n : (b + 1) * p.n, : int(lengths[b].max())]
-            settled = min(settled_tokens(tokens, p.log_w[b]), int(lengths[b, leader]))
+            settled = min(settled_tokens(tokens, log_w[b]), int(lengths[b, leader]))
             lag.append(int(lengths[b].max()) - settled)
             if number not in gone:
                 self._report(Progress(number, tokens[leader, : int(lengths[b, leader])], settled, False))
         p.lag.append(torch.tensor(lag, device=p.tokens.device))
 
     def finish(self, done: Outcome) -> None:
+        """Report the answers of requests that have finished."""
         for i, number in enumerate(done.number):
             tokens = done.tokens[i, done.chosen[i], : int(done.lengths[i, done.chosen[i]])]
             self._report(Progress(number, tokens, len(tokens), True))

@@ -198,8 +198,8 @@ def time_cycles(
     compiled = sum(region.compile_seconds for region in session.regions)
     running = session.cycles(request)
     run = next(running)
-    run.p.generated = begin
-    run.p.shared.fill_(begin - 1)  # by then all particles descend from one that is not long gone
+    run.p.state = run.p.state._replace(generated=begin)
+    run.p.state.weights.shared.fill_(begin - 1)  # by then all particles descend from one that is not long gone
     for _ in range(GROWING):
         next(running)
     first, before, resamplings, start = run.p.generated, spent(session, run), run.stats.resamplings, now(request)
@@ -217,8 +217,8 @@ def time_cycles(
         resamplings=run.stats.resamplings - resamplings,
         compile_seconds=sum(region.compile_seconds for region in session.regions) - compiled,
         prompt_bytes=sum(cache.nbytes for prompts, *_ in run.contexts for cache in prompts),
-        suffix_bytes=sum(cache.nbytes for cache in [*run.p.target, *run.p.draft]),
-        predicted=predict and predict(run.p.target[0].shape[2], (first + run.p.generated) / 2),
+        suffix_bytes=sum(cache.nbytes for cache in [*run.p.state.target, *run.p.state.draft]),
+        predicted=predict and predict(run.p.state.target[0].shape[2], (first + run.p.generated) / 2),
     )
 
 

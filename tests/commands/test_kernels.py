@@ -109,7 +109,7 @@ def test_a_session_for_a_gpu_that_is_not_there(monkeypatch, capsys, tmp_path):
 
     def target_and_end(*arguments: Any, **how: Any) -> list[Recorded]:
         recorded.update({region.name: region for region in record_sessions(*arguments, **how)})
-        return [recorded["score"], recorded["close"]]
+        return [recorded["score"], recorded["weigh"]]
 
     monkeypatch.setattr(list_kernels, "record_sessions", target_and_end)
     path = tmp_path / "rows.json"
@@ -117,11 +117,11 @@ def test_a_session_for_a_gpu_that_is_not_there(monkeypatch, capsys, tmp_path):
     status = main(["kernels", *options.split(), "--json", str(path)])
     out = capsys.readouterr().out
     calls = {name: region.a_cycle for name, region in recorded.items()}
-    assert calls == {"draft_step": 0, "weigh": 0, "uniforms": 1, "draft_head": 1, "score": 1, "close": 1}
+    assert calls == {"draft_step": 0, "weigh": 1, "uniforms": 1, "draft_head": 1, "score": 1}
     for name in ("draft_step", "draft_head"):
         assert ops(recorded[name]) - ops(recorded["score"]) == {"aten.select.int"}, "the last position is cut out"
     regions = {r["name"]: r for r in json.loads(path.read_text())["regions"]}
-    assert set(regions) == {"score", "close", "copy_rows, written by hand"}
+    assert set(regions) == {"score", "weigh", "copy_rows, written by hand"}
     for name, found in regions.items():
         assert found["calls"] == 1
         assert found["agrees"], f"{name}\n{out}"

@@ -128,12 +128,12 @@ def test_a_finished_request_leaves_when_a_smaller_batch_is_compiled(pair):
     run(pair, PROMPTS[:1], 3)
     session = list(_programs.values())[-1].session
     sizes: list[int] = []
-    cycle = type(session)._cycle
+    cycle = type(session)._next_cycle
     try:
-        type(session)._cycle = lambda self, run, c: (sizes.append(run.request.batch), cycle(self, run, c))[1]
+        type(session)._next_cycle = lambda self, run: (sizes.append(run.request.batch), cycle(self, run))[1]
         together = run(pair, n=[14, 2, 2, 2])
     finally:
-        type(session)._cycle = cycle
+        type(session)._next_cycle = cycle
     assert sizes == [4, 1, 1, 1, 1]
     alone = run(pair, PROMPTS[:1], 14)
     assert torch.equal(together.particles[0], alone.particles[0])

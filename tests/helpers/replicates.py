@@ -83,17 +83,17 @@ class Cycle:
 def recorded_cycles() -> Iterator[list[Cycle]]:
     """Copies of the tokens and states of every SMC session after each of its cycles."""
     cycles: list[Cycle] = []
-    run_cycle = SMCSession._cycle
+    next_cycle = SMCSession._next_cycle
 
-    def recording(self: SMCSession, run: Run, cycle: int) -> None:
-        run_cycle(self, run, cycle)
+    def recording(self: SMCSession, run: Run) -> None:
+        next_cycle(self, run)
         p = run.p
         moved = bool((p.ancestors[-1] != torch.arange(self._n)).any())
-        states = [[leaf.clone() for leaf in state] for state in (p.target, p.draft)]
-        cycles.append(Cycle(p.tokens[:, : p.generated].clone(), p.ended.clone(), moved, *states))
+        states = [[leaf.clone() for leaf in state] for state in (p.state.target, p.state.draft)]
+        cycles.append(Cycle(p.tokens.clone(), p.state.particles.ended.clone(), moved, *states))
 
-    SMCSession._cycle = recording
+    SMCSession._next_cycle = recording
     try:
         yield cycles
     finally:
-        SMCSession._cycle = run_cycle
+        SMCSession._next_cycle = next_cycle

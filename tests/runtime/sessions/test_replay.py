@@ -29,7 +29,7 @@ from smc_compile.inputs.requests import build_request, settings_of
 from smc_compile.kernels.copy_rows import RowCopy
 from smc_compile.program.from_model import last_program
 from smc_compile.runtime.sessions import replay
-from smc_compile.runtime.sessions.replay import At, Recording, Replay
+from smc_compile.runtime.sessions.replay import Answer, Asked, Recording, Replay
 from smc_compile.runtime.sessions.run import Run
 from smc_compile.runtime.sessions.smc import MAX_TRIES
 from smc_compile.runtime.state.population import Population
@@ -216,7 +216,7 @@ def test_compiled_regions_are_recorded_and_compile_once(monkeypatch, method):
     run(pair, ids, **options)
     compiled = {region.name: region.compilations for region in last_program().regions}
     assert all(count <= 1 for count in compiled.values()), compiled
-    assert {"uniforms", "close"} <= set(compiled)
+    assert {"uniforms", {"smc": "weigh", "autoregressive": "close"}[method]} <= set(compiled)
     run(pair, torch.tensor([[1, 5]]), n=9, seed=3, **options)
     assert compiled == {region.name: region.compilations for region in last_program().regions}
     assert len(recordings) == 1
@@ -431,12 +431,12 @@ class OnMeta(TorchDispatchMode):
 @pytest.mark.parametrize("kind", ["llama", "eager"])
 def test_a_cycle_runs_on_a_device_whose_values_cannot_be_read(monkeypatch, method, settings, kind):
     """Not one value, and not one tensor, passes between the host and the device: a CUDA graph cannot do that."""
-    works: list[tuple[Run, At, RowCopy]] = []
+    works: list[tuple[Any, Run, Asked, Answer]] = []
 
     class Remembers(Replay):
         def _recording_of(self, run: Run) -> Recording:
             recording = super()._recording_of(run)
-            works.append((self._work, recording.run, recording.at))
+            works.append((self._work, recording.run, recording.asked, recording.answer))
             return recording
 
     monkeypatch.setattr("smc_compile.runtime.sessions.smc.Replay", Remembers)
@@ -444,18 +444,20 @@ def test_a_cycle_runs_on_a_device_whose_values_cannot_be_read(monkeypatch, metho
     set_recorder(monkeypatch, lambda work: work)
     target = CACHEABLE[kind]()
     run((target, perturbed(target)), torch.tensor([[1, 5, 2]]), method=method, **settings)
-    work, home, at = works[0]
-    home, at = on_meta(home), At(*(tensor.to("meta") for tensor in at))
+    work, home, asked, answer = works[0]
+    home, asked, answer = on_meta(home), moved(asked), moved(answer)
     with torch.no_grad(), OnMeta() as seen:
-        work(home, at, RowCopy([*home.p.target, *home.p.draft]))
+        work(home, asked, answer, RowCopy([*home.p.state.target, *home.p.state.draft]))
     assert seen.ops > 100, "the cycle ran op by op"
 
 
-def on_meta(home: Run) -> Run:
-    def moved(value: Any) -> Any:
-        return pytree.tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, value)
+def moved(value: Any) -> Any:
+    """The same with tensors that have no values."""
+    return pytree.tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, value)
 
-    p = Population(**{name: moved(value) for name, value in vars(home.p).items()})
+
+def on_meta(home: Run) -> Run:
+    p = Population(home.p.n, moved(home.p.state))
     request = replace(home.request, **{name: moved(value) for name, value in vars(home.request).items()})
     streams = copy.copy(home.streams)
     streams.seeds = streams.seeds.to("meta")
@@ -467,5 +469,5 @@ def on_meta(home: Run) -> Run:
         moved(home.contexts),
         moved(home.keys),
     )
-    run.eos_ids, run.settings, run.nothing = moved(home.eos_ids), moved(home.settings), moved(home.nothing)
+    run.eos_ids, run.settings, run.no_tokens = moved(home.eos_ids), moved(home.settings), moved(home.no_tokens)
     return run

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from smc_compile.runtime.algorithms.resampling import keep_survivors
-from smc_compile.runtime.state.population import own_and_source, shared_after
+from smc_compile.runtime.state.particles import own_and_source, shared_after
 
 WIDTH = 3  # slots that a cycle writes
 

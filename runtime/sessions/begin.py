@@ -1,0 +1,125 @@
+"""The beginning of a call, the same for all methods: prompts are read, and the first token is drawn from the target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from smc_compile.errors import InputError
+from smc_compile.result import Stats
+from smc_compile.runtime.algorithms.next_token import NextTokenDistribution
+from smc_compile.runtime.algorithms.tensors import mark_dynamic
+from smc_compile.runtime.algorithms.uniforms import Streams
+from smc_compile.runtime.execution.incremental import RuntimeModel
+from smc_compile.runtime.execution.memory import require_memory
+from smc_compile.runtime.execution.region import Region
+from smc_compile.runtime.execution.region_bodies import draw
+from smc_compile.runtime.execution.text_processors import TextProcessors
+from smc_compile.runtime.sessions.clock import Clock
+from smc_compile.runtime.sessions.replay import Replay, in_shape, replays
+from smc_compile.runtime.sessions.run import Run, first_distribution, require_distribution, stops
+from smc_compile.runtime.state.particles import CycleState
+from smc_compile.runtime.state.population import Population
+from smc_compile.runtime.state.request import Request
+from smc_compile.runtime.state.settling import Watcher
+from smc_compile.runtime.state.suffix_sizes import first_size
+
+
+@dataclass(frozen=True)
+class Method:
+    """What the beginning of a call has to know of a method.
+
+    Attributes:
+        models: the target and, if there is one, the draft.
+        distribution: of the target.
+        rows: rows of a request in the models' caches.
+        particles: particles of a request; 1 where ``rows`` are chains of one text.
+        width: tokens that the target scores at once.
+    """
+
+    name: str
+    models: Sequence[RuntimeModel]
+    distribution: NextTokenDistribution
+    text_processors: TextProcessors
+    rows: int
+    particles: int
+    width: int
+
+
+class Begun(NamedTuple):
+    """A run before its first cycle, with what the models make of its prompts."""
+
+    run: Run
+    log_p: Tensor  # [B, V], the target's distribution of the first token
+    rows: list[Tensor]  # [B, V], of each model
+
+
+def begin(
+    method: Method,
+    request: Request,
+    regions: Sequence[Region],
+    capacity: int,
+    slots: int | None = None,
+    cycles: int = 1,
+    replay: Replay | None = None,
+) -> Begun:
+    """Read the prompts and draw the first token of each particle.
+
+    Args:
+        regions: those of the session, whose times count from here on.
+        capacity: tokens of a text at most.
+        slots: of a suffix; None lets suffixes grow up to ``capacity`` slots.
+        cycles: the most cycles that the call can take.
+        replay: records cycles where the request allows it; prompts and answers are padded to shapes that others share.
+
+    Raises:
+        InputError: when the call does not fit into memory.
+        GenerationError: when the target's distribution of the first token is undefined.
+    """
+    clock, asked = Clock(regions), request
+    processors = method.text_processors.of(request)
+    if replays(replay, request):
+        request, capacity = in_shape(request, capacity)
+    require_space(method, request, slots or capacity, replay)
+    size = slots or first_size(capacity, request.ids.shape[1])
+    rows, contexts, caches = zip(*(model.begin(request, method.rows, size) for model in method.models), strict=True)
+    clock.prefilled()
+
+    log_p = first_distribution(rows[0], request, method.distribution, processors)
+    require_distribution(log_p, None)
+    n, greedy = method.particles, method.distribution.kind == "greedy"
+    streams = Streams(request.seeds, n, capacity, cycles)
+    state = CycleState.start(request, n, capacity, caches[0], caches[1] if len(caches) > 1 else [])
+    first = draw(log_p[:, None].expand(-1, n, -1), streams.first(), greedy)  # [B, N]
+    state.texts.tokens[:, 0] = first.flatten()
+    state.texts.log_p[:, 0] = log_p.gather(1, first).flatten()
+    run = Run(
+        asked=asked,
+        request=request,
+        p=Population(n, state),
+        streams=streams,
+        contexts=list(contexts),
+        keys=mark_dynamic(request.key_positions(size), 1),
+        clock=clock,
+        stats=Stats(method.name, int(request.new_tokens.max()), rules=processors.report()),
+        text_processors=processors,
+        outcomes=[],
+        watcher=Watcher(request.watch) if request.watch is not None else None,
+    )
+    stopped = stops(run, run.no_tokens, 1)[:, 0]
+    run.p.state = state._replace(particles=state.particles._replace(stopped=stopped))
+    return Begun(run, log_p, list(rows))
+
+
+def require_space(method: Method, request: Request, capacity: int, replay: Replay | None) -> None:
+    """As ``require_memory``, which see; recordings that nobody uses are freed before a call is refused."""
+    what = (request, method.rows, capacity, method.width, *method.models)
+    try:
+        require_memory(*what)
+    except InputError:
+        if replay is None or not replay.forget():
+            raise
+        require_memory(*what)
