@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from smc_compile.auto.calibration import Rates, rates
-from smc_compile.auto.graph_costs import SYMBOLS, Costs, Kernel, Sizes, pass_costs
+from smc_compile.auto.graph_costs import SYMBOLS, Costs, Kernel, PassSizes, pass_costs
 from smc_compile.errors import OptionError
 from smc_compile.passes.ir import CachedLM
 from smc_compile.runtime.algorithms.next_token import SETTINGS, Mixture, NextTokenDistribution
@@ -172,7 +172,7 @@ def _count(model: Any, cached: CachedLM, every_position: bool) -> Pass:
 def _choosing(distribution: NextTokenDistribution | Mixture) -> Any:
     chosen = choose(distribution)
 
-    def tail(rows: Tensor, z: Sizes) -> Any:
+    def tail(rows: Tensor, z: PassSizes) -> Any:
         r = z.rows
         return chosen(rows, _ids(r, z.tokens), _flags(r), _eos_ids(r), _settings(distribution, r), _reals(r))
 
@@ -182,7 +182,7 @@ def _choosing(distribution: NextTokenDistribution | Mixture) -> Any:
 def _judging(distribution: NextTokenDistribution) -> Any:
     judged = judge(distribution)
 
-    def tail(rows: Tensor, z: Sizes) -> Any:
+    def tail(rows: Tensor, z: PassSizes) -> Any:
         r, width = z.rows, z.tokens
         drafted = _reals(r, width - 1)
         stops = torch.zeros(r, width, dtype=torch.bool, device=META)

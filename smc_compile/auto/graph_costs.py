@@ -49,7 +49,7 @@ FILLS = ("new_", "empty", "full", "zeros", "ones")  # how names begin that only 
 
 
 @dataclass(frozen=True)
-class Sizes:
+class PassSizes:
     """Of a pass: requests B, particles N, new tokens T of each, positions P of a prompt and S of a suffix."""
 
     batch: int
@@ -109,7 +109,7 @@ class Costs:
 
 
 # (rows of logits, the sizes) -> what the region makes of them
-Tail = Callable[[Tensor, Sizes], Any]
+Tail = Callable[[Tensor, PassSizes], Any]
 
 
 def pass_costs(cached: CachedLM, weights: Sequence[Tensor], every_position: bool, tail: Tail | None = None) -> Costs:
@@ -122,7 +122,7 @@ def pass_costs(cached: CachedLM, weights: Sequence[Tensor], every_position: bool
     light = [w.detach().to(META) for w in weights]
     tables = _run(cached.tables, min(TABLE_LENGTH, cached.max_positions or TABLE_LENGTH), *light)
 
-    def run(sizes: Sizes) -> list[_Record]:
+    def run(sizes: PassSizes) -> list[_Record]:
         tokens, places, prompts, suffixes = _inputs(cached, sizes)
         sized = [
             table.new_empty([sizes.prompt + sizes.suffix if d in axes else n for d, n in enumerate(table.shape)])
@@ -138,7 +138,7 @@ def pass_costs(cached: CachedLM, weights: Sequence[Tensor], every_position: bool
     return interpolate(run)
 
 
-def _inputs(cached: CachedLM, z: Sizes) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+def _inputs(cached: CachedLM, z: PassSizes) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     """Tokens, places, prompts and suffixes as CachedLM documents them."""
 
     def ids(*shape: int) -> Tensor:
@@ -371,7 +371,7 @@ def _size(tensor: Tensor) -> int:
 # ---- interpolation --------------------------------------------------------------------------------------------------
 
 
-def interpolate(run: Callable[[Sizes], list[_Record]]) -> Costs:
+def interpolate(run: Callable[[PassSizes], list[_Record]]) -> Costs:
     """The kernels that ``run`` records at any size, from those at a few; checked at others.
 
     Raises:
@@ -379,7 +379,7 @@ def interpolate(run: Callable[[Sizes], list[_Record]]) -> Costs:
     """
     basis = [sympy.Mul(*terms) for terms in itertools.product(*TERMS)]
     points = [sum(parts, ()) for parts in itertools.product(*POINTS)]
-    runs = [run(Sizes(*point)) for point in (*points, *HELD_BACK)]
+    runs = [run(PassSizes(*point)) for point in (*points, *HELD_BACK)]
     first = runs[0]
     if any([(r.name, r.count) for r in other] != [(r.name, r.count) for r in first] for other in runs[1:]):
         raise _not_polynomial("which kernels run depends on the sizes")

@@ -38,7 +38,7 @@ class Ceilings:
 
 
 @dataclass(frozen=True)
-class Costs:
+class ModelSize:
     """One model: numbers in its weights, bytes of one number, bytes of its cache for a token."""
 
     weights: int
@@ -71,52 +71,52 @@ def product_seconds(dtype: torch.dtype, device: torch.device) -> float:
     return best_seconds(lambda: rows @ weight.t(), device)
 
 
-def costs(model: nn.Module, cache_numbers_per_token: int) -> Costs:
+def costs(model: nn.Module, cache_numbers_per_token: int) -> ModelSize:
     """Counted from the model's matrices; every row is multiplied with each, so an embedding must be the head too."""
     matrices = [weight for weight in model.parameters() if weight.dim() == 2]
     itemsize = matrices[0].itemsize
-    return Costs(sum(weight.numel() for weight in matrices), itemsize, cache_numbers_per_token * itemsize)
+    return ModelSize(sum(weight.numel() for weight in matrices), itemsize, cache_numbers_per_token * itemsize)
 
 
 @dataclass(frozen=True)
-class Pass:
+class PassCost:
     """What one pass of a model reads and multiplies."""
 
     bytes: float
     operations: float
 
 
-def model_pass(model: Costs, rows: int, cached_tokens: float) -> Pass:
+def model_pass(model: ModelSize, rows: int, cached_tokens: float) -> PassCost:
     """``rows`` rows through the weights, which read ``cached_tokens`` entries of the cache."""
     read = model.weights * model.itemsize + cached_tokens * model.cache_bytes_per_token
-    return Pass(read, 2 * model.weights * rows)
+    return PassCost(read, 2 * model.weights * rows)
 
 
-def least_seconds(ceilings: Ceilings, passes: Sequence[Pass]) -> float:
+def least_seconds(ceilings: Ceilings, passes: Sequence[PassCost]) -> float:
     """Each pass takes at least the longer of its reading and its multiplying."""
     return sum(
         max(one.bytes / ceilings.bytes_per_second, one.operations / ceilings.operations_per_second) for one in passes
     )
 
 
-def bandwidth_share(ceilings: Ceilings, passes: Sequence[Pass], seconds: float) -> float:
+def bandwidth_share(ceilings: Ceilings, passes: Sequence[PassCost], seconds: float) -> float:
     """Bytes read in ``seconds`` beside what the device could have read."""
     return sum(one.bytes for one in passes) / (seconds * ceilings.bytes_per_second)
 
 
-def arithmetic_share(ceilings: Ceilings, passes: Sequence[Pass], seconds: float) -> float:
+def arithmetic_share(ceilings: Ceilings, passes: Sequence[PassCost], seconds: float) -> float:
     """Operations done in ``seconds`` beside what the device could have done."""
     return sum(one.operations for one in passes) / (seconds * ceilings.operations_per_second)
 
 
-def loop_passes(target: Costs, prompt: int, new_tokens: int) -> list[Pass]:
+def loop_passes(target: ModelSize, prompt: int, new_tokens: int) -> list[PassCost]:
     """A token of a one-token loop, at half of its length."""
     return [model_pass(target, 1, prompt + new_tokens / 2)]
 
 
 def cycle_passes(
-    target: Costs, draft: Costs, particles: int, lookahead: int, prompt: int, new_tokens: int
-) -> list[Pass]:
+    target: ModelSize, draft: ModelSize, particles: int, lookahead: int, prompt: int, new_tokens: int
+) -> list[PassCost]:
     """A cycle of N particles and K draft tokens, at half of its length: the prompt's cache is read once.
 
     The first draft pass has two rows a particle: the last drafted token and the bonus.

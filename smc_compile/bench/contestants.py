@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from smc_compile.bench.ceilings import Costs, Pass, cycle_passes, loop_passes
+from smc_compile.bench.ceilings import ModelSize, PassCost, cycle_passes, loop_passes
 from smc_compile.bench.measure import Contestant
 from smc_compile.generate import generate
 from smc_compile.result import Generation
 
-Model = Callable[[Tensor], Tensor]  # ids [B, S] -> logits [B, S, V]
+LogitsFunction = Callable[[Tensor], Tensor]  # ids [B, S] -> logits [B, S, V]
 
 
-def plain_loop(model: Model, ids: Tensor, max_new_tokens: int, temperature: float) -> Tensor:
+def plain_loop(model: LogitsFunction, ids: Tensor, max_new_tokens: int, temperature: float) -> Tensor:
     """Decoding as people write it: the whole sequence through the model for every token."""
     for _ in range(max_new_tokens):
         logits = model(ids)[:, -1]
@@ -34,7 +34,7 @@ def contest(
     shapes: Sequence[tuple[int, int]],
     eager_tokens: int | None,
     speculative: Sequence[tuple[int, int]] = (),
-    sizes: tuple[Costs, Costs] | None = None,
+    sizes: tuple[ModelSize, ModelSize] | None = None,
     compiler: str = "inductor",
 ) -> list[Contestant]:
     """The plain loop (unless ``eager_tokens`` is None), the compiled loop, exact speculation with N chains of K tokens
@@ -60,7 +60,7 @@ def contest(
 
         return run
 
-    def cycles(n: int, k: int) -> list[Pass] | None:
+    def cycles(n: int, k: int) -> list[PassCost] | None:
         return cycle_passes(*sizes, n, k, ids.shape[1], max_new_tokens) if sizes and min(n, k) > 0 else None
 
     tokens = loop_passes(sizes[0], ids.shape[1], max_new_tokens) if sizes else None

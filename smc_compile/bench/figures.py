@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from smc_compile.bench.ceilings import Ceilings, arithmetic_share, bandwidth_share, least_seconds
-from smc_compile.bench.measure import Result, Run
+from smc_compile.bench.measure import Result, TimedCall
 from smc_compile.result import Generation
 
 Row = dict[str, Any]
@@ -88,7 +88,7 @@ def speedup(result: Result, results: Sequence[Result], over: str) -> float | Non
     return median(speed(result, round_) / speed(base, round_) for round_ in range(len(result.runs)))
 
 
-def step_seconds(run: Run) -> float:
+def step_seconds(run: TimedCall) -> float:
     """Seconds of one step, without prefill where that is told apart."""
     prefill = run.generation.stats.prefill_seconds if run.generation else 0.0
     return (run.seconds - prefill) / run.steps

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from torch import Tensor
 
 from smc_compile.bench.against_eager import Agreement
-from smc_compile.bench.ceilings import Pass
+from smc_compile.bench.ceilings import PassCost
 from smc_compile.bench.peak_memory import peak_bytes, reset_peak
 from smc_compile.errors import SMCError
 from smc_compile.result import Generation
@@ -32,7 +32,7 @@ UNCOMPILED = ("eager", "transformers", "assisted")
 class Contestant:
     """One way to generate: ``run(seed)`` gives the sequences [B, P+n], or a Generation that holds them.
 
-    ``method`` is "eager", "transformers", "assisted", "gpt-fast", "autoregressive", "speculative" or "smc".
+    ``method`` is "eager", "autoregressive", "speculative", "smc", or the name of a peer ("transformers", "assisted").
     """
 
     method: str
@@ -43,7 +43,7 @@ class Contestant:
     note: str | None = None
     warm_up: Callable[[int], Answer] | None = None  # a shorter first call than ``run``
     batch: int = 1
-    passes: Sequence[Pass] | None = None  # what a step reads and multiplies at least
+    passes: Sequence[PassCost] | None = None  # what a step reads and multiplies at least
     steps: Callable[[], int] | None = None  # of the last run, where a step is not a token and no Generation tells
     peer: bool = False  # somebody else's code: where it fails, the others go on
 
@@ -60,7 +60,7 @@ class Contestant:
 
 
 @dataclass(frozen=True)
-class Run:
+class TimedCall:
     """One timed call. ``seconds`` is wall-clock without compilation."""
 
     seconds: float
@@ -76,8 +76,8 @@ class Result:
     """All calls of one contestant: the first, which compiled, and the timed ones."""
 
     contestant: Contestant
-    first: Run
-    runs: list[Run]
+    first: TimedCall
+    runs: list[TimedCall]
 
 
 @dataclass
@@ -111,8 +111,8 @@ def measure(
     ours gave, by its name, before anything is timed; it raises where that is wrong. Ctrl-C ends the measurement and
     keeps what there is.
     """
-    first: dict[int, Run] = {}
-    runs: dict[int, list[Run]] = {index: [] for index in range(len(contestants))}
+    first: dict[int, TimedCall] = {}
+    runs: dict[int, list[TimedCall]] = {index: [] for index in range(len(contestants))}
     failures: dict[int, str] = {}
     agreements: dict[str, Agreement] = {}
     interrupted = False
@@ -124,19 +124,19 @@ def measure(
                 progress.update(task, description=f"{verb} {contestant.name}")
                 warm_up = replace(contestant, run=contestant.warm_up or contestant.run)
                 answer = attempted(warm_up, seed, device)
-                if isinstance(answer, Run):
+                if isinstance(answer, TimedCall):
                     first[index] = answer
                 else:
                     failures[index] = answer
                 progress.advance(task)
-                if check and isinstance(answer, Run) and answer.generation:
+                if check and isinstance(answer, TimedCall) and answer.generation:
                     progress.update(task, description=f"checking {contestant.name} against the eager model")
                     agreements[contestant.name] = check(contestant.name, answer.generation)
             for round_ in range(repeats):
                 for index, contestant in enumerate(contestants):
                     progress.update(task, description=f"round {round_ + 1} of {repeats}: {contestant.name}")
                     answer = failures.get(index) or attempted(contestant, seed + round_, device)
-                    if isinstance(answer, Run):
+                    if isinstance(answer, TimedCall):
                         runs[index].append(answer)
                     else:
                         failures[index] = answer
@@ -148,8 +148,8 @@ def measure(
 
 def conclude(
     contestants: Sequence[Contestant],
-    first: dict[int, Run],
-    runs: dict[int, list[Run]],
+    first: dict[int, TimedCall],
+    runs: dict[int, list[TimedCall]],
     failures: dict[int, str],
     interrupted: bool,
 ) -> Measurement:
@@ -163,7 +163,7 @@ def conclude(
     return Measurement(results, missing, interrupted)
 
 
-def attempted(contestant: Contestant, seed: int, device: torch.device) -> Run | str:
+def attempted(contestant: Contestant, seed: int, device: torch.device) -> TimedCall | str:
     """A timed call, or why a peer failed; our own errors are raised."""
     if not contestant.peer:
         return timed(contestant, seed, device)
@@ -181,7 +181,7 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def timed(contestant: Contestant, seed: int, device: torch.device = CPU) -> Run:
+def timed(contestant: Contestant, seed: int, device: torch.device = CPU) -> TimedCall:
     """Call once, wait for the device, and set compilation apart."""
     watched = reset_peak(device)
     begin = time.perf_counter()
@@ -192,10 +192,10 @@ def timed(contestant: Contestant, seed: int, device: torch.device = CPU) -> Run:
     peak = peak_bytes(device) if watched else None
     if isinstance(answer, Tensor):
         steps = contestant.steps() if contestant.steps else contestant.new_tokens
-        return Run(seconds, 0.0, answer, None, steps, peak)
+        return TimedCall(seconds, 0.0, answer, None, steps, peak)
     compiling = answer.stats.compile_seconds
     steps = answer.stats.cycles if contestant.method != "autoregressive" else contestant.new_tokens
-    return Run(max(seconds - compiling, 1e-9), compiling, answer.sequences, answer, max(1, steps), peak)
+    return TimedCall(max(seconds - compiling, 1e-9), compiling, answer.sequences, answer, max(1, steps), peak)
 
 
 def progress_bar(console: Console) -> Progress:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smc_compile.bench.ceilings import Pass
+from smc_compile.bench.ceilings import PassCost
 from smc_compile.bench.measure import Contestant
 from smc_compile.errors import OptionError
 from smc_compile.pairs.llama import Llama
@@ -46,7 +46,7 @@ def require_library() -> None:
 
 
 def library_loop(
-    target: Llama, ids: Tensor, *, new_tokens: int, temperature: float, passes: Sequence[Pass] | None = None
+    target: Llama, ids: Tensor, *, new_tokens: int, temperature: float, passes: Sequence[PassCost] | None = None
 ) -> Contestant:
     """``generate`` of transformers, with its own cache; raises OptionError without the library."""
     require_library()

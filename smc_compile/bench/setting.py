@@ -1,4 +1,4 @@
-"""What is measured, built and told before anything is timed: the pair, the threads, the machine."""
+"""What a measurement sets up and prints before anything is timed: threads, the pair of models, the machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EMULATED_RATIO = 1.5  # a narrow type should be at least as fast as float32
 
 
 def set_threads(arguments: argparse.Namespace) -> None:
-    """Torch's, where they are given."""
+    """As many threads as --threads says; torch's own choice without it."""
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
 
@@ -28,17 +28,16 @@ def build_pair(
     arguments: argparse.Namespace,
     target_config: LlamaConfig,
     draft_config: LlamaConfig,
-    held_again: int,
     console: Console,
 ) -> tuple[Llama, Llama, Tuned | None]:
-    """Build both models, if they and ``held_again`` numbers fit in memory, and say what they are.
+    """Build both models, if they fit in memory, and print what they are.
 
     Raises:
         OptionError: where memory, shapes or the acceptance rate do not allow it.
     """
     device, dtype = torch.device(arguments.device), DTYPES[arguments.dtype]
     counts = weight_count(target_config), weight_count(draft_config)
-    check_memory(sum(counts) + held_again, dtype, device)
+    check_memory(sum(counts), dtype, device)
     target, draft, tuned = build_models(
         target_config,
         draft_config,
@@ -55,6 +54,7 @@ def build_pair(
 
 
 def warn_of_emulation(arguments: argparse.Namespace, console: Console) -> None:
+    """Print a warning where the processor has no instructions for the type of the weights."""
     for line in emulated_dtype(DTYPES[arguments.dtype], torch.device(arguments.device)):
         console.print(line, highlight=False, style="yellow")
 
@@ -68,7 +68,7 @@ def describe(name: str, config: LlamaConfig, count: int) -> str:
 
 
 def pair_line(tuned: Tuned | None, temperature: float) -> str:
-    """One line about how the two models hang together."""
+    """One line about how well the draft predicts the target."""
     if tuned is None:
         return "[bold]pair[/bold]    unrelated random weights, whatever share of drafted tokens that accepts"
     return (
@@ -87,7 +87,7 @@ def where(arguments: argparse.Namespace) -> str:
 
 
 def rates(ceilings: Ceilings) -> str:
-    """What was measured of this machine."""
+    """One line about the rates that were measured on this machine."""
     return (
         f"this machine reads {ceilings.bytes_per_second / 1e9:.0f} GB/s and multiplies "
         f"{ceilings.operations_per_second / 1e9:.0f} GFLOP/s"

@@ -1,17 +1,19 @@
-"""Rows as a table, and lines about them."""
+"""The tables of ``bench``, ``demo`` and ``sweep``, and lines about them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.markup import escape
 from rich.table import Table
 
 from smc_compile.bench.figures import Row
-from smc_compile.bench.measure import Result
+from smc_compile.bench.measure import UNCOMPILED, Result
 
 WIDEST = 100
-COLUMNS: list[tuple[str, Callable[[Row], str | None]]] = [
+
+
+BENCH_COLUMNS: list[tuple[str, Callable[[Row], str | None]]] = [
     ("tokens/s", lambda row: number(row["tokens_per_second"])),
     ("min-max", lambda row: f"{number(row['tokens_per_second_min'])}-{number(row['tokens_per_second_max'])}"),
     ("over\neager", lambda row: number(row["speedup_over_eager"], "x")),
@@ -30,6 +32,8 @@ COLUMNS: list[tuple[str, Callable[[Row], str | None]]] = [
     ("peak\nGB", lambda row: None if row["peak_bytes"] is None else number(row["peak_bytes"] / 1e9)),
     ("log p\n/token", lambda row: None if row["mean_log_prob"] is None else f"{row['mean_log_prob']:.3f}"),
 ]
+
+
 # What gives way where the table would be too wide, first to last; all of it is in the JSON file.
 GIVE_WAY = (
     "min-max",
@@ -51,7 +55,7 @@ def rows_table(rows: Sequence[Row], names: Sequence[str], width: int = WIDEST, m
 
     ``missing`` names contestants without figures.
     """
-    cells = {title: [cell(row) for row in rows] for title, cell in COLUMNS}
+    cells = {title: [cell(row) for row in rows] for title, cell in BENCH_COLUMNS}
     cells = {title: column for title, column in cells.items() if any(text is not None for text in column)}
     first = max(len(name) for name in ("method", *names, *missing))
     for title in fitting(cells, min(width, WIDEST) - first):
@@ -97,10 +101,14 @@ def percent(value: float | None) -> str | None:
 
 
 def compile_line(results: Sequence[Result]) -> str:
-    """Compile seconds of each method; a method compiled later reuses what an earlier one built."""
+    """Compile seconds of each method, and those of the first call of a peer that compiles.
+
+    A method compiled later reuses what an earlier one built.
+    """
     compiled = [r for r in results if r.first.generation is not None]
     parts = [f"{r.contestant.name} {r.first.compile_seconds:.1f} s" for r in reversed(compiled)]
-    parts += [f"{r.contestant.name} {r.first.seconds:.1f} s" for r in results if r.contestant.method == "gpt-fast"]
+    peers = [r for r in results if r.contestant.peer and r.contestant.method not in UNCOMPILED]
+    parts += [f"{r.contestant.name} {r.first.seconds:.1f} s" for r in peers]
     return "compiled once, not in the table: " + ", ".join(parts)
 
 
@@ -111,3 +119,51 @@ def range_line(rows: Sequence[Row], names: Sequence[str]) -> str:
         for row, name in zip(rows, names, strict=True)
     ]
     return "tokens/s, slowest and fastest round: " + ", ".join(parts)
+
+
+Cell = Callable[[Row], str | None]
+
+
+def milliseconds(name: str) -> Cell:
+    return lambda row: number(row[name])
+
+
+def megabytes(name: str) -> Cell:
+    return lambda row: number(row[name] / 1e6)
+
+
+def over_loop(row: Row) -> str | None:
+    """Speed beside the one-token loop's on the same requests."""
+    loop = row["loop_tokens_per_second"]
+    return None if loop is None else number(row["tokens_per_second"] / loop, "x")
+
+
+SWEEP_COLUMNS: list[tuple[str, Cell]] = [
+    ("tokens/s", lambda row: number(row["tokens_per_second"])),
+    ("over\nloop", over_loop),
+    ("of\nbound", lambda row: percent(row["share_of_bound"])),
+    ("ms per\ncycle", milliseconds("ms_per_cycle")),
+    ("pre-\ndicted", milliseconds("predicted_ms_per_cycle")),
+    ("draft\nms", milliseconds("draft_ms")),
+    ("score\nms", milliseconds("score_ms")),
+    ("resam-\nple", milliseconds("resample_ms")),
+    ("host\nms", milliseconds("host_ms")),
+    ("read\nMB", megabytes("bytes_per_cycle")),
+    ("prompt\nMB", megabytes("prompt_cache_bytes")),
+    ("suffixes\nMB", megabytes("suffix_cache_bytes")),
+]
+
+
+def sweep_table(rows: Sequence[Row], axes: Mapping[str, str]) -> Table:
+    """At most 100 columns wide; ``axes`` names what moves, by field. The fastest row stands out."""
+    columns = [(letter, lambda row, name=name: str(row[name])) for name, letter in axes.items()]
+    cells = {title: [cell(row) for row in rows] for title, cell in [*columns, *SWEEP_COLUMNS]}
+    cells = {title: column for title, column in cells.items() if any(text is not None for text in column)}
+    best = max(row["tokens_per_second"] for row in rows)
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", pad_edge=False)
+    for title in cells:
+        table.add_column(title, justify="right", no_wrap=True)
+    for index, row in enumerate(rows):
+        texts = [column[index] or "[dim]-[/dim]" for column in cells.values()]
+        table.add_row(*texts, style="bold green" if row["tokens_per_second"] == best else None)
+    return table

@@ -1,4 +1,4 @@
-"""Options of ``smc-compile bench``, and what is refused before anything is built."""
+"""What the commands share: options of a random pair of models, and checks of options before anything is built."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 
 from smc_compile.errors import OptionError
-from smc_compile.options import INDUCTORS
 from smc_compile.pairs.presets import DEFAULT, DTYPES, PRESETS
 
 SHAPES = (  # option, what it is
@@ -18,43 +17,6 @@ SHAPES = (  # option, what it is
     ("kv-heads", "H", "heads of keys and values"),
     ("hidden", "D", "width inside the MLP"),
 )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``bench``."""
-    add_pair_arguments(parser)
-    request = parser.add_argument_group("request")
-    request.add_argument("--prompt-length", type=int, default=128, metavar="P", help="tokens of the prompt")
-    request.add_argument("--new-tokens", type=int, default=256, metavar="T", help="tokens to generate")
-    request.add_argument("--temperature", type=float, default=0.8, metavar="T", help="temperature")
-    request.add_argument("--n-particles", type=int, nargs="+", default=[4, 2], metavar="N", help="particles")
-    request.add_argument(
-        "--lookahead", type=int, nargs="+", default=[8], metavar="K", help="draft tokens a cycle; one, or one per N"
-    )
-    request.add_argument(
-        "--chains", type=int, nargs="+", default=[1], metavar="N", help="chains of exact speculation, at each K"
-    )
-    peers = parser.add_argument_group("rows of others")
-    peers.add_argument(
-        "--assistant-tokens",
-        type=int,
-        nargs="+",
-        default=[2, 4, 8],
-        metavar="K",
-        help="draft tokens of assisted transformers; the fastest in a short pilot is timed",
-    )
-    peers.add_argument("--gpt-fast", metavar="FOLDER", help="a folder with model.py and generate.py of gpt-fast")
-    peers.add_argument("--skip-eager", action="store_true", help="leave the eager loop out")
-    peers.add_argument("--skip-transformers", action="store_true", help="leave the loops of transformers out")
-    peers.add_argument("--skip-assisted", action="store_true", help="leave assisted transformers out")
-    peers.add_argument("--skip-speculative", action="store_true", help="leave exact speculation out")
-    run_ = parser.add_argument_group("measurement")
-    run_.add_argument("--repeats", type=int, default=3, metavar="R", help="timed rounds")
-    run_.add_argument(
-        "--compiler", choices=INDUCTORS, default=INDUCTORS[0], help="of ours; max-autotune times products first"
-    )
-    run_.add_argument("--threads", type=int, metavar="T", help="CPU threads (default: torch's choice)")
-    run_.add_argument("--json", metavar="FILE", help="write the rows to FILE")
 
 
 def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,23 +61,15 @@ def acceptance(text: str) -> float | None:
     return value
 
 
-def pair_shapes(n_particles: list[int], lookahead: list[int]) -> list[tuple[int, int]]:
-    """(N, K) pairs; a single value on either side goes with every value on the other."""
-    if len(lookahead) == 1:
-        lookahead = lookahead * len(n_particles)
-    if len(n_particles) == 1:
-        n_particles = n_particles * len(lookahead)
-    if len(n_particles) != len(lookahead):
-        raise OptionError(
-            "--n-particles and --lookahead do not pair up.",
-            f"{len(n_particles)} values against {len(lookahead)}",
-            "give one value, or as many as the other has",
-        )
-    return list(zip(n_particles, lookahead, strict=True))
-
-
 def check_arguments(arguments: argparse.Namespace, counts: Sequence[str] = ("chains", "assistant_tokens")) -> None:
-    """Refuse shapes no model can have, and ``counts`` below 1. What else concerns generation is left to the library."""
+    """Refuse what no model or measurement can have; what concerns generation is left to the library.
+
+    Args:
+        counts: further options that must be at least 1.
+
+    Raises:
+        OptionError: for the first option that is out of range, by its name.
+    """
     sizes = ("layers", "dim", "heads", "kv_heads", "hidden", "vocab")
     names = [*sizes, *(f"draft_{size}" for size in sizes if size != "vocab"), "prompt_length", "new_tokens", "repeats"]
     for name in (*names, *counts, "threads"):

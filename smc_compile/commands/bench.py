@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from examples.benchmarks.gpt_fast_peer import gpt_fast_loop
 from smc_compile.bench.against_eager import Agreement, checked, difference
-from smc_compile.bench.ceilings import Ceilings, Costs, costs, loop_passes, measure_ceilings
+from smc_compile.bench.ceilings import Ceilings, ModelSize, PassCost, costs, loop_passes, measure_ceilings
 from smc_compile.bench.contestants import contest
 from smc_compile.bench.figures import Row, make_rows
 from smc_compile.bench.measure import Contestant, Measurement, measure, reason
@@ -26,10 +26,12 @@ from smc_compile.bench.setting import (
     where,
 )
 from smc_compile.bench.tables import compile_line, range_line, rows_table
-from smc_compile.commands.arguments import add_arguments, check_arguments, pair_shapes
+from smc_compile.commands.arguments import add_pair_arguments, check_arguments
+from smc_compile.errors import OptionError
+from smc_compile.options import INDUCTORS
 from smc_compile.pairs.llama import Llama, cache_numbers
 from smc_compile.pairs.nested import Tuned
-from smc_compile.pairs.presets import DTYPES, configs, fill_in, weight_count
+from smc_compile.pairs.presets import DTYPES, configs, fill_in
 from smc_compile.pairs.random_weights import parameter_count, random_prompt
 from smc_compile.result import Generation
 
@@ -37,8 +39,8 @@ HELP = """\
 Measure cost on weights of given shapes, beside the loops of others.
 
 Ways to generate from the same prompt take turns in one run: the plain loop in eager mode; transformers with its own
-cache, alone and assisted by the draft (where it is installed); gpt-fast (where --gpt-fast names its files); the
-compiled one-token loop; exact speculation; and SMC at each pair of --n-particles and --lookahead. The table shows
+cache, alone and assisted by the draft (where it is installed); the compiled one-token loop; exact speculation; and SMC
+at each pair of --n-particles and --lookahead. The table shows
 medians, ratios within a round, and the share of what the machine reads and multiplies at best. The weights say
 nothing about text: the target contains the draft, with noise added until --acceptance of the drafted tokens are
 accepted. The defaults are a Llama-shaped target of 336M parameters and a draft of 31M, in bfloat16. Before anything is
@@ -54,18 +56,24 @@ rounds.
 EAGER_TOKENS = 4  # a forward over the whole prompt for each
 
 
-__all__ = ["HELP", "add_arguments", "run"]
-
-
+# (target, ids [1, P], arguments, what a token must read and multiply) -> somebody else's loop on the target's weights
+Peer = Callable[[Llama, Tensor, argparse.Namespace, list[PassCost]], Contestant]
 Builder = Callable[[], Contestant]
 
 
-def run(arguments: argparse.Namespace, console: Console) -> None:
-    """Measure, print the table, write the JSON file; raises KeyboardInterrupt after that where it was interrupted."""
+def run(arguments: argparse.Namespace, console: Console, further_peers: Mapping[str, Peer] | None = None) -> None:
+    """Measure, print the table, write the JSON file.
+
+    Args:
+        further_peers: by name, loops of others that take part besides those of transformers.
+
+    Raises:
+        KeyboardInterrupt: after all that, where it was interrupted.
+    """
     shapes = pair_shapes(arguments.n_particles, arguments.lookahead)
     check_json_path(arguments.json)
     target, draft, ids, tuned = prepare(arguments, max(k for _, k in shapes), console)
-    contestants, missing = all_contestants(target, draft, ids, arguments, shapes, console)
+    contestants, missing = all_contestants(target, draft, ids, arguments, shapes, console, further_peers or {})
     place = DTYPES[arguments.dtype], torch.device(arguments.device)
     ceilings = measure_ceilings(*place)
 
@@ -110,8 +118,7 @@ def prepare(
     check_arguments(arguments)
     set_threads(arguments)
     target_config, draft_config = configs(arguments, lookahead)
-    held_again = weight_count(target_config) if arguments.gpt_fast else 0  # gpt-fast holds most of it
-    target, draft, tuned = build_pair(arguments, target_config, draft_config, held_again, console)
+    target, draft, tuned = build_pair(arguments, target_config, draft_config, console)
     console.print(where(arguments), highlight=False, style="dim")
     warn_of_emulation(arguments, console)
     console.print()
@@ -128,6 +135,7 @@ def all_contestants(
     arguments: argparse.Namespace,
     shapes: list[tuple[int, int]],
     console: Console,
+    further_peers: Mapping[str, Peer],
 ) -> tuple[list[Contestant], dict[str, str]]:
     """Everything that takes part, in the order of the table, and the peers that cannot, with the reason."""
     sizes = costs(target, cache_numbers(target.config)), costs(draft, cache_numbers(draft.config))
@@ -144,15 +152,20 @@ def all_contestants(
         sizes=sizes,
         compiler=arguments.compiler,
     )
-    peers, missing = build_peers(peer_builders(target, draft, ids, arguments, sizes[0]), console)
+    peers, missing = build_peers(peer_builders(target, draft, ids, arguments, sizes[0], further_peers), console)
     first = 0 if arguments.skip_eager else 1
     return [*ours[:first], *peers, *ours[first:]], missing
 
 
 def peer_builders(
-    target: Llama, draft: Llama, ids: Tensor, arguments: argparse.Namespace, size: Costs
+    target: Llama,
+    draft: Llama,
+    ids: Tensor,
+    arguments: argparse.Namespace,
+    size: ModelSize,
+    further_peers: Mapping[str, Peer],
 ) -> dict[str, Builder]:
-    """How to make the rows of others that were asked for, by name."""
+    """How to build the loops of others that were asked for, by name."""
     request = {"new_tokens": arguments.new_tokens, "temperature": arguments.temperature}
     passes = loop_passes(size, ids.shape[1], arguments.new_tokens)
     builders: dict[str, Builder] = {}
@@ -161,13 +174,11 @@ def peer_builders(
         if not arguments.skip_assisted:
             tokens = arguments.assistant_tokens
             builders["assisted"] = lambda: assisted_loop(target, draft, ids, **request, assistant_tokens=tokens)
-    if arguments.gpt_fast:
-        builders["gpt-fast"] = lambda: gpt_fast_loop(target, ids, arguments.gpt_fast, **request, passes=passes)
-    return builders
+    return builders | {name: partial(peer, target, ids, arguments, passes) for name, peer in further_peers.items()}
 
 
 def build_peers(builders: dict[str, Builder], console: Console) -> tuple[list[Contestant], dict[str, str]]:
-    """The peers that could be made, and why the others could not."""
+    """The peers that could be built, and why the others could not."""
     peers: list[Contestant] = []
     missing: dict[str, str] = {}
     for name, build in builders.items():
@@ -235,3 +246,54 @@ def footnotes(contestants: list[Contestant], rows: list[Row], arguments: argpars
         notes.append(f"peak: the most memory {held}, in a round")
     notes.append("random weights: this measures cost, not the quality of text")
     return notes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``bench``."""
+    add_pair_arguments(parser)
+    request = parser.add_argument_group("request")
+    request.add_argument("--prompt-length", type=int, default=128, metavar="P", help="tokens of the prompt")
+    request.add_argument("--new-tokens", type=int, default=256, metavar="T", help="tokens to generate")
+    request.add_argument("--temperature", type=float, default=0.8, metavar="T", help="temperature")
+    request.add_argument("--n-particles", type=int, nargs="+", default=[4, 2], metavar="N", help="particles")
+    request.add_argument(
+        "--lookahead", type=int, nargs="+", default=[8], metavar="K", help="draft tokens a cycle; one, or one per N"
+    )
+    request.add_argument(
+        "--chains", type=int, nargs="+", default=[1], metavar="N", help="chains of exact speculation, at each K"
+    )
+    peers = parser.add_argument_group("rows of others")
+    peers.add_argument(
+        "--assistant-tokens",
+        type=int,
+        nargs="+",
+        default=[2, 4, 8],
+        metavar="K",
+        help="draft tokens of assisted transformers; the fastest in a short pilot is timed",
+    )
+    peers.add_argument("--skip-eager", action="store_true", help="leave the eager loop out")
+    peers.add_argument("--skip-transformers", action="store_true", help="leave the loops of transformers out")
+    peers.add_argument("--skip-assisted", action="store_true", help="leave assisted transformers out")
+    peers.add_argument("--skip-speculative", action="store_true", help="leave exact speculation out")
+    run_ = parser.add_argument_group("measurement")
+    run_.add_argument("--repeats", type=int, default=3, metavar="R", help="timed rounds")
+    run_.add_argument(
+        "--compiler", choices=INDUCTORS, default=INDUCTORS[0], help="of ours; max-autotune times products first"
+    )
+    run_.add_argument("--threads", type=int, metavar="T", help="CPU threads (default: torch's choice)")
+    run_.add_argument("--json", metavar="FILE", help="write the rows to FILE")
+
+
+def pair_shapes(n_particles: list[int], lookahead: list[int]) -> list[tuple[int, int]]:
+    """(N, K) pairs; a single value on either side goes with every value on the other."""
+    if len(lookahead) == 1:
+        lookahead = lookahead * len(n_particles)
+    if len(n_particles) == 1:
+        n_particles = n_particles * len(lookahead)
+    if len(n_particles) != len(lookahead):
+        raise OptionError(
+            "--n-particles and --lookahead do not pair up.",
+            f"{len(n_particles)} values against {len(lookahead)}",
+            "give one value, or as many as the other has",
+        )
+    return list(zip(n_particles, lookahead, strict=True))

@@ -1,4 +1,4 @@
-"""``smc-compile kernels``: every kernel of every region, what it is made of, and whether it is right."""
+"""``smc-compile kernels``: the kernels of every region, what their machine code uses, and whether they are right."""
 
 from __future__ import annotations
 
@@ -13,22 +13,28 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from smc_compile.bench.report import check_json_path, device_name, machine
 from smc_compile.commands.arguments import check_device
 from smc_compile.dev.kernel_audit.absent_device import TARGETS, target_named
-from smc_compile.dev.kernel_audit.copy_rows_region import examine_copy_rows
+from smc_compile.dev.kernel_audit.audited_regions import AuditedRegion, examine
+from smc_compile.dev.kernel_audit.copy_rows_region import cache_shapes, examine_copy_rows
 from smc_compile.dev.kernel_audit.interpreter import Interpreter
-from smc_compile.dev.kernel_audit.recorded_sessions import Pair, positions, record_sessions
-from smc_compile.dev.kernel_audit.regions import Kernel, Region, compared, examine, short_name
+from smc_compile.dev.kernel_audit.kernel_tables import (
+    hand_table,
+    show_region,
+    show_timed,
+    summary,
+    timed_summary,
+)
+from smc_compile.dev.kernel_audit.recorded_sessions import AuditedPair, positions, record_sessions
 from smc_compile.dev.kernel_audit.time_copy_rows import time_copy_rows
-from smc_compile.dev.kernel_audit.timed_tables import show_timed, timed_summary
-from smc_compile.dev.kernel_audit.timing import Timed, time_region
-from smc_compile.dev.kernel_audit.written_kernels import WRITTEN_BY_HAND, Outcome, check_by_hand
+from smc_compile.dev.kernel_audit.time_regions import Timed, time_region
+from smc_compile.dev.kernel_audit.written_kernels import WRITTEN_BY_HAND, KernelCheck, check_by_hand
 from smc_compile.errors import OptionError, SMCError
 from smc_compile.options import INDUCTORS
 from smc_compile.pairs.llama import LlamaConfig
+from smc_compile.pairs.presets import DTYPES, PRESETS, Shape, find_preset
 
 HELP = """\
 List the kernels that a session runs, and check them.
@@ -49,16 +55,8 @@ The exit status is 1 if anything fails. Kernels depend on widths, not on the num
   smc-compile kernels --target sm_90 --preset bench --dtype bfloat16 --n-particles 8 --lookahead 6
   smc-compile kernels --device cuda --preset llama-8b --dtype bfloat16 --n-particles 8 --lookahead 8
 """
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# (vocabulary, then width, heads, heads of keys and values, width inside the MLP: of target and draft)
-PRESETS: dict[str, tuple[int, tuple[int, int, int, int], tuple[int, int, int, int]]] = {
-    "small": (500, (64, 4, 2, 128), (32, 2, 1, 64)),
-    "bench": (32000, (1024, 16, 16, 2752), (512, 8, 8, 1664)),
-    "llama-8b": (128256, (4096, 32, 8, 14336), (2048, 32, 8, 8192)),
-}
 
 
-NAME = 43  # columns of a kernel's name
 RUNS = 12  # of each kernel written by hand
 
 
@@ -70,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compiler", choices=INDUCTORS, default=INDUCTORS[0], help="of ours, with --device")
     parser.add_argument("--method", choices=["smc", "speculative"], default="smc", help="whose regions")
     pair = parser.add_argument_group("pair")
-    pair.add_argument("--preset", choices=list(PRESETS), default="small", help="widths of target and draft")
+    pair.add_argument("--preset", default="small", metavar="NAME", help=f"widths of both: {', '.join(PRESETS)}")
     pair.add_argument("--layers", type=int, default=2, metavar="L", help="layers of the target")
     pair.add_argument("--draft-layers", type=int, default=1, metavar="L", help="layers of the draft")
     pair.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="type of the weights")
@@ -93,7 +91,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     """List, check, print. Returns 1 if a check failed, else 0."""
     begin = time.perf_counter()
     target = target_named(arguments.target) if arguments.target else None
-    pair = pair_of(arguments)
+    pair = audited_pair(arguments)
     check_json_path(arguments.json)
     if arguments.device:
         check_device(arguments.device)
@@ -109,14 +107,14 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     with console.status("sessions"):
         recorded = record_sessions(pair, arguments.sessions, arguments.seed, replayed=target is not None)
     interpreter = Interpreter(target)
-    regions: list[Region] = []
+    regions: list[AuditedRegion] = []
     try:
         for each in track(recorded, "regions", console=console, transient=True, disable=not console.is_terminal):
             regions.append(examine(each, target, interpreter, pair.dtype))
-            show(regions[-1], console)
+            show_region(regions[-1], console)
         if target and pair.method == "smc":
             regions.append(examine_copy_rows(cache_shapes(pair), RUNS, arguments.seed, target))
-            show(regions[-1], console)
+            show_region(regions[-1], console)
     finally:
         interpreter.close()
     outcomes = [] if target else written_by_hand(arguments.seed, console)
@@ -124,13 +122,13 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     return status_of(regions, outcomes)
 
 
-def run_timed(arguments: argparse.Namespace, pair: Pair, console: Console) -> int:
+def run_timed(arguments: argparse.Namespace, pair: AuditedPair, console: Console) -> int:
     """Run the regions on a device, compare, time, print. Returns 1 if a result was wrong, else 0."""
     begin, device = time.perf_counter(), torch.device(arguments.device)
     regions: list[Timed] = []
     with console.status("sessions"):
         recorded = record_sessions(pair, arguments.sessions, arguments.seed, device.type == "cuda", device)
-    outcomes: list[Outcome] = []
+    outcomes: list[KernelCheck] = []
     try:
         for each in track(recorded, "regions", console=console, transient=True, disable=not console.is_terminal):
             regions.append(time_region(each, device, pair.dtype, arguments.compiler))
@@ -148,24 +146,24 @@ def run_timed(arguments: argparse.Namespace, pair: Pair, console: Console) -> in
 def conclude(
     arguments: argparse.Namespace,
     line: str,
-    regions: Sequence[Region | Timed],
-    outcomes: list[Outcome],
+    regions: Sequence[AuditedRegion | Timed],
+    outcomes: list[KernelCheck],
     console: Console,
 ) -> None:
     """The last line, and the file of rows."""
     console.print()
     console.print(line, highlight=False)
     if arguments.json:
-        write_json(arguments, regions, outcomes)
+        write_rows(arguments, regions, outcomes)
         console.print(f"rows in {arguments.json}", style="dim", highlight=False)
 
 
-def status_of(regions: Sequence[Region | Timed], outcomes: list[Outcome]) -> int:
+def status_of(regions: Sequence[AuditedRegion | Timed], outcomes: list[KernelCheck]) -> int:
     """1 if a check failed, else 0."""
     return 0 if all(r.passes for r in regions) and all(o.passes for o in outcomes) else 1
 
 
-def pair_of(arguments: argparse.Namespace) -> Pair:
+def audited_pair(arguments: argparse.Namespace) -> AuditedPair:
     """The pair that the options describe.
 
     Raises:
@@ -175,9 +173,9 @@ def pair_of(arguments: argparse.Namespace) -> Pair:
     for name in ("layers", "draft_layers", "prompt_length", "n_particles", "lookahead", "sessions"):
         if getattr(a, name) < 1:
             raise OptionError(f"--{name.replace('_', '-')} must be at least 1.", f"got {getattr(a, name)}")
-    vocab, target, draft = PRESETS[a.preset]
+    preset = find_preset(a.preset)
     # Random models agree on little: a cut that keeps few tokens would leave hardly a particle with any weight.
-    top_k = 49 * vocab // 50 if a.top_k is None else a.top_k
+    top_k = 49 * preset.vocab // 50 if a.top_k is None else a.top_k
     if a.temperature <= 0 or top_k < 0 or not 0 < a.top_p <= 1:
         raise OptionError(
             "the distribution is out of range",
@@ -186,13 +184,12 @@ def pair_of(arguments: argparse.Namespace) -> Pair:
         )
     longest = positions(a.prompt_length, a.lookahead)
 
-    def config(layers: int, shape: tuple[int, int, int, int]) -> LlamaConfig:
-        dim, heads, kv_heads, hidden = shape
-        return LlamaConfig(vocab, dim, layers, heads, kv_heads, hidden, longest)
+    def config(layers: int, shape: Shape) -> LlamaConfig:
+        return LlamaConfig(preset.vocab, shape.dim, layers, shape.heads, shape.kv_heads, shape.hidden, longest)
 
-    return Pair(
-        config(a.layers, target),
-        config(a.draft_layers, draft),
+    return AuditedPair(
+        config(a.layers, preset.target),
+        config(a.draft_layers, preset.draft),
         a.method,
         a.n_particles,
         a.lookahead,
@@ -204,12 +201,7 @@ def pair_of(arguments: argparse.Namespace) -> Pair:
     )
 
 
-def cache_shapes(pair: Pair) -> int:
-    """How many shapes the caches of target and draft have: keys and values of a model are alike."""
-    return len({(c.n_kv_heads, c.dim // c.n_heads) for c in (pair.target, pair.draft)})
-
-
-def describe(arguments: argparse.Namespace, pair: Pair) -> str:
+def describe(arguments: argparse.Namespace, pair: AuditedPair) -> str:
     """One line about what is listed."""
     where = "this CPU"
     if arguments.target:
@@ -223,48 +215,7 @@ def describe(arguments: argparse.Namespace, pair: Pair) -> str:
     )
 
 
-def show(region: Region, console: Console) -> None:
-    """The region's heading, table and notes."""
-    console.print()
-    console.print(compared(region.name, region.calls, region.verdict, region.agrees), highlight=False)
-    console.print(table_of(region))
-    for line in notes(region):
-        console.print(f"  {line}", highlight=False, markup=False)
-
-
-def table_of(region: Region) -> Table:
-    """One row a kernel, and one for each op of a library."""
-    compiled = any(kernel.code for kernel in region.kernels)
-    table = Table(box=None, pad_edge=False, padding=(0, 1))
-    for name, justify in (("kernel", "left"), ("a cycle", "right")):
-        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    for name in ("regs", "spills", "shared", "loads", "stores") if compiled else ():
-        table.add_column(name, justify="right")
-    table.add_column("used", no_wrap=True)
-    for kernel in region.kernels:
-        numbers = machine_numbers(kernel) if compiled else []
-        table.add_row(short_name(kernel.name, NAME), str(kernel.launches), *numbers, checked(kernel))
-    for name, count in region.library.items():
-        table.add_row(f"library  {name}", str(count), *([""] * 5 if compiled else []), "")
-    return table
-
-
-def machine_numbers(kernel: Kernel) -> list[str]:
-    code = kernel.code
-    if code is None:
-        return [""] * 5
-    return [str(n) for n in (code.registers, code.spills, code.shared, code.loads, code.stores)]
-
-
-def checked(kernel: Kernel) -> str:
-    if kernel.problem:
-        return "[red]does not compile[/red]"
-    if kernel.launches == 0:
-        return "first cycle" if kernel.used else "[red]never launched[/red]"
-    return "yes" if kernel.used else "[red]output unused[/red]"
-
-
-def written_by_hand(seed: int, console: Console) -> list[Outcome]:
+def written_by_hand(seed: int, console: Console) -> list[KernelCheck]:
     """Check, time and show the kernels in C++."""
     with console.status("kernels written by hand"):
         outcomes = [check_by_hand(entry, RUNS, seed) for entry in WRITTEN_BY_HAND]
@@ -276,43 +227,14 @@ def written_by_hand(seed: int, console: Console) -> list[Outcome]:
     return outcomes
 
 
-def hand_table(outcomes: list[Outcome]) -> Table:
-    """One row a kernel."""
-    table = Table(box=None, pad_edge=False, padding=(0, 1))
-    table.add_column("kernel", no_wrap=True)
-    for name in ("runs", "error", "us", "Inductor", "ratio"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("timed at", no_wrap=True)
-    for o in outcomes:
-        error = f"{o.error:.0e}" if o.passes else f"[red]{o.error:.0e}, not {o.allowed:.0e}[/red]"
-        ratio = f"{o.compiled_us / o.kernel_us:.1f}x"
-        table.add_row(o.name, str(o.runs), error, f"{o.kernel_us:.0f}", f"{o.compiled_us:.0f}", ratio, o.where)
-    return table
+def write_rows(
+    arguments: argparse.Namespace, regions: Sequence[AuditedRegion | Timed], outcomes: list[KernelCheck]
+) -> None:
+    """Store the rows with what they were checked on.
 
-
-def notes(region: Region) -> list[str]:
-    """Why a kernel did not compile."""
-    return [f"{short_name(k.name, NAME)}: {k.problem}" for k in region.kernels if k.problem]
-
-
-def summary(regions: list[Region], outcomes: list[Outcome], seconds: float) -> str:
-    """One line about everything."""
-    kernels = [kernel for region in regions for kernel in region.kernels]
-    unique = {source for region in regions for source in region.sources.values()}
-    failed = [r.name for r in regions if not r.passes] + [o.name for o in outcomes if not o.passes]
-    codes = [kernel.code for kernel in kernels if kernel.code]
-    launches, calls = sum(k.launches for k in kernels), sum(sum(r.library.values()) for r in regions)
-    parts = [
-        f"{len(regions)} regions, {len(kernels)} kernels ({len(unique)} different), "
-        f"{launches} launches and {calls} library calls a cycle"
-    ]
-    if codes:
-        parts.append(f"at most {max(c.registers for c in codes)} registers, {sum(c.spills > 0 for c in codes)} spill")
-    parts.append(f"[red]failed: {', '.join(failed)}[/red]" if failed else "[green]all checks pass[/green]")
-    return "; ".join([*parts, f"{seconds:.0f} s"])
-
-
-def write_json(arguments: argparse.Namespace, regions: Sequence[Region | Timed], outcomes: list[Outcome]) -> None:
+    Raises:
+        SMCError: where the file cannot be written.
+    """
     stored: dict[str, Any] = {name: value for name, value in vars(arguments).items() if name != "run"}
     rows = {
         "options": stored,

@@ -1,7 +1,7 @@
 """A random pair whose acceptance rate is set: the target contains the draft, and adds noise to its logits.
 
-Random weights give distributions that know nothing of each other, while speculative decoding is as fast as its draft is right.
-Here the target's residual stream is [the draft's coordinates x | others y]:
+Random weights give distributions that know nothing of each other, while speculative decoding is as fast as its draft is
+right. Here the target's residual stream is [the draft's coordinates x | others y]:
 
 - in its first layers some heads and hidden units act on x as the draft's do, with zeros elsewhere; the rest write to y;
   later layers write to y only. So x stays what it is in the draft. Only the head reads y: nothing else would keep it
@@ -243,7 +243,7 @@ def fill(parameter: Tensor, std: float, generator: torch.Generator) -> None:
     parameter.normal_(0.0, std, generator=generator)
 
 
-# ---- distributions -----------------------------------------------------------------------------------------------------------
+# ---- distributions --------------------------------------------------------------------------------------------------
 
 
 def random_contexts(model: Llama, generator: torch.Generator) -> Tensor:
@@ -274,7 +274,7 @@ def mean_entropy(log_p: Tensor) -> float:
 
 
 def match_entropy(draft: Llama, ids: Tensor, temperature: float) -> float:
-    """The factor on the logits that gives the draft's distribution the entropy of text (half the largest, for few tokens)."""
+    """The factor on the logits at which the draft's distribution has the entropy of text (or half of the largest)."""
     log_q = log_distribution(draft, ids, temperature)
     wanted = min(TEXT_ENTROPY, math.log(draft.config.vocab_size) / 2)
     return bisect(lambda factor: mean_entropy((factor * log_q).log_softmax(-1)), wanted, 0.0, upper_end(log_q))

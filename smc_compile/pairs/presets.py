@@ -1,4 +1,4 @@
-"""Named shapes of a target and its draft."""
+"""Named shapes of a target and its draft: one list for all commands."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Preset:
+    """Shapes of a pair; both models have the same vocabulary."""
+
     vocab: int
     target: Shape
     draft: Shape
@@ -38,11 +40,18 @@ PRESETS = {
     "336m-31m": Preset(32000, Shape(24, 1024, 16, 16, 2752), Shape(4, 512, 8, 8, 1664)),
     "0.5b-60m": Preset(151936, Shape(24, 896, 14, 2, 4864), Shape(8, 320, 5, 1, 1280)),  # a target as Qwen2.5-0.5B
     "llama-8b-1b": Preset(128256, Shape(32, 4096, 32, 8, 14336), Shape(16, 2048, 32, 8, 8192)),  # Llama 3.1 and 3.2
+    "small": Preset(500, Shape(2, 64, 4, 2, 128), Shape(1, 32, 2, 1, 64)),  # compiles quickly; nothing to time
 }
+SHORT_NAMES = {"bench": "336m-31m", "llama-8b": "llama-8b-1b"}
 
 
 def find_preset(name: str) -> Preset:
-    """Raises OptionError, with the list and the nearest name."""
+    """The preset of that name, or of a short name.
+
+    Raises:
+        OptionError: with the list of names and the nearest of them.
+    """
+    name = SHORT_NAMES.get(name, name)
     if name not in PRESETS:
         near = difflib.get_close_matches(name.lower(), PRESETS, 1, 0.3)
         raise OptionError(
@@ -54,7 +63,7 @@ def find_preset(name: str) -> Preset:
 
 
 def fill_in(arguments: argparse.Namespace) -> None:
-    """Set what no option set to what the preset says."""
+    """Set each shape that no option gave to that of the preset."""
     preset = find_preset(arguments.preset)
     given = {"vocab": preset.vocab, **vars(preset.target)}
     given |= {f"draft_{name}": value for name, value in vars(preset.draft).items()}
@@ -64,7 +73,7 @@ def fill_in(arguments: argparse.Namespace) -> None:
 
 
 def configs(arguments: argparse.Namespace, lookahead: int) -> tuple[LlamaConfig, LlamaConfig]:
-    """Shapes of target and draft, with room for a cycle past the end."""
+    """Shapes of target and draft, with positions for a cycle past the last token."""
     a = arguments
     positions = a.prompt_length + a.new_tokens + 2 * (max(lookahead, 0) + 1)
     return (

@@ -12,7 +12,7 @@ from helpers.plain_models import GPT
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from smc_compile.auto.graph_costs import META, SYMBOLS, Costs, Sizes, _Recorder, interpolate, pass_costs
+from smc_compile.auto.graph_costs import META, SYMBOLS, Costs, PassSizes, _Recorder, interpolate, pass_costs
 from smc_compile.errors import CacheError
 from smc_compile.pairs.llama import Llama, LlamaConfig
 from smc_compile.passes.pipeline import Traced, trace_model
@@ -103,7 +103,7 @@ def test_every_weight_is_read_once_whatever_the_rows_and_tied_ones_too():
 def test_operations_are_those_that_torch_counts(name, sizes):
     found = model_named(name)
     at = dict(zip(SYMBOLS, sizes, strict=True))
-    assert torch_counts(found, Sizes(*sizes)) == costs_named(name).operations.subs(at)
+    assert torch_counts(found, PassSizes(*sizes)) == costs_named(name).operations.subs(at)
 
 
 @cache
@@ -116,7 +116,7 @@ def costs_named(name: str) -> Costs:
     return pass_costs(model_named(name).cached, model_named(name).owned(), True)
 
 
-def torch_counts(found: Traced, z: Sizes) -> int:
+def torch_counts(found: Traced, z: PassSizes) -> int:
     """Of the same graph, run with data."""
     cached, weights = found.cached, found.owned()
 
@@ -172,7 +172,7 @@ def test_a_write_moves_what_is_new():
 
 
 def test_what_is_no_polynomial_is_refused():
-    def squared(z: Sizes):
+    def squared(z: PassSizes):
         recorder = _Recorder((), (), ())
         with recorder:
             result = torch.empty(z.tokens, z.tokens, device=META).exp()
@@ -184,7 +184,7 @@ def test_what_is_no_polynomial_is_refused():
 
 
 def test_another_number_of_kernels_is_refused():
-    def some(z: Sizes):
+    def some(z: PassSizes):
         recorder = _Recorder((), (), ())
         with recorder:
             results = [torch.empty(4, device=META).exp() for _ in range(z.tokens)]

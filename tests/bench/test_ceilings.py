@@ -7,8 +7,8 @@ import torch
 
 from smc_compile.bench.ceilings import (
     Ceilings,
-    Costs,
-    Pass,
+    ModelSize,
+    PassCost,
     arithmetic_share,
     bandwidth_share,
     costs,
@@ -21,7 +21,7 @@ from smc_compile.bench.ceilings import (
 from smc_compile.pairs.llama import Llama, LlamaConfig
 
 MACHINE = Ceilings(bytes_per_second=1e9, operations_per_second=1e10)
-TARGET, DRAFT = Costs(10**6, 4, 100), Costs(10**5, 4, 10)
+TARGET, DRAFT = ModelSize(10**6, 4, 100), ModelSize(10**5, 4, 10)
 
 
 def pass_seconds(rows: int, cached_tokens: float) -> float:
@@ -56,7 +56,7 @@ def test_the_prompt_is_read_once_for_all_particles():
 
 
 def test_shares_are_of_what_the_device_could_have_done_meanwhile():
-    passes = [Pass(bytes=1e9, operations=1e9), Pass(bytes=1e9, operations=3e9)]
+    passes = [PassCost(bytes=1e9, operations=1e9), PassCost(bytes=1e9, operations=3e9)]
     assert bandwidth_share(MACHINE, passes, seconds=4.0) == pytest.approx(0.5)
     assert arithmetic_share(MACHINE, passes, seconds=4.0) == pytest.approx(0.1)
 
@@ -64,7 +64,7 @@ def test_shares_are_of_what_the_device_could_have_done_meanwhile():
 def test_weights_are_the_matrices():
     model = Llama(LlamaConfig(50, 16, 2, 2, 1, 24)).bfloat16()
     layer = 16 * (16 + 8 + 8 + 16) + 3 * 16 * 24
-    assert costs(model, 64) == Costs(50 * 16 + 2 * layer, 2, 128)
+    assert costs(model, 64) == ModelSize(50 * 16 + 2 * layer, 2, 128)
 
 
 def test_rates_are_measured():

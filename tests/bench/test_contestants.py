@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from smc_compile.bench.ceilings import Costs, cycle_passes, loop_passes
+from smc_compile.bench.ceilings import ModelSize, cycle_passes, loop_passes
 from smc_compile.bench.contestants import contest, plain_loop
 
 
@@ -14,7 +14,7 @@ def test_plain_loop_appends_tokens():
 
 
 def test_everybody_takes_part_at_each_shape_and_knows_what_a_step_costs():
-    ids, sizes = torch.zeros(1, 6, dtype=torch.int64), (Costs(100, 4, 8), Costs(10, 4, 2))
+    ids, sizes = torch.zeros(1, 6, dtype=torch.int64), (ModelSize(100, 4, 8), ModelSize(10, 4, 2))
     found = contest(
         torch.nn.Identity(), torch.nn.Identity(), ids, max_new_tokens=8, temperature=1.0, shapes=[(4, 3), (2, 3)],
         eager_tokens=4, speculative=[(1, 3)], sizes=sizes,

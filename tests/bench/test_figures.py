@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from helpers.fake_results import COLUMNS, fake_generation, fake_results, rendered
 
-from smc_compile.bench.ceilings import Ceilings, Pass
+from smc_compile.bench.ceilings import Ceilings, PassCost
 from smc_compile.bench.figures import PARTS, make_rows, mean_ess
 from smc_compile.bench.tables import rows_table
 
@@ -41,7 +41,7 @@ def test_no_cycle_means_no_ess():
 
 def test_shares_are_of_the_seconds_of_a_step():
     (result,) = fake_results({"smc": [1]})  # 3 cycles in 0.75 s without the prompt
-    passes = [Pass(bytes=1e9, operations=0), Pass(bytes=0, operations=1e9)]
+    passes = [PassCost(bytes=1e9, operations=0), PassCost(bytes=0, operations=1e9)]
     ceilings = Ceilings(bytes_per_second=1e10, operations_per_second=2e10)
     (row,) = make_rows([replace(result, contestant=replace(result.contestant, passes=passes))], ceilings)
     assert row["bound_ms_per_cycle"] == pytest.approx(150)

@@ -14,11 +14,9 @@ from helpers.fake_results import COLUMNS
 from rich.console import Console
 
 from smc_compile.__main__ import build_parser, main
-from smc_compile.bench import contestants as contest
-from smc_compile.bench import peer_transformers as transformers_peer
+from smc_compile.bench import contestants, peer_transformers, setting, text_quality
 from smc_compile.bench.figures import PARTS
 from smc_compile.bench.measure import Contestant
-from smc_compile.commands import arguments as bench_options
 from smc_compile.commands import bench, demo
 from smc_compile.errors import OptionError
 from smc_compile.generate import generate
@@ -34,7 +32,7 @@ TINY = shlex.split(
 @pytest.fixture
 def uncompiled(monkeypatch):
     """Regions run as they are: what the command does with the figures is tested, not Inductor."""
-    monkeypatch.setattr(contest, "generate", lambda *a, **options: generate(*a, **{**options, "compiler": "eager"}))
+    monkeypatch.setattr(contestants, "generate", lambda *a, **options: generate(*a, **{**options, "compiler": "eager"}))
 
 
 # ---- arguments and errors -------------------------------------------------------------------------------------------
@@ -110,7 +108,7 @@ def test_errors_of_the_library_exit_2(option, value, capsys):
 
 def test_defaults():
     arguments = build_parser().parse_args(["bench"])
-    assert bench_options.pair_shapes(arguments.n_particles, arguments.lookahead) == [(4, 8), (2, 8)]
+    assert bench.pair_shapes(arguments.n_particles, arguments.lookahead) == [(4, 8), (2, 8)]
     assert arguments.acceptance == 0.7
     fill_in(arguments)
     assert [round(weight_count(config) / 1e6) for config in configs(arguments, 8)] == [336, 31]
@@ -123,18 +121,18 @@ def test_acceptance_is_a_share_or_none(text, value):
 
 @pytest.mark.parametrize(("seconds", "warned"), [({"float32": 1.0, "bfloat16": 3.0}, True), ({"bfloat16": 0.5}, False)])
 def test_a_type_that_the_processor_emulates_is_named(seconds, warned, monkeypatch):
-    monkeypatch.setattr(bench, "product_seconds", lambda dtype, device: seconds.get(str(dtype)[6:], 1.0))
-    lines = bench.emulated_dtype(torch.bfloat16, torch.device("cpu"))
+    monkeypatch.setattr(setting, "product_seconds", lambda dtype, device: seconds.get(str(dtype)[6:], 1.0))
+    lines = setting.emulated_dtype(torch.bfloat16, torch.device("cpu"))
     told = "this processor emulates bfloat16: torch's products take 3.0 times what float32 takes, ours do not"
     assert [line.partition(" (")[0] for line in lines] == ([told] if warned else [])
-    assert bench.emulated_dtype(torch.float32, torch.device("cpu")) == []
+    assert setting.emulated_dtype(torch.float32, torch.device("cpu")) == []
 
 
 def test_pair_shapes():
-    assert bench_options.pair_shapes([4], [2, 3]) == [(4, 2), (4, 3)]
-    assert bench_options.pair_shapes([4, 5], [2, 3]) == [(4, 2), (5, 3)]
+    assert bench.pair_shapes([4], [2, 3]) == [(4, 2), (4, 3)]
+    assert bench.pair_shapes([4, 5], [2, 3]) == [(4, 2), (5, 3)]
     with pytest.raises(OptionError):
-        bench_options.pair_shapes([1, 2], [1, 2, 3])
+        bench.pair_shapes([1, 2], [1, 2, 3])
 
 
 # ---- quality --------------------------------------------------------------------------------------------------------
@@ -143,17 +141,17 @@ def test_pair_shapes():
 def test_log_probs_count_new_tokens_only_at_the_temperature():
     table = torch.randn(7, 7, generator=torch.Generator().manual_seed(0))
     sequences = torch.randint(0, 7, (20, 9), generator=torch.Generator().manual_seed(1))
-    got = demo.sequence_log_probs(lambda ids: table[ids], sequences, 4, 0.5)
+    got = text_quality.sequence_log_probs(lambda ids: table[ids], sequences, 4, 0.5)
     log_p = (table / 0.5).log_softmax(-1)
     expected = [sum(log_p[row[t - 1], row[t]].item() for t in range(4, 9)) / 5 for row in sequences.tolist()]
     assert got.tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_quality_lines_and_scores_in_rows():
-    scores = {"autoregressive": demo.Score(-2.0, 0.03, 9), "smc": demo.Score(-2.1, 0.04, 9)}
-    assert demo.summarise(torch.tensor([1.0, 2.0, 3.0])) == demo.Score(2.0, pytest.approx(3**-0.5), 3)
+    scores = {"autoregressive": text_quality.Score(-2.0, 0.03, 9), "smc": text_quality.Score(-2.1, 0.04, 9)}
+    assert text_quality.summarise(torch.tensor([1.0, 2.0, 3.0])) == text_quality.Score(2.0, pytest.approx(3**-0.5), 3)
     assert "-5.0% ± 2.50%" in " ".join(demo.quality_lines(scores))
-    rows = demo.add_scores([{"method": "eager", "mean_log_prob": None}, {"method": "smc"}], scores)
+    rows = text_quality.add_scores([{"method": "eager", "mean_log_prob": None}, {"method": "smc"}], scores)
     assert rows[0]["mean_log_prob"] is None
     assert rows[1] == {"method": "smc", "mean_log_prob": -2.1, "mean_log_prob_stderr": 0.04}
 
@@ -210,16 +208,15 @@ def test_bench_can_skip_the_loops_of_others(tmp_path, uncompiled):
 
 
 def test_peers_that_are_not_there_are_named_and_the_rest_runs(monkeypatch, tmp_path, capsys, uncompiled):
-    monkeypatch.setattr(transformers_peer, "has_library", lambda: False)
+    monkeypatch.setattr(peer_transformers, "has_library", lambda: False)
     path = tmp_path / "rows.json"
-    options = ["--n-particles", "2", "--skip-eager", "--skip-speculative", "--gpt-fast", str(tmp_path)]
+    options = ["--n-particles", "2", "--skip-eager", "--skip-speculative"]
     assert main([*TINY, *options, "--json", str(path)]) == 0
     report = json.loads(path.read_text())
     assert [row["method"] for row in report["rows"]] == ["autoregressive", "smc"]
-    assert list(report["not_measured"]) == ["transformers", "assisted", "gpt-fast"]
+    assert list(report["not_measured"]) == ["transformers", "assisted"]
     output = " ".join(capsys.readouterr().out.split())
     assert "transformers: not measured: transformers is not installed" in output
-    assert f"gpt-fast: not measured: {tmp_path} has no model.py" in output
 
 
 def test_bench_interrupted_shows_and_writes_whole_rounds(monkeypatch, tmp_path, capsys):

@@ -9,27 +9,27 @@ import pytest
 
 from smc_compile.__main__ import main
 from smc_compile.commands import kernels as list_kernels
-from smc_compile.dev.kernel_audit import timing
+from smc_compile.dev.kernel_audit import time_regions
+from smc_compile.dev.kernel_audit.audited_regions import AuditedKernel, AuditedRegion
+from smc_compile.dev.kernel_audit.graph_recorder import RecordedGraph
 from smc_compile.dev.kernel_audit.machine_code import MachineCode
-from smc_compile.dev.kernel_audit.record import Recorded
 from smc_compile.dev.kernel_audit.recorded_sessions import record_sessions
-from smc_compile.dev.kernel_audit.regions import Kernel, Region
-from smc_compile.dev.kernel_audit.verdict import Verdict
+from smc_compile.dev.kernel_audit.verdict import RegionVerdict
 
 
-def region(**changes: object) -> Region:
+def region(**changes: object) -> AuditedRegion:
     code = MachineCode(registers=40, spills=0, shared=16, loads=3, stores=1, configurations=2, size=5000)
-    kernel = Kernel("triton_poi_fused_add_mul_0", launches=3, used=True, code=code)
-    verdict = Verdict(runs=2, error=3e-7, launches={kernel.name: 1})
+    kernel = AuditedKernel("triton_poi_fused_add_mul_0", launches=3, used=True, code=code)
+    verdict = RegionVerdict(runs=2, error=3e-7, launches={kernel.name: 1})
     fields = {"calls": 1, "kernels": [kernel], "library": {"mm": 4}, "verdict": verdict, "agrees": True, **changes}
-    return Region("score", sources={kernel.name: "source"}, **fields)  # type: ignore[arg-type]
+    return AuditedRegion("score", sources={kernel.name: "source"}, **fields)  # type: ignore[arg-type]
 
 
 @pytest.fixture
 def listed(monkeypatch):
     """Run the command on regions that are given, not generated; the last stands for the kernel that copies rows."""
 
-    def command(*regions: Region, options: tuple[str, ...] = ()) -> int:
+    def command(*regions: AuditedRegion, options: tuple[str, ...] = ()) -> int:
         answers = iter(regions)
         monkeypatch.setattr(list_kernels, "record_sessions", lambda *_, **__: list(regions[:-1]))
         monkeypatch.setattr(list_kernels, "examine", lambda *_: next(answers))
@@ -54,10 +54,10 @@ def test_a_table_for_each_region_within_a_hundred_columns(listed, capsys):
     ("bad", "told"),
     [
         ({"agrees": False}, "differs from eager"),
-        ({"verdict": Verdict(problem="no such op"), "agrees": False}, "not run: no such op"),
-        ({"kernels": [Kernel("triton_poi_fused_add_0", 2, used=False)]}, "output unused"),
-        ({"kernels": [Kernel("triton_poi_fused_add_0", 0, used=False)]}, "never launched"),
-        ({"kernels": [Kernel("triton_poi_fused_add_0", 2, used=True, problem="ptxas: no")]}, "ptxas: no"),
+        ({"verdict": RegionVerdict(problem="no such op"), "agrees": False}, "not run: no such op"),
+        ({"kernels": [AuditedKernel("triton_poi_fused_add_0", 2, used=False)]}, "output unused"),
+        ({"kernels": [AuditedKernel("triton_poi_fused_add_0", 0, used=False)]}, "never launched"),
+        ({"kernels": [AuditedKernel("triton_poi_fused_add_0", 2, used=True, problem="ptxas: no")]}, "ptxas: no"),
     ],
 )
 def test_whatever_fails_is_told_and_gives_status_1(listed, capsys, bad, told):
@@ -68,7 +68,7 @@ def test_whatever_fails_is_told_and_gives_status_1(listed, capsys, bad, told):
 
 
 def test_a_kernel_of_the_first_cycle_alone_is_no_failure(listed, capsys):
-    assert listed(region(calls=0, kernels=[Kernel("triton_poi_fused_add_0", 0, used=True)])) == 0
+    assert listed(region(calls=0, kernels=[AuditedKernel("triton_poi_fused_add_0", 0, used=True)])) == 0
     assert "first cycle" in capsys.readouterr().out
 
 
@@ -97,7 +97,7 @@ def test_bad_options_are_told(options, told, capsys):
     assert told in capsys.readouterr().err
 
 
-def ops(recorded: Recorded) -> set[str]:
+def ops(recorded: RecordedGraph) -> set[str]:
     """What the region's graph calls."""
     return {str(node.target) for node in recorded.graph.graph.nodes if node.op in ("call_function", "call_method")}
 
@@ -105,9 +105,9 @@ def ops(recorded: Recorded) -> set[str]:
 def test_a_session_for_a_gpu_that_is_not_there(monkeypatch, capsys, tmp_path):
     """The whole command, on the shortest cycle without truncation. The draft's regions are recorded only: what they
     call, a pass of a model and a draw, the target's region calls too. A GPU replays all cycles but the first."""
-    recorded: dict[str, Recorded] = {}
+    recorded: dict[str, RecordedGraph] = {}
 
-    def target_and_end(*arguments: Any, **how: Any) -> list[Recorded]:
+    def target_and_end(*arguments: Any, **how: Any) -> list[RecordedGraph]:
         recorded.update({region.name: region for region in record_sessions(*arguments, **how)})
         return [recorded["score"], recorded["weigh"]]
 
@@ -135,12 +135,12 @@ def test_a_session_for_a_gpu_that_is_not_there(monkeypatch, capsys, tmp_path):
 def test_a_session_on_a_device_that_is_there(monkeypatch, capsys, tmp_path):
     """One region of the shortest cycle, on this processor: all go the same way."""
 
-    def weigh_alone(*arguments: Any) -> list[Recorded]:
+    def weigh_alone(*arguments: Any) -> list[RecordedGraph]:
         return [region for region in record_sessions(*arguments) if region.name == "weigh"]
 
     monkeypatch.setattr(list_kernels, "record_sessions", weigh_alone)
     monkeypatch.setattr(list_kernels, "WRITTEN_BY_HAND", ())
-    monkeypatch.setattr(timing, "ROUNDS", 1)
+    monkeypatch.setattr(time_regions, "ROUNDS", 1)
     path = tmp_path / "rows.json"
     options = (
         "--device cpu --lookahead 1 --layers 1 --sessions 1 --top-k 0 --top-p 1 --n-particles 2 --compiler max-autotune"
@@ -160,7 +160,7 @@ def test_a_session_on_a_device_that_is_there(monkeypatch, capsys, tmp_path):
 
 
 def test_a_result_that_is_wrong_on_the_device_gives_status_1(monkeypatch, capsys):
-    wrong = timing.Timed("score", 1, Verdict(runs=2, beyond=0.5), agrees=False)
+    wrong = time_regions.Timed("score", 1, RegionVerdict(runs=2, beyond=0.5), agrees=False)
     monkeypatch.setattr(list_kernels, "record_sessions", lambda *_, **__: [None])
     monkeypatch.setattr(list_kernels, "time_region", lambda *_: wrong)
     monkeypatch.setattr(list_kernels, "WRITTEN_BY_HAND", ())

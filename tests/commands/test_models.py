@@ -11,22 +11,24 @@ import torch
 from rich.console import Console
 
 from smc_compile.__main__ import main
+from smc_compile.bench import family_trials
+from smc_compile.bench.family_trials import FamilyTrial, try_family
 from smc_compile.commands import models
-from smc_compile.commands.models import Row, show, try_family
+from smc_compile.commands.models import show
 from smc_compile.pairs import tiny_transformers as tiny
 from smc_compile.pairs.tiny_transformers import build, small
 
 ROWS = [
-    Row("alpha", "sdpa", "compiled", None, "2 sdpa", [6], 3, 2.5e-15, 512, 1.25),
-    Row("beta", "eager", "compiled", None, "1 sdpa + 1 matmul", [], 2, 1e-15, 1024, 10.0),
-    Row("gamma[1]", "sdpa", "refused", f"conv1d has no position-by-position form ({'x' * 90})"),
-    Row("delta", "-", "not built", "ValueError: no"),
-    Row("epsilon", "eager", "own cache", "conv1d has no position-by-position form", error=3e-15, seconds=1.0),
-    Row("zeta", "eager", "no decoder", "earlier logits change when the last token does"),
+    FamilyTrial("alpha", "sdpa", "compiled", None, "2 sdpa", [6], 3, 2.5e-15, 512, 1.25),
+    FamilyTrial("beta", "eager", "compiled", None, "1 sdpa + 1 matmul", [], 2, 1e-15, 1024, 10.0),
+    FamilyTrial("gamma[1]", "sdpa", "refused", f"conv1d has no position-by-position form ({'x' * 90})"),
+    FamilyTrial("delta", "-", "not built", "ValueError: no"),
+    FamilyTrial("epsilon", "eager", "own cache", "conv1d has no position-by-position form", error=3e-15, seconds=1.0),
+    FamilyTrial("zeta", "eager", "no decoder", "earlier logits change when the last token does"),
 ]
 
 
-def shown(rows: list[Row]) -> str:
+def shown(rows: list[FamilyTrial]) -> str:
     console = Console(file=io.StringIO(), width=100)
     show(rows, console)
     return console.file.getvalue()  # type: ignore[attr-defined]
@@ -168,7 +170,7 @@ def test_an_error_of_ours_is_not_called_a_refusal(transformers, monkeypatch) -> 
     def broken(*_: object, **__: object) -> None:
         raise KeyError("node")
 
-    monkeypatch.setattr(models, "trace_model", broken)
+    monkeypatch.setattr(family_trials, "trace_model", broken)
     (row,) = try_family("gpt2", (None,))
     assert (row.status, row.reason) == ("failed", "KeyError: 'node'")
 
@@ -190,10 +192,10 @@ def test_unknown_families_are_refused_before_any_work(transformers, capsys) -> N
 def test_an_interrupt_keeps_the_rows_so_far(transformers, tmp_path, monkeypatch, capsys) -> None:
     path = tmp_path / "rows.json"
 
-    def interrupted(family: str, implementations: object) -> list[Row]:
+    def interrupted(family: str, implementations: object) -> list[FamilyTrial]:
         if family == "llama":
             raise KeyboardInterrupt
-        return [Row(family, "sdpa", "refused", "reason")]
+        return [FamilyTrial(family, "sdpa", "refused", "reason")]
 
     monkeypatch.setattr(models, "try_family", interrupted)
     assert main(["models", "--only", "gpt2", "llama", "opt", "--json", str(path)]) == 130

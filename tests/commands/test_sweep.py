@@ -11,12 +11,13 @@ import pytest
 from rich.console import Console
 
 from smc_compile.__main__ import build_parser, main
-from smc_compile.bench import sweep_points
-from smc_compile.bench.ceilings import Ceilings, Costs
+from smc_compile.bench import sweep_axes, sweep_points
+from smc_compile.bench.ceilings import Ceilings, ModelSize
+from smc_compile.bench.sweep_axes import SweepAxis, chosen_axes, grid, point_name
+from smc_compile.bench.sweep_figures import best_lookaheads, sweep_row
 from smc_compile.bench.sweep_points import PARTS, Point, Timing
-from smc_compile.bench.sweep_tables import sweep_table
+from smc_compile.bench.tables import sweep_table
 from smc_compile.commands import sweep
-from smc_compile.commands.sweep import Axis, chosen_axes, grid, make_row, point_name
 from smc_compile.errors import OptionError
 
 TINY = shlex.split(
@@ -38,10 +39,10 @@ def uncompiled(monkeypatch):
 
 
 def test_axes_take_their_own_values_or_those_given_in_order():
-    assert chosen_axes(["lookahead"], None) == [Axis("lookahead", [1, 2, 4, 8, 12, 16])]
+    assert chosen_axes(["lookahead"], None) == [SweepAxis("lookahead", [1, 2, 4, 8, 12, 16])]
     assert chosen_axes(["requests", "lookahead"], [[2, 1, 2], [3]]) == [
-        Axis("requests", [1, 2]),
-        Axis("lookahead", [3]),
+        SweepAxis("requests", [1, 2]),
+        SweepAxis("lookahead", [3]),
     ]
 
 
@@ -60,11 +61,11 @@ def test_axes_that_make_no_sweep_are_refused(over, values, message):
 
 
 def test_a_grid_has_every_combination_and_the_base_point_elsewhere():
-    points = grid([Axis("n_particles", [1, 4]), Axis("lookahead", [2, 8])], Namespace(**BASE._asdict()))
+    points = grid([SweepAxis("n_particles", [1, 4]), SweepAxis("lookahead", [2, 8])], Namespace(**BASE._asdict()))
     assert [(p.n_particles, p.lookahead) for p in points] == [(1, 2), (1, 8), (4, 2), (4, 8)]
     assert {p[2:] for p in points} == {BASE[2:]}
-    assert point_name(points[1], [Axis("n_particles", []), Axis("lookahead", [])]) == "N=1 K=8"
-    assert point_name(points[1].loop, [Axis("n_particles", []), Axis("requests", [])]) == "loop requests=1"
+    assert point_name(points[1], [SweepAxis("n_particles", []), SweepAxis("lookahead", [])]) == "N=1 K=8"
+    assert point_name(points[1].loop, [SweepAxis("n_particles", []), SweepAxis("requests", [])]) == "loop requests=1"
 
 
 # ---- figures --------------------------------------------------------------------------------------------------------
@@ -77,9 +78,9 @@ def timing(seconds: float) -> Timing:
 
 def test_a_row_is_the_median_round_beside_what_a_cycle_must_read_and_multiply():
     point = BASE._replace(requests=3)
-    target, draft = Costs(10**6, 4, 100), Costs(10**5, 4, 10)
+    target, draft = ModelSize(10**6, 4, 100), ModelSize(10**5, 4, 10)
     rounds = [timing(s) for s in (0.3, 0.1, 0.2)]
-    row = make_row(point, {point: rounds, point.loop: [timing(0.06)]}, (target, draft), Ceilings(1e9, 1e15))
+    row = sweep_row(point, {point: rounds, point.loop: [timing(0.06)]}, (target, draft), Ceilings(1e9, 1e15))
     cached = 3 * (100 + 2 * 10)  # each prompt once, half of a suffix for each particle
     read = 4 * 10**6 + 100 * cached + 3 * (4 * 10**5 + 10 * cached)
     assert row["bytes_per_cycle"] == read
@@ -99,16 +100,18 @@ def test_predictions_stand_beside_what_was_measured():
         return {**point, "ms_per_cycle": measured, "predicted_ms_per_cycle": predicted}
 
     rows = [row(2, 1, 10, 10), row(2, 4, 20, 30), row(8, 1, 10, 9), row(8, 4, 30, 30)]
-    assert sweep.best_lookaheads(rows) == ["N=2 1 and 4", "N=8 1 and 1"]
-    assert sweep.best_lookaheads(rows[:2]) == ["1 and 4"]
-    assert sweep.best_lookaheads(rows[::2]) == []
+    assert best_lookaheads(rows) == ["N=2 1 and 4", "N=8 1 and 1"]
+    assert best_lookaheads(rows[:2]) == ["1 and 4"]
+    assert best_lookaheads(rows[::2]) == []
     line = sweep.prediction_line(rows)
     assert "off by 5% in the middle, 50% at most" in line
     assert line.endswith("predicted and measured: N=2 1 and 4, N=8 1 and 1")
 
 
 def test_the_table_fits_where_every_figure_is_wide():
-    row = make_row(BASE, {BASE: [timing(12.3)]}, (Costs(10**12, 4, 10**8), Costs(10**9, 4, 10)), Ceilings(1e9, 1e12))
+    row = sweep_row(
+        BASE, {BASE: [timing(12.3)]}, (ModelSize(10**12, 4, 10**8), ModelSize(10**9, 4, 10)), Ceilings(1e9, 1e12)
+    )
     wide = row | {"loop_tokens_per_second": 0.001, "suffix_cache_bytes": 123_456e6, "prompt_cache_bytes": 123_456e6}
     console = Console(file=io.StringIO(), width=100)
     console.print(sweep_table([wide], {"prompt_length": "prompt", "new_tokens": "new"}))
@@ -123,7 +126,7 @@ def test_the_table_fits_where_every_figure_is_wide():
 
 def test_a_sweep_shows_writes_and_draws_its_points(tmp_path, capsys, uncompiled, monkeypatch):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(sweep, "free_bytes", lambda device: 3_000_000)
+    monkeypatch.setattr(sweep_axes, "free_bytes", lambda device: 3_000_000)
     stored, picture = tmp_path / "rows.json", tmp_path / "sweep.svg"
     options = f"--values 1 3 4096 --repeats 2 --json {stored} --plot {picture}"
     assert main([*TINY, *options.split()]) == 0

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 pytest.importorskip("transformers", minversion="5")
 
 import smc_compile
-from smc_compile.commands.models import COMMON, families, windows
+from smc_compile.bench.family_trials import families, windows
+from smc_compile.commands.models import COMMON
 from smc_compile.pairs.tiny_transformers import Float64Throughout, LastLogits64, build
 from smc_compile.passes.closeness import TOLERANCE, relative_error
 from smc_compile.passes.pipeline import Traced, trace_model

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from helpers.scripts import load_script
 
 from smc_compile.__main__ import build_parser
-from smc_compile.commands.arguments import pair_shapes
-
-FILE = Path(__file__).parent.parent / "examples" / "benchmarks" / "on_a_gpu.py"
+from smc_compile.commands.bench import pair_shapes
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("on_a_gpu", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/on_a_gpu.py")
 
 
 def test_every_step_is_a_command_with_options_that_exist(script):

@@ -28,7 +28,7 @@ def fake_results(seconds: dict[str, list[float]]) -> list[measure.Result]:
         n, k = {"smc": (4, 3), "speculative": (1, 3)}.get(method, (None, None))
         contestant = measure.Contestant(method, lambda seed: torch.zeros(1, 1), 12, n, k)
         text, steps = torch.zeros(1, 14, dtype=torch.int64), 3 if method in ("smc", "speculative") else 12
-        runs = [measure.Run(t, 0.0, text, fake_generation(method, t), steps, 10**9) for t in times]
+        runs = [measure.TimedCall(t, 0.0, text, fake_generation(method, t), steps, 10**9) for t in times]
         results.append(measure.Result(contestant, runs[0], runs))
     return results
 

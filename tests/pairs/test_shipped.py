@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from smc_compile.pairs.shipped import END, Pair, load_pair
 
 SOURCE = inspect.getsource(json.decoder)  # a held-out file
-DATA = files("smc_compile") / "data"
+DATA = files("smc_compile.pairs") / "data"
 NAMES = ("target", "draft")
 
 

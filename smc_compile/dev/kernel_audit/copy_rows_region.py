@@ -13,27 +13,30 @@ import sys
 import torch
 
 from smc_compile.dev.kernel_audit.absent_device import Target
+from smc_compile.dev.kernel_audit.audited_regions import AuditedKernel, AuditedRegion
 from smc_compile.dev.kernel_audit.machine_code import MachineCode, compile_written
-from smc_compile.dev.kernel_audit.regions import Kernel, Region
-from smc_compile.dev.kernel_audit.verdict import Verdict
+from smc_compile.dev.kernel_audit.recorded_sessions import AuditedPair
+from smc_compile.dev.kernel_audit.verdict import RegionVerdict
 from smc_compile.errors import SMCError
 from smc_compile.kernels.copy_rows import BLOCK, copy_group, gather_rows
 
 NAME = "copy_rows"
+
+
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def examine_copy_rows(launches: int, runs: int, seed: int, target: Target) -> Region:
+def examine_copy_rows(launches: int, runs: int, seed: int, target: Target) -> AuditedRegion:
     """Its row of the table, with so many ``launches`` a cycle."""
-    kernel = Kernel(NAME, launches, used=True)
+    kernel = AuditedKernel(NAME, launches, used=True)
     try:
         verdict = interpreted(runs, seed)
         kernel.used = NAME not in verdict.unused
         kernel.code = machine_code(target)
     except SMCError as error:
-        verdict, kernel.problem = Verdict(problem=error.why or error.what), str(error)
+        verdict, kernel.problem = RegionVerdict(problem=error.why or error.what), str(error)
     name = f"{NAME}, written by hand"
-    return Region(name, 1, [kernel], {}, verdict, verdict.agrees(torch.float32), {NAME: NAME})
+    return AuditedRegion(name, 1, [kernel], {}, verdict, verdict.agrees(torch.float32), {NAME: NAME})
 
 
 def machine_code(target: Target) -> MachineCode:
@@ -47,7 +50,7 @@ def machine_code(target: Target) -> MachineCode:
     return compile_written(copy_rows_kernel, pointers | numbers, {"WORD": tl.int64, "BLOCK": BLOCK}, target)
 
 
-def interpreted(runs: int, seed: int) -> Verdict:
+def interpreted(runs: int, seed: int) -> RegionVerdict:
     """What another process found, in which Triton interprets.
 
     Raises:
@@ -60,7 +63,7 @@ def interpreted(runs: int, seed: int) -> Verdict:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise SMCError(f"{NAME} cannot be interpreted", last)
     beyond, needed = done.stdout.split()
-    verdict = Verdict(runs=runs, beyond=float(beyond), launches={NAME: 1})
+    verdict = RegionVerdict(runs=runs, beyond=float(beyond), launches={NAME: 1})
     verdict.unused = set() if needed == "True" else {NAME}
     return verdict
 
@@ -103,3 +106,8 @@ def main(runs: int, seed: int) -> None:
 
 if __name__ == "__main__":
     main(*map(int, sys.argv[1:]))
+
+
+def cache_shapes(pair: AuditedPair) -> int:
+    """How many shapes the caches of target and draft have: keys and values of a model are alike."""
+    return len({(c.n_kv_heads, c.dim // c.n_heads) for c in (pair.target, pair.draft)})

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from smc_compile.dev.kernel_audit import quick_interpreter
 from smc_compile.dev.kernel_audit.absent_device import Target, absent_device, device_memory_on_the_host
-from smc_compile.dev.kernel_audit.generated import kernel_sources
+from smc_compile.dev.kernel_audit.generated_code import kernel_sources
 from smc_compile.dev.kernel_audit.libdevice_on_host import install
 from smc_compile.errors import SMCError
 

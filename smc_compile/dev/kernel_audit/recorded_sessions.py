@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from smc_compile.dev.kernel_audit.record import BACKEND, Recorded, Recording, recording
+from smc_compile.dev.kernel_audit.graph_recorder import BACKEND, GraphRecorder, RecordedGraph, recording
 from smc_compile.inputs.processors import sort_processors
 from smc_compile.inputs.requests import build_request, settings_of
 from smc_compile.options import Options
@@ -22,7 +22,7 @@ TIED = 16  # tokens whose logits are nearly equal, in the session of near ties
 
 
 @dataclass(frozen=True)
-class Pair:
+class AuditedPair:
     """What is compiled: the models' shapes, the method, the distribution and the request."""
 
     target: LlamaConfig
@@ -43,8 +43,8 @@ def positions(prompt_length: int, lookahead: int) -> int:
 
 
 def record_sessions(
-    pair: Pair, sessions: int, seed: int, replayed: bool = False, device: torch.device = CPU
-) -> list[Recorded]:
+    pair: AuditedPair, sessions: int, seed: int, replayed: bool = False, device: torch.device = CPU
+) -> list[RecordedGraph]:
     """Run some sessions, each with its own prompt, prompt length, number of tokens and seed. Regions run eagerly, on
     ``device``; with ``replayed`` those of cycles that a GPU records and replays.
 
@@ -65,8 +65,8 @@ def record_sessions(
 
 
 def _run_session(
-    record: Recording,
-    pair: Pair,
+    record: GraphRecorder,
+    pair: AuditedPair,
     target: Llama,
     draft: Llama,
     seed: int,
@@ -113,7 +113,7 @@ def with_near_ties(model: Llama) -> Llama:
     return copy
 
 
-def cutting_near_ties(pair: Pair) -> Pair:
+def cutting_near_ties(pair: AuditedPair) -> AuditedPair:
     """Top-k cuts in the middle of a group. Top-p keeps all that it is given: it compares sums of probabilities, and the
     order of those that are nearly tied is a matter of rounding."""
     return replace(pair, top_k=pair.top_k // TIED * TIED + TIED // 2, top_p=max(pair.top_p, 1 - 1e-12))

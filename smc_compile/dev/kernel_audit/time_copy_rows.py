@@ -7,9 +7,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from smc_compile.dev.kernel_audit.recorded_sessions import Pair
-from smc_compile.dev.kernel_audit.timing import Timed, attempt, prepared, time_ways
-from smc_compile.dev.kernel_audit.verdict import Verdict
+from smc_compile.dev.kernel_audit.recorded_sessions import AuditedPair
+from smc_compile.dev.kernel_audit.time_regions import Timed, attempt, prepared, time_ways
+from smc_compile.dev.kernel_audit.verdict import RegionVerdict
 from smc_compile.kernels.copy_rows import RowCopy, gather_rows
 from smc_compile.pairs.llama import LlamaConfig
 
@@ -17,15 +17,15 @@ SLOTS = 512  # of a suffix
 WRITTEN = SLOTS - 128
 
 
-def time_copy_rows(pair: Pair, device: torch.device) -> Timed:
+def time_copy_rows(pair: AuditedPair, device: torch.device) -> Timed:
     """Half of the particles die, each of which shares all but a quarter of its text with its ancestor."""
-    timed = Timed("copy_rows, written by hand", 1, Verdict(), False)
+    timed = Timed("copy_rows, written by hand", 1, RegionVerdict(), False)
     with attempt(timed, device):
         _time(timed, pair, device)
     return timed
 
 
-def _time(timed: Timed, pair: Pair, device: torch.device) -> None:
+def _time(timed: Timed, pair: AuditedPair, device: torch.device) -> None:
     n, shared = pair.n_particles, WRITTEN - WRITTEN // 4
     rows = torch.arange(n, device=device)
     source, since = rows - rows % 2, torch.full_like(rows, shared)
@@ -38,13 +38,13 @@ def _time(timed: Timed, pair: Pair, device: torch.device) -> None:
     ours(source, since, used)
     gather_rows(twins, source)
     wrong = max(float((a != b)[:, :, :WRITTEN].double().mean()) for a, b in zip(caches, twins, strict=True))
-    timed.verdict, timed.agrees = Verdict(runs=1, beyond=wrong), not wrong
+    timed.verdict, timed.agrees = RegionVerdict(runs=1, beyond=wrong), not wrong
     by_inductor, twin_of = torch.compile(gather_rows, dynamic=False), (twins, source)
     ways = (partial(gather_rows, *twin_of), partial(by_inductor, *twin_of), partial(ours, source, since, used))
     time_ways(timed, [prepared(way, [], device) for way in ways], device)
 
 
-def suffixes(config: LlamaConfig, n: int, pair: Pair, device: torch.device) -> list[Tensor]:
+def suffixes(config: LlamaConfig, n: int, pair: AuditedPair, device: torch.device) -> list[Tensor]:
     """Keys and values [N, H, S, d] of all layers."""
     shape = n, config.n_kv_heads, SLOTS, config.dim // config.n_heads
     return [torch.randn(shape, dtype=pair.dtype, device=device) for _ in range(2 * config.n_layers)]

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from smc_compile.dev.kernel_audit.generated import kernel_sources
+from smc_compile.dev.kernel_audit.generated_code import kernel_sources
+from smc_compile.dev.kernel_audit.graph_recorder import RecordedGraph, copy_of
 from smc_compile.dev.kernel_audit.interpreter import Interpreter
-from smc_compile.dev.kernel_audit.record import Recorded, copy_of
 from smc_compile.errors import SMCError
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -29,7 +29,7 @@ UNIFORMS = "l_u_"  # as Dynamo calls the argument u
 
 
 @dataclass
-class Verdict:
+class RegionVerdict:
     """What came of comparing.
 
     Attributes:
@@ -60,7 +60,7 @@ class Observed:
     """Executes generated code in ``interpreter`` and keeps what is seen of its kernels."""
 
     def __init__(self, interpreter: Interpreter) -> None:
-        self.verdict = Verdict()
+        self.verdict = RegionVerdict()
         self._interpreter = interpreter
         self._first = True
 
@@ -75,15 +75,15 @@ class Observed:
 
 
 def compare(
-    recorded: Recorded,
+    recorded: RecordedGraph,
     compiled: Callable[..., Any],
     dtype: torch.dtype,
-    verdict: Verdict | None = None,
+    verdict: RegionVerdict | None = None,
     reference: Callable[..., Any] | None = None,
-) -> Verdict:
+) -> RegionVerdict:
     """Run ``compiled`` and ``reference``, which is the graph unless it is given, on the arguments of each recorded
     call, and add what is seen to ``verdict``."""
-    verdict, reference = verdict or Verdict(), reference or recorded.graph
+    verdict, reference = verdict or RegionVerdict(), reference or recorded.graph
     narrow = dtype.itemsize < 4 and uniforms_place(recorded) is not None
     for call in recorded.calls:
         try:
@@ -119,13 +119,13 @@ def turns(got: Sequence[Any], want: Sequence[Any]) -> dict[torch.Size, Tensor]:
     return found
 
 
-def uniforms_place(recorded: Recorded) -> int | None:
+def uniforms_place(recorded: RecordedGraph) -> int | None:
     """Where the uniforms stand among the arguments: all regions that draw call them u."""
     names = [node.name for node in recorded.graph.graph.find_nodes(op="placeholder")]
     return names.index(UNIFORMS) if UNIFORMS in names else None
 
 
-def moved(recorded: Recorded, call: Sequence[Any], by: float) -> list[Any]:
+def moved(recorded: RecordedGraph, call: Sequence[Any], by: float) -> list[Any]:
     """The arguments with all uniforms greater by so much."""
     place = uniforms_place(recorded)
     return [(a + by).clamp(0, 1 - 1e-6) if i == place else a for i, a in enumerate(call)]

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from smc_compile.dev.kernel_audit.timing import in_turn
-from smc_compile.kernels import attend, thresholds
-from smc_compile.kernels import skinny_linear as skinny_linear
+from smc_compile.dev.kernel_audit.time_regions import in_turn
+from smc_compile.kernels import attend, skinny_linear, thresholds
 
 CPU = torch.device("cpu")
 Operands = tuple[Tensor, ...]
@@ -18,7 +17,7 @@ Function = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
-class Entry:
+class WrittenKernel:
     """One kernel.
 
     Attributes:
@@ -42,7 +41,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class KernelCheck:
     """What came of one kernel: the largest error over ``runs``, and microseconds beside the compiled twin's."""
 
     name: str
@@ -58,7 +57,7 @@ class Outcome:
         return self.error <= self.allowed
 
 
-def check_by_hand(entry: Entry, runs: int, seed: int, compiler: str = "inductor") -> Outcome:
+def check_by_hand(entry: WrittenKernel, runs: int, seed: int, compiler: str = "inductor") -> KernelCheck:
     """Random shapes and numbers ``runs`` times, then times in turn at typical ones."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -66,10 +65,10 @@ def check_by_hand(entry: Entry, runs: int, seed: int, compiler: str = "inductor"
         given = entry.typical(generator)
         compiled = torch.compile(entry.twin, backend=compiler, fullgraph=True, dynamic=False)
         ours, theirs = in_turn([lambda: entry.op(*given), lambda: compiled(*given)], CPU)
-    return Outcome(entry.name, runs, error, entry.allowed, entry.where, ours, theirs)
+    return KernelCheck(entry.name, runs, error, entry.allowed, entry.where, ours, theirs)
 
 
-def error_of(entry: Entry, given: Operands) -> float:
+def error_of(entry: WrittenKernel, given: Operands) -> float:
     """The largest, beside the largest entry of the exact result."""
     wide = [x.double() if x.is_floating_point() else x for x in given]
     result, wanted = entry.op(*given).double(), entry.exact(*wide)
@@ -121,21 +120,22 @@ def random_attention(g: torch.Generator) -> Operands:
 
 ops = torch.ops.smc_compile
 WRITTEN_BY_HAND = (
-    Entry(
-        "skinny_linear", ops.skinny_linear, skinny_linear.IN_TENSOR_CODE[ops.skinny_linear.default], torch.nn.functional.linear,
+    WrittenKernel(
+        "skinny_linear", ops.skinny_linear, skinny_linear.IN_TENSOR_CODE[ops.skinny_linear.default],
+        torch.nn.functional.linear,
         lambda g: product(g, drawn(g, 1, 99), drawn(g, 1, 1500), drawn(g, 1, 700)),
         lambda g: product(g, 18, 1024, 2752), "18 rows, 1024 to 2752", 2e-6,
     ),
-    Entry(
+    WrittenKernel(
         "attend", ops.attend, attend.attend_in_tensor_code, attend.attend_in_tensor_code, random_attention,
         lambda g: attention(g, 1, 2, 16, 1, 9, 128, 128, 64), "N=2, 9 tokens, 16 heads, 128 + 128 keys", 5e-6,
     ),
-    Entry(
+    WrittenKernel(
         "kth_largest", ops.kth_largest, thresholds.kth_by_bisection, thresholds.kth_by_sorting,
         lambda g: scores(g, drawn(g, 1, 40), drawn(g, 2, 40000)),
         lambda g: scores(g, 18, 32000), "18 rows of 32000", 0.0,
     ),
-    Entry(
+    WrittenKernel(
         "least_of_mass", ops.least_of_mass, thresholds.mass_by_bisection, thresholds.mass_by_sorting,
         lambda g: masses(g, drawn(g, 1, 40), drawn(g, 2, 40000)),
         lambda g: tuple(x.float() for x in masses(g, 18, 32000)), "18 rows of 32000", 0.0,

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from smc_compile.dev.kernel_audit.recorded_sessions import TIED, Pair, cutting_near_ties, random_model, with_near_ties
+from smc_compile.dev.kernel_audit.recorded_sessions import (
+    TIED,
+    AuditedPair,
+    cutting_near_ties,
+    random_model,
+    with_near_ties,
+)
 from smc_compile.kernels.thresholds import kth_largest
 from smc_compile.pairs.llama import LlamaConfig
 
@@ -31,7 +37,7 @@ def kept_otherwise(rows: torch.Tensor, k: int) -> torch.Tensor:
 def test_near_ties_make_the_last_bits_of_a_cut_matter():
     """A threshold is already rounded in one row of four; else another token is kept. So nearly any block has a row."""
     config = LlamaConfig(VOCAB, 32, 1, 2, 1, 32, 64)
-    pair = Pair(config, config, "speculative", 4, 3, 16, 0.8, 490, 0.99, torch.float32)
+    pair = AuditedPair(config, config, "speculative", 4, 3, 16, 0.8, 490, 0.99, torch.float32)
     torch.manual_seed(0)
     model = random_model(config, torch.float32)
     cut = cutting_near_ties(pair)
@@ -41,7 +47,7 @@ def test_near_ties_make_the_last_bits_of_a_cut_matter():
 
 def test_near_ties_keep_the_distribution_that_was_asked_for():
     config = LlamaConfig(VOCAB, 32, 1, 2, 1, 32, 64)
-    pair = Pair(config, config, "speculative", 4, 3, 16, 0.8, 490, 0.99, torch.float32)
+    pair = AuditedPair(config, config, "speculative", 4, 3, 16, 0.8, 490, 0.99, torch.float32)
     assert abs(cutting_near_ties(pair).top_k - pair.top_k) <= TIED // 2
     assert 0.99 < cutting_near_ties(pair).top_p < 1, "below 1: its kernels stay in the regions"
     model = random_model(config, torch.float32)

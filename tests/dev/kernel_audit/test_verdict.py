@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from smc_compile.dev.kernel_audit.absent_device import TARGETS
-from smc_compile.dev.kernel_audit.generated import kernel_sources, library_calls
+from smc_compile.dev.kernel_audit.generated_code import kernel_sources, library_calls
+from smc_compile.dev.kernel_audit.graph_recorder import BACKEND, RecordedGraph, recording
 from smc_compile.dev.kernel_audit.interpreter import Interpreter
-from smc_compile.dev.kernel_audit.lower import lower
+from smc_compile.dev.kernel_audit.lower_graph import lower
 from smc_compile.dev.kernel_audit.machine_code import compile_kernel
-from smc_compile.dev.kernel_audit.record import BACKEND, Recorded, recording
 from smc_compile.dev.kernel_audit.verdict import Observed, compare, difference
 from smc_compile.kernels.thresholds import kth_largest, least_of_mass
 from smc_compile.passes.lower.skinny_products import linear
@@ -38,7 +38,7 @@ def smc_draw(scores: Tensor, k: Tensor, p: Tensor, u: Tensor) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def recorded() -> Recorded:
+def recorded() -> RecordedGraph:
     """The function as Dynamo sees it, called in two sessions."""
     generator = torch.Generator().manual_seed(0)
     with recording() as record:

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from smc_compile.dev.kernel_audit import timing
-from smc_compile.dev.kernel_audit.written_kernels import WRITTEN_BY_HAND, Entry, check_by_hand
+from smc_compile.dev.kernel_audit import time_regions
+from smc_compile.dev.kernel_audit.written_kernels import WRITTEN_BY_HAND, WrittenKernel, check_by_hand
 
 SMALL = [replace(entry, typical=entry.operands) for entry in WRITTEN_BY_HAND]
 each = pytest.mark.parametrize("entry", SMALL, ids=lambda entry: entry.name)
@@ -19,7 +19,7 @@ each = pytest.mark.parametrize("entry", SMALL, ids=lambda entry: entry.name)
 def small_flush() -> Iterator[None]:
     """What is timed here does not matter: caches need not be emptied."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(timing, "FLUSHED", 2**20)
+        patched.setattr(time_regions, "FLUSHED", 2**20)
         yield
 
 
@@ -30,7 +30,7 @@ def test_every_op_of_the_package_is_in_the_list() -> None:
 
 
 @each
-def test_a_right_kernel_passes_and_is_timed_beside_its_twin(entry: Entry) -> None:
+def test_a_right_kernel_passes_and_is_timed_beside_its_twin(entry: WrittenKernel) -> None:
     outcome = check_by_hand(entry, 3, seed=1, compiler="eager")
     assert outcome.passes
     assert (outcome.name, outcome.runs, outcome.allowed) == (entry.name, 3, entry.allowed)
@@ -39,6 +39,6 @@ def test_a_right_kernel_passes_and_is_timed_beside_its_twin(entry: Entry) -> Non
 
 
 @each
-def test_a_kernel_that_is_off_by_little_fails(entry: Entry) -> None:
+def test_a_kernel_that_is_off_by_little_fails(entry: WrittenKernel) -> None:
     wrong = replace(entry, op=lambda *given: entry.op(*given) * (1 + 1e-5))
     assert not check_by_hand(wrong, 1, seed=1, compiler="eager").passes

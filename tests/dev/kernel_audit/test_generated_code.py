@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from smc_compile.dev.kernel_audit.generated import kernel_sources, library_calls
-from smc_compile.dev.kernel_audit.regions import short_name
+from smc_compile.dev.kernel_audit.audited_regions import short_name
+from smc_compile.dev.kernel_audit.generated_code import kernel_sources, library_calls
 
 CODE = """
 async_compile = AsyncCompile()

@@ -22,9 +22,9 @@ from torch import fx
 from torch.profiler import ProfilerActivity, profile
 
 from smc_compile.bench.measure import reason
-from smc_compile.dev.kernel_audit.lower import IN_TENSOR_CODE
-from smc_compile.dev.kernel_audit.record import Recorded, copy_of
-from smc_compile.dev.kernel_audit.verdict import Verdict, compare
+from smc_compile.dev.kernel_audit.graph_recorder import RecordedGraph, copy_of
+from smc_compile.dev.kernel_audit.lower_graph import IN_TENSOR_CODE
+from smc_compile.dev.kernel_audit.verdict import RegionVerdict, compare
 from smc_compile.errors import SMCError
 from smc_compile.runtime.execution.region import lowered_by
 from smc_compile.runtime.sessions.replay import cuda_graphs
@@ -48,7 +48,7 @@ class Timed:
 
     name: str
     calls: int
-    verdict: Verdict
+    verdict: RegionVerdict
     agrees: bool
     eager: float = 0.0
     inductor: float = 0.0
@@ -66,13 +66,13 @@ class Timed:
         return plain | {"passes": self.passes}
 
 
-def time_region(recorded: Recorded, device: torch.device, dtype: torch.dtype, compiler: str = "inductor") -> Timed:
+def time_region(recorded: RecordedGraph, device: torch.device, dtype: torch.dtype, compiler: str = "inductor") -> Timed:
     """Compile the region, compare it with eager on the arguments that it met, and time it on the last of them.
 
     ``compiler`` is what ``Options`` calls so, "inductor" or "max-autotune", and means ours alone. Whatever a compiler
     or a device raises is the verdict's problem: other regions go on.
     """
-    timed = Timed(recorded.name, recorded.a_cycle, Verdict(), False)
+    timed = Timed(recorded.name, recorded.a_cycle, RegionVerdict(), False)
     with attempt(timed, device):
         _time(timed, recorded, device, dtype, compiler)
     return timed
@@ -88,7 +88,7 @@ def attempt(timed: Timed, device: torch.device) -> Iterator[None]:
         timed.agrees, timed.verdict.problem = False, reason(error)
 
 
-def _time(timed: Timed, recorded: Recorded, device: torch.device, dtype: torch.dtype, compiler: str) -> None:
+def _time(timed: Timed, recorded: RecordedGraph, device: torch.device, dtype: torch.dtype, compiler: str) -> None:
     in_tensor_code = plain(recorded.graph)
     ours, inductor = compiled(recorded.graph, recorded, compiler), compiled(in_tensor_code, recorded, "inductor")
     timed.verdict = compare(recorded, ours, dtype, reference=in_tensor_code)
@@ -115,7 +115,7 @@ def plain(graph: fx.GraphModule) -> fx.GraphModule:
     return copy
 
 
-def compiled(graph: fx.GraphModule, recorded: Recorded, compiler: str) -> Callable[..., Any]:
+def compiled(graph: fx.GraphModule, recorded: RecordedGraph, compiler: str) -> Callable[..., Any]:
     """By Inductor, as the session's region would be, with its kernels' names for the profiler."""
     from torch._inductor.compile_fx import compile_fx
 
@@ -193,6 +193,6 @@ def kernel_times(call: Call, device: torch.device) -> dict[str, float]:
 
 def kernel_name(event: str) -> str:
     """An event of the profiler as the listing names it; what Python does between kernels has one name."""
-    if event.startswith(("##", "AOTDispatcher", "Torch-Compiled Region")):
+    if event.startswith(("##", "AOTDispatcher", "Torch-Compiled AuditedRegion")):
         return BETWEEN
     return re.sub(r"^graph_\d+_", "", event)

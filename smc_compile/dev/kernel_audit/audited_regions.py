@@ -9,17 +9,17 @@ from typing import Any
 import torch
 
 from smc_compile.dev.kernel_audit.absent_device import Target
-from smc_compile.dev.kernel_audit.generated import kernel_sources, library_calls
+from smc_compile.dev.kernel_audit.generated_code import kernel_sources, library_calls
+from smc_compile.dev.kernel_audit.graph_recorder import RecordedGraph
 from smc_compile.dev.kernel_audit.interpreter import Interpreter
-from smc_compile.dev.kernel_audit.lower import lower
+from smc_compile.dev.kernel_audit.lower_graph import lower
 from smc_compile.dev.kernel_audit.machine_code import MachineCode, compile_kernel
-from smc_compile.dev.kernel_audit.record import Recorded
-from smc_compile.dev.kernel_audit.verdict import Observed, Verdict, compare
+from smc_compile.dev.kernel_audit.verdict import Observed, RegionVerdict, compare
 from smc_compile.errors import SMCError
 
 
 @dataclass
-class Kernel:
+class AuditedKernel:
     """One kernel of one region; ``code`` is None where nothing compiles for a GPU, or ``problem`` says why."""
 
     name: str
@@ -30,14 +30,14 @@ class Kernel:
 
 
 @dataclass
-class Region:
+class AuditedRegion:
     """All of one region: its kernels, the calls of libraries a cycle, and whether it does what eager does."""
 
     name: str
     calls: int  # a cycle
-    kernels: list[Kernel]
+    kernels: list[AuditedKernel]
     library: dict[str, int]
-    verdict: Verdict
+    verdict: RegionVerdict
     agrees: bool
     sources: dict[str, str] = field(default_factory=dict, repr=False)
 
@@ -52,7 +52,9 @@ class Region:
         return plain | {"passes": self.passes}
 
 
-def examine(recorded: Recorded, target: Target | None, interpreter: Interpreter, dtype: torch.dtype) -> Region:
+def examine(
+    recorded: RecordedGraph, target: Target | None, interpreter: Interpreter, dtype: torch.dtype
+) -> AuditedRegion:
     """Generate, run and compare, compile to machine code."""
     observed = Observed(interpreter)
     code, compiled = lower(recorded, target, observed)
@@ -60,11 +62,13 @@ def examine(recorded: Recorded, target: Target | None, interpreter: Interpreter,
     sources = kernel_sources(code)
     kernels = [_kernel(recorded, name, source, target, verdict) for name, source in sources.items()]
     library = {name: count * recorded.a_cycle for name, count in library_calls(code).items()}
-    return Region(recorded.name, recorded.a_cycle, kernels, library, verdict, verdict.agrees(dtype), sources)
+    return AuditedRegion(recorded.name, recorded.a_cycle, kernels, library, verdict, verdict.agrees(dtype), sources)
 
 
-def _kernel(recorded: Recorded, name: str, source: str, target: Target | None, verdict: Verdict) -> Kernel:
-    kernel = Kernel(name, verdict.launches.get(name, 0) * recorded.a_cycle, verdict.used(name))
+def _kernel(
+    recorded: RecordedGraph, name: str, source: str, target: Target | None, verdict: RegionVerdict
+) -> AuditedKernel:
+    kernel = AuditedKernel(name, verdict.launches.get(name, 0) * recorded.a_cycle, verdict.used(name))
     if target is not None:
         try:
             kernel.code = compile_kernel(name, source, target)
@@ -73,7 +77,7 @@ def _kernel(recorded: Recorded, name: str, source: str, target: Target | None, v
     return kernel
 
 
-def compared(name: str, calls: int, verdict: Verdict, agrees: bool) -> str:
+def compared(name: str, calls: int, verdict: RegionVerdict, agrees: bool) -> str:
     """A region, its calls a cycle, and what came of comparing it with eager, for the terminal."""
     if verdict.problem:
         outcome = f"[red]not run: {verdict.problem}[/red]"

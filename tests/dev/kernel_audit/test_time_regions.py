@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from smc_compile.dev.kernel_audit import time_copy_rows as time_copy_rows_file
-from smc_compile.dev.kernel_audit import timing
-from smc_compile.dev.kernel_audit.record import BACKEND, Recorded, recording
-from smc_compile.dev.kernel_audit.recorded_sessions import Pair
+from smc_compile.dev.kernel_audit import time_regions
+from smc_compile.dev.kernel_audit.graph_recorder import BACKEND, RecordedGraph, recording
+from smc_compile.dev.kernel_audit.recorded_sessions import AuditedPair
 from smc_compile.dev.kernel_audit.time_copy_rows import time_copy_rows
-from smc_compile.dev.kernel_audit.timing import in_turn, plain, time_region
+from smc_compile.dev.kernel_audit.time_regions import in_turn, plain, time_region
 from smc_compile.pairs.llama import LlamaConfig
 from smc_compile.passes.lower.skinny_products import linear
 
@@ -23,12 +23,12 @@ CPU = torch.device("cpu")
 def small_flush() -> Iterator[None]:
     """What is timed here does not matter: caches need not be emptied."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(timing, "FLUSHED", 2**20)
+        patched.setattr(time_regions, "FLUSHED", 2**20)
         yield
 
 
 @pytest.fixture(scope="module")
-def recorded() -> Recorded:
+def recorded() -> RecordedGraph:
     """A product that has a kernel of ours, then work that Inductor fuses; it writes to its first argument."""
 
     def normalised(state: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -45,7 +45,7 @@ def recorded() -> Recorded:
 
 
 @pytest.fixture(scope="module")
-def timed(recorded: Recorded) -> timing.Timed:
+def timed(recorded: RecordedGraph) -> time_regions.Timed:
     return time_region(recorded, CPU, torch.float32)
 
 
@@ -62,9 +62,9 @@ def test_kernels_of_inductor_and_ours_are_timed_by_name(timed) -> None:
 
 
 def test_events_of_the_profiler_have_the_names_of_the_listing() -> None:
-    assert timing.kernel_name("graph_12_cpp_fused_add_3") == "cpp_fused_add_3"
-    assert timing.kernel_name("triton_poi_fused_add_3") == "triton_poi_fused_add_3"
-    assert timing.kernel_name("## Call CompiledFxGraph f3 ##") == timing.BETWEEN
+    assert time_regions.kernel_name("graph_12_cpp_fused_add_3") == "cpp_fused_add_3"
+    assert time_regions.kernel_name("triton_poi_fused_add_3") == "triton_poi_fused_add_3"
+    assert time_regions.kernel_name("## Call CompiledFxGraph f3 ##") == time_regions.BETWEEN
 
 
 def test_plain_is_without_kernels_of_ours(recorded) -> None:
@@ -74,20 +74,20 @@ def test_plain_is_without_kernels_of_ours(recorded) -> None:
 
 
 def test_wrong_code_is_seen(recorded, monkeypatch) -> None:
-    right = timing.compiled
+    right = time_regions.compiled
 
     def wrong(graph, recorded, compiler):
         function = right(graph, recorded, compiler)
         return (lambda *args: [x + 1e-2 for x in function(*args)]) if graph is recorded.graph else function
 
-    monkeypatch.setattr(timing, "compiled", wrong)
+    monkeypatch.setattr(time_regions, "compiled", wrong)
     found = time_region(recorded, CPU, torch.float32)
     assert not found.passes
     assert found.verdict.beyond > 0
 
 
 def test_what_a_compiler_or_a_device_raises_is_told_and_no_more(recorded, monkeypatch) -> None:
-    monkeypatch.setattr(timing, "prepared", lambda *_: 1 / 0)
+    monkeypatch.setattr(time_regions, "prepared", lambda *_: 1 / 0)
     found = time_region(recorded, CPU, torch.float32)
     assert not found.passes
     assert found.verdict.problem == "ZeroDivisionError: division by zero"
@@ -95,8 +95,8 @@ def test_what_a_compiler_or_a_device_raises_is_told_and_no_more(recorded, monkey
 
 def test_calls_take_turns_after_a_flush_each(monkeypatch) -> None:
     order: list[str] = []
-    monkeypatch.setattr(timing, "flusher", lambda _: lambda: order.append("flush"))
-    monkeypatch.setattr(timing, "ROUNDS", 2)
+    monkeypatch.setattr(time_regions, "flusher", lambda _: lambda: order.append("flush"))
+    monkeypatch.setattr(time_regions, "ROUNDS", 2)
     times = in_turn([lambda: order.append("a"), lambda: order.append("b")], CPU)
     assert order == ["flush", "a", "flush", "b"] * 3
     assert len(times) == 2
@@ -104,7 +104,7 @@ def test_calls_take_turns_after_a_flush_each(monkeypatch) -> None:
 
 def test_rows_that_are_copied_are_compared_and_timed(monkeypatch) -> None:
     config = LlamaConfig(500, 64, 1, 4, 2, 128, 64)
-    pair = Pair(config, config, "smc", 4, 3, 16, 0.8, 0, 1.0, torch.float32)
+    pair = AuditedPair(config, config, "smc", 4, 3, 16, 0.8, 0, 1.0, torch.float32)
     found = time_copy_rows(pair, CPU)
     assert found.passes
     assert min(found.eager, found.inductor, found.ours) > 0

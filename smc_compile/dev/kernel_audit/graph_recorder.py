@@ -14,11 +14,11 @@ from torch._dynamo import register_backend
 
 BACKEND = "smc_record"  # the name under which sessions are asked to compile
 END_OF_CYCLE = ("weigh", "conclude", "close")
-_recordings: list[Recording] = []
+_recorders: list[GraphRecorder] = []
 
 
 @dataclass
-class Recorded:
+class RecordedGraph:
     """One graph of a region.
 
     Attributes:
@@ -34,11 +34,11 @@ class Recorded:
     a_cycle: int = 0
 
 
-class Recording:
+class GraphRecorder:
     """All graphs that sessions compiled while it was open, with one call of each for each session."""
 
     def __init__(self, seed: int = 0) -> None:
-        self.found: list[Recorded] = []
+        self.found: list[RecordedGraph] = []
         self._random = torch.Generator().manual_seed(seed)
         self._log: list[int] = []  # calls of this session, by number in ``found``
         self._seen: dict[int, int] = {}
@@ -57,7 +57,7 @@ class Recording:
         met = [n for n in of_region if alike(self.found[n], graph, fakes)]
         number = met[0] if met else len(self.found)
         if not met:
-            self.found.append(Recorded(f"{name} ({len(of_region) + 1})" if of_region else name, graph, fakes))
+            self.found.append(RecordedGraph(f"{name} ({len(of_region) + 1})" if of_region else name, graph, fakes))
 
         def call(*arguments: Any) -> Any:
             self._log.append(number)
@@ -85,7 +85,7 @@ class Recording:
         calls.append([copy_of(a) for a in arguments])
 
 
-def alike(recorded: Recorded, graph: fx.GraphModule, inputs: Sequence[Any]) -> bool:
+def alike(recorded: RecordedGraph, graph: fx.GraphModule, inputs: Sequence[Any]) -> bool:
     """Whether the graph is the recorded one again: the same code, for inputs of the same kinds."""
     return recorded.graph.code == graph.code and list(map(_kind, recorded.inputs)) == list(map(_kind, inputs))
 
@@ -111,15 +111,15 @@ def region_name(graph: fx.GraphModule) -> str:
 
 
 @contextmanager
-def recording(seed: int = 0) -> Iterator[Recording]:
+def recording(seed: int = 0) -> Iterator[GraphRecorder]:
     """Regions compiled inside with the compiler ``BACKEND`` are recorded, and run eagerly."""
-    _recordings.append(Recording(seed))
+    _recorders.append(GraphRecorder(seed))
     try:
-        yield _recordings[-1]
+        yield _recorders[-1]
     finally:
-        _recordings.pop()
+        _recorders.pop()
 
 
 @register_backend(name=BACKEND)
 def _record(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-    return _recordings[-1].add(graph, inputs)
+    return _recorders[-1].add(graph, inputs)

@@ -11,10 +11,9 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from smc_compile.dev.kernel_audit.absent_device import CUDA, Target, absent_device
-from smc_compile.dev.kernel_audit.record import Recorded
+from smc_compile.dev.kernel_audit.graph_recorder import RecordedGraph
 from smc_compile.errors import SMCError
-from smc_compile.kernels import attend, thresholds
-from smc_compile.kernels import skinny_linear as skinny_linear
+from smc_compile.kernels import attend, skinny_linear, thresholds
 
 # What each op with a kernel of ours is without it.
 IN_TENSOR_CODE = attend.IN_TENSOR_CODE | skinny_linear.IN_TENSOR_CODE | thresholds.IN_TENSOR_CODE
@@ -22,7 +21,7 @@ IN_TENSOR_CODE = attend.IN_TENSOR_CODE | skinny_linear.IN_TENSOR_CODE | threshol
 Execute = Callable[[str, list[Any]], Sequence[Any]]
 
 
-def lower(recorded: Recorded, target: Target | None, execute: Execute) -> tuple[str, Callable[..., Any]]:
+def lower(recorded: RecordedGraph, target: Target | None, execute: Execute) -> tuple[str, Callable[..., Any]]:
     """The Python that Inductor writes, kernels included, and the region run by handing it to ``execute``.
 
     For a target, ops with a CPU kernel of ours stand in their tensor code. Passes that ask the device itself (padding
