@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from smc_compile.auto.choice import choice_of
 from smc_compile.decode import CompiledLoop
 from smc_compile.decode import decode as compile_loop
 from smc_compile.errors import OptionError, SMCError
@@ -16,8 +17,8 @@ from smc_compile.generate import generate
 from smc_compile.options import Options
 from smc_compile.passes.pipeline import Traced
 from smc_compile.program.checks import position_limit
-from smc_compile.program.from_model import last_program
-from smc_compile.program.model import Model, with_states
+from smc_compile.program.method import with_states
+from smc_compile.program.model import Model
 from smc_compile.program.program import Program
 from smc_compile.result import Generation
 from smc_compile.runtime.algorithms.next_token import Mixture
@@ -91,7 +92,7 @@ def _explain_generate(args: tuple[Any, ...], options: dict[str, Any]) -> Explana
         raise
     except SMCError as error:
         return Explanation(False, error)
-    program = last_program()
+    program = result.program
     distribution = program.target.distribution
     warpers = [getattr(warper, "name", warper.__name__) for warper in distribution.warpers]
     sampler = "argmax" if distribution.kind == "greedy" else f"softmax of logits after {', '.join(warpers)}"
@@ -104,17 +105,15 @@ def proposal_line(program: Program) -> list[str]:
     distribution = program.draft.distribution if program.draft else None
     if not isinstance(distribution, Mixture):
         return []
-    return [
-        f"draft: the same of its own logits, mixed with {distribution.share:.0%} of its distribution under the temperature alone"
-    ]
+    share = f"{distribution.share:.0%}"
+    return [f"draft: the same of its own logits, mixed with {share} of its distribution under the temperature alone"]
 
 
 def _describe(loop: CompiledLoop, seconds: float) -> Explanation:
     assert loop.loop is not None
-    assert loop.program is not None
     assert loop.last is not None
-    sampler = loop.program.traced.sampler
-    assert sampler is not None
+    program = loop.last.program
+    sampler = program.target.traced.sampler
     distribution = {"logits": "softmax of logits", "probs": "unnormalised probabilities", "greedy": "argmax"}[
         sampler.kind
     ]
@@ -122,7 +121,7 @@ def _describe(loop: CompiledLoop, seconds: float) -> Explanation:
         "loop": list(loop.loop.report),
         "sampler": [f"{sampler.form}: {distribution}, temperature {sampler.temperature:g}"],
     }
-    return Explanation(True, None, _sections(found, loop.program.program, loop.last, seconds))
+    return Explanation(True, None, _sections(found, program, loop.last, seconds))
 
 
 def _sections(
@@ -130,11 +129,11 @@ def _sections(
 ) -> dict[str, list[str]]:
     """What was found, and then what was built from it and how long it took."""
     batch, _, length = result.particles.shape
-    n = program.rows
+    n, choice = program.rows, choice_of(program)
     return {
         **found,
         "method": [f"{program.method}{method_note(program, result)}"],
-        "choice": program.choice.report() if program.choice is not None else [],
+        "choice": choice.report() if choice is not None else [],
         "target": _model(program.target, batch, n, length),
         "draft": _model(program.draft, batch, n, length) if program.draft is not None else [],
         "regions": _regions(program),

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from smc_compile.auto.choice import settled
 from smc_compile.errors import InputError, OptionError
 from smc_compile.inputs.processors import sort_processors
 from smc_compile.inputs.requests import (
@@ -133,7 +134,8 @@ def generate(
         max_lag=checked_lag(max_lag),
         watch=watch_for(streamer, stream, ids),
     )
-    return program_for(model, processors, greedy, parsed, ids).answer(request)
+    program = program_for(model, processors, greedy, parsed, ids)
+    return settled(program, request).answer(request)
 
 
 def _with_config(model: Any, given: dict[str, Any], options: dict[str, Any]) -> Generation:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -15,10 +15,10 @@ class Stats:
 
     method: str
     new_tokens: int  # the longest request's
-    n_particles: int = 1  # N and K as given or chosen; a one-token loop has one particle and looks ahead at nothing
-    lookahead: int = 0
+    n_particles: int = 1  # N as given or chosen; 1 in a one-token loop
+    lookahead: int = 0  # K as given or chosen; 0 in a one-token loop
     cycles: int = 0
-    replayed: int = 0  # cycles that ran as one recorded graph: where their time went inside is not known
+    replayed: int = 0  # cycles that ran as one recorded graph; the seconds of their parts are not known
     resamplings: int = 0  # (request, cycle) pairs whose population was resampled
     retries: int = 0  # (request, cycle) pairs drawn again because every particle had weight zero
     settled_early: int = 0  # (request, cycle) pairs in which ``max_lag`` drew an ancestor
@@ -30,9 +30,9 @@ class Stats:
     draft_seconds: float = 0.0
     score_seconds: float = 0.0
     resample_seconds: float = 0.0
-    rules_seconds: float = 0.0  # rules that read the text, and stopping criteria
+    rules_seconds: float = 0.0  # text processors and stopping criteria
     warnings: list[str] = field(default_factory=list)
-    rules: list[str] = field(default_factory=list)  # logits processors that read the text, and where they run
+    rules: list[str] = field(default_factory=list)  # text processors, and where each runs
 
     @property
     def host_seconds(self) -> float:
@@ -57,8 +57,8 @@ class Generation:
         ess: [B, C], effective sample size at the end of each cycle, before resampling; NaN in the cycles after a
             request finished.
         ancestors: [B, C, N] int64, the particle each particle descends from at each cycle (identity: no resampling).
-        log_probs: [B, n] float64, log-probability of each new token of ``sequences`` under the target's distribution (after its
-            temperature, truncation and rules), in nats; 0 after the end.
+        log_probs: [B, n] float64, log-probability in nats of each new token of ``sequences`` under the target's
+            distribution (after temperature, truncation and text processors); 0 after the end.
         new_lengths: [B] int64, new tokens of ``sequences`` up to and with the one that ends it.
         particle_log_probs: [B, N, n], as ``log_probs``.
         particle_lengths: [B, N], as ``new_lengths``.
@@ -81,9 +81,18 @@ class Generation:
     stats: Stats
     logits: tuple[Tensor, ...] | None = None
     scores: tuple[Tensor, ...] | None = None
+    _program: Callable[[], Any] | None = field(default=None, repr=False, compare=False)  # a weak reference
+
+    @property
+    def program(self) -> Any:
+        """The program that answered; None once it is no longer kept. Copies and pickles do not know it."""
+        return self._program() if self._program is not None else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_program"}
 
     def keys(self) -> list[str]:
-        return [f.name for f in fields(self) if getattr(self, f.name) is not None]
+        return [f.name for f in fields(self) if f.name != "_program" and getattr(self, f.name) is not None]
 
     def values(self) -> list[Any]:
         return [getattr(self, name) for name in self.keys()]

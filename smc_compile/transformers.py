@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, StopStringCriteria
 
+from smc_compile.auto.choice import settled
 from smc_compile.errors import OptionError
 from smc_compile.generate import IN_CONFIG
 from smc_compile.inputs.processors import sort_processors
@@ -160,7 +161,7 @@ def generate(
         watch=watch_for(token_streamer, stream, input_ids),
     )
     program = program_for(model, processors, not sampled, options, input_ids)
-    result = trimmed(program.answer(request), input_ids.shape[1])
+    result = trimmed(settled(program, request).answer(request), input_ids.shape[1])
     if not (config.return_dict_in_generate or return_particles):
         return result.sequences
     return with_scores(result, model, logits_processor, request.lengths, config)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator
-from importlib import import_module
 
 import pytest
 import torch
 
+from smc_compile.program import from_loop, from_model
 from smc_compile.runtime.execution import incremental as models
 from smc_compile.runtime.execution import region as compiled
 
@@ -27,12 +26,12 @@ def interpreted() -> Iterator[None]:
 
 
 @pytest.fixture
-def untraced_regions(monkeypatch: pytest.MonkeyPatch) -> None:
+def untraced_regions(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The same where a loop must be traced: Dynamo sees the loop alone. Programs made so serve no other test."""
     for module in (compiled, models):
         monkeypatch.setattr(module, "compile_function", lambda function, *_: function)
-    for name in ("from_model", "from_loop"):
-        monkeypatch.setattr(import_module(f"smc_compile.program.{name}"), "_programs", OrderedDict())
+    with from_model.programs.emptied(), from_loop.programs.emptied():
+        yield
 
 
 @pytest.fixture(scope="module")

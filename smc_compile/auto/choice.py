@@ -13,23 +13,47 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 
 from smc_compile.auto.cost_model import CycleModel, cycle_model
 from smc_compile.errors import GenerationError, OptionError
 from smc_compile.options import AUTO, Options
+from smc_compile.program.checks import check_request
+from smc_compile.program.program import Program
 from smc_compile.result import Generation
 from smc_compile.runtime.state.request import Request
-
-if TYPE_CHECKING:
-    from smc_compile.program.program import Program
 
 LOOKAHEADS = (1, 2, 3, 4, 6, 8, 10, 12, 16)
 PARTICLES = (2, 4, 8, 16, 32, 64)
 PILOT_PARTICLES, PILOT_LOOKAHEAD = 32, 4
 PILOT_TOKENS = {"smc": 21, "speculative": 61}  # a cycle of SMC has many particles to learn from
+
+_settled: WeakKeyDictionary[Program, Program] = WeakKeyDictionary()  # by the program whose N or K were open
+_choices: WeakKeyDictionary[Program, Choice] = WeakKeyDictionary()  # by the program that follows the choice
+
+
+def settled(program: Program, request: Request) -> Program:
+    """The program with numbers for N and K: itself, or one that follows the choice made for its first request.
+
+    Raises:
+        OptionError: no N and K keep to the floors that the options set, or nothing can be predicted.
+        InputError: the request does not fit the models.
+    """
+    if not program.options.is_auto or program.method == "autoregressive":
+        return program
+    if program not in _settled:
+        check_request(request, program.target, program.draft)
+        choice = choose(program, request)
+        _settled[program] = program.under(choice.applied(program.options))
+        _choices[_settled[program]] = choice
+    return _settled[program]
+
+
+def choice_of(program: Program) -> Choice | None:
+    """The choice that a program follows; None where its N and K were given."""
+    return _choices.get(program)
 
 
 @dataclass(frozen=True)
@@ -224,7 +248,7 @@ def _pilot(program: Program, request: Request, n: int) -> Generation:
             "logits processors of this request keep a state of their own, which a pilot would change",
             "give n_particles and lookahead as numbers",
         )
-    tokens = program.room(request, PILOT_TOKENS[program.method])
+    tokens = program.positions_left(request, PILOT_TOKENS[program.method])
     if tokens < 2:
         raise OptionError("no pilot can run", "the prompt fills all positions of the models", "shorten the prompt")
     concrete = replace(
@@ -235,7 +259,7 @@ def _pilot(program: Program, request: Request, n: int) -> Generation:
     )
     with torch.compiler.set_stance("force_eager"):
         try:
-            return replace(program.like(concrete), record=None).session.run(short)
+            return replace(program.under(concrete), record=None).session.run(short)
         except GenerationError as error:
             raise OptionError(
                 "the pilot that should tell how the weights spread broke off",

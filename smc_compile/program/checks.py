@@ -7,10 +7,7 @@ import logging
 import torch
 
 from smc_compile.errors import InputError
-from smc_compile.program.model import (
-    Model,
-    placement,
-)
+from smc_compile.program.model import Model
 from smc_compile.runtime.execution.incremental import CachedModel
 from smc_compile.runtime.state.request import Request
 
@@ -27,7 +24,7 @@ def shared_vocabulary(target: Model, draft: Model) -> int | None:
     Raises:
         InputError: when the pair does not fit.
     """
-    mine, theirs = placement(target), placement(draft)
+    mine, theirs = target.placement, draft.placement
     if mine and theirs and mine != theirs:
         raise InputError(
             "draft and target differ in device or dtype",
@@ -55,7 +52,7 @@ def shared_vocabulary(target: Model, draft: Model) -> int | None:
 def check_request(request: Request, target: Model, draft: Model | None) -> None:
     """Prompts, ends and lengths, against the models."""
     ids = request.ids
-    place = placement(target)
+    place = target.placement
     if place and place[0] != ids.device:
         raise InputError(
             "prompt and model are on different devices", f"{ids.device} and {place[0]}", "move one of them"

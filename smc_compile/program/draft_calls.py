@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from smc_compile.errors import InputError
 from smc_compile.options import Options, is_stateful
-from smc_compile.passes.loop.recover import DecodeLoop, recover_loop
+from smc_compile.passes.loop.recover import DecodeLoop
 from smc_compile.passes.pipeline import trace_model
-from smc_compile.program.model import Model, cached, require_eval
+from smc_compile.program.capture import Capture
+from smc_compile.program.model import Model, require_eval, with_cache
 from smc_compile.runtime.algorithms.next_token import Mixture, NextTokenDistribution
 
 _PROMPT = 3  # tokens of the prompt that a draft is traced with
@@ -34,7 +35,7 @@ def _required(model: nn.Module) -> list[str]:
 
 
 def compile_called(
-    model: nn.Module, options: Options, distribution: NextTokenDistribution | Mixture, ids: Tensor
+    model: nn.Module, distribution: NextTokenDistribution | Mixture, options: Options, ids: Tensor, role: str
 ) -> Model:
     """The incremental form of a draft for which ``needs_more`` holds; its rows are raw logits.
 
@@ -42,13 +43,13 @@ def compile_called(
         InputError: the draft cannot be called with positions, nor with None for an empty cache.
         CacheError, LoopError, ValidationError: as for a target.
     """
-    require_eval(model, "draft")
+    require_eval(model, role)
     by_position = "pos" in _required(model)[1]
-    loop, arguments = _traced(_by_position if by_position else _by_cache, model, ids.new_zeros(ids.shape[0], _PROMPT))
+    loop, arguments = _captured(_by_position if by_position else _by_cache, model, ids.new_zeros(ids.shape[0], _PROMPT))
     loop.check(arguments)
     weights = [arguments[at] for at in loop.invariant_indices]
     traced = trace_model(loop.step, ids.new_zeros(ids.shape[0], 2), weights, options.validate)
-    return cached(traced, lambda: [*traced.owned(), *weights], options, "draft", distribution)
+    return with_cache(traced, lambda: [*traced.owned(), *weights], options, role, distribution)
 
 
 def _by_position(model: Callable[..., Any], ids: Tensor) -> Tensor:
@@ -65,26 +66,18 @@ def _by_cache(model: Callable[..., Any], ids: Tensor) -> Tensor:
     return torch.cat([ids, token, logits[:, -1].argmax(-1, keepdim=True)], 1)
 
 
-def _traced(loop: Callable[..., Tensor], model: nn.Module, ids: Tensor) -> tuple[DecodeLoop, Sequence[Any]]:
-    """The loop that a draft makes, and the arguments of its graph."""
-    found: list[tuple[DecodeLoop | None, Sequence[Any]]] = []
-
-    def backend(gm: fx.GraphModule, _: Any) -> Callable[..., Any]:
-        def run(*arguments: Any) -> Any:
-            found.append((recover_loop(gm, arguments), arguments))
-            return [ids]
-
-        return run
-
+def _captured(loop: Callable[..., Tensor], model: nn.Module, ids: Tensor) -> tuple[DecodeLoop, Sequence[Any]]:
+    """The loop that a draft makes of prompts ``ids`` [B, P], and the arguments of its graph."""
     torch._dynamo.maybe_mark_dynamic(ids, 1)
     second = _required(model)[1]
     try:
-        torch.compile(loop, backend=backend, fullgraph=True, dynamic=False)(model, ids)
+        call = Capture(loop).captured(model, ids)
     except (torch._dynamo.exc.TorchDynamoException, TypeError) as error:
         raise _uncallable(second, str(error).strip().splitlines()[0]) from error
-    if len(found) != 1 or found[0][0] is None:
+    found = call.graph.loop_for(call.arguments) if call is not None else None
+    if call is None or found is None:
         raise _uncallable(second, "called so, it draws no tokens one after the other")
-    return found[0][0], found[0][1]
+    return found, call.arguments
 
 
 def _uncallable(second: str, why: str) -> InputError:

@@ -1,21 +1,17 @@
-"""Tie passes and runtime: from a traced step and options to a program that answers requests."""
+"""A compiled target and draft under fixed options, which answers requests."""
 
 from __future__ import annotations
 
 import logging
+import weakref
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TypeAlias
 
-from torch import Tensor
-
-from smc_compile.auto.choice import Choice, choose
-from smc_compile.inputs.requests import build_request, check_prompt, request_seeds
 from smc_compile.options import Options
 from smc_compile.program.checks import beyond_training, check_request, position_limit
-from smc_compile.program.model import (
-    Model,
-    method_for,
-)
+from smc_compile.program.method import method_for
+from smc_compile.program.model import Model
 from smc_compile.result import Generation
 from smc_compile.runtime.execution.incremental import CachedModel
 from smc_compile.runtime.execution.region import Region
@@ -28,18 +24,17 @@ from smc_compile.runtime.state.request import Request, TextProcessor
 
 log = logging.getLogger(__name__)
 
-
 Session: TypeAlias = SMCSession | AutoregressiveSession | SpeculativeSession
 
 
-@dataclass
+@dataclass(eq=False)
 class Program:
     """A compiled target and draft. One session answers every batch: its regions compile for what they meet.
 
     Attributes:
-        rules: logits processors that read the text and compile.
-        by_hand: whether requests bring processors that do not.
-        choice: how N and K were chosen, where the options leave it to us; ``options`` then hold what was chosen.
+        options: with N and K as numbers, unless the method has no use for them (see ``smc_compile.auto.choice``).
+        text_processors: those that compile; they belong to the program.
+        on_host: whether each request brings text processors of its own, which run on the host.
         record: what records cycles to be replayed; None runs all of them from the host.
     """
 
@@ -48,13 +43,11 @@ class Program:
     options: Options
     text_processors: tuple[TextProcessor, ...] = ()
     on_host: bool = False
-    analysis_seconds: float = 0.0
-    choice: Choice | None = None
     record: Record | None = None
-    _session: Session | None = None
 
     @property
     def method(self) -> str:
+        """The method that runs: a greedy loop has no use for particles."""
         return method_for(self.target, self.options)
 
     @property
@@ -65,54 +58,38 @@ class Program:
 
     @property
     def lookahead(self) -> int:
+        """Draft tokens per cycle; 0 in the one-token loop."""
         return 0 if self.method == "autoregressive" else int(self.options.lookahead)
 
-    def run(self, ids: Tensor, new_tokens: int, seeds: Tensor | None = None) -> Generation:
-        """Generate ``new_tokens`` after each prompt of ``ids [B, P]``.
-
-        Raises:
-            InputError: when the prompt or the length does not fit the model.
-            GenerationError: when generation breaks in the middle; ``partial`` holds the result so far.
-        """
-        check_prompt(ids)
-        seeds = request_seeds(self.options.seed, ids) if seeds is None else seeds
-        return self.answer(build_request(ids, new_tokens, seeds, eos_ids=self.options.eos_token_id))
-
     def answer(self, request: Request) -> Generation:
-        """As ``run``, for requests that differ. The first one is what N and K are chosen for, where that is left open.
+        """Generate for each request of the batch.
 
         Raises:
-            OptionError: nothing that could be chosen keeps to the floors that the options set.
+            InputError: a prompt or a length does not fit the models.
+            GenerationError: generation breaks in the middle; ``partial`` holds the result so far.
         """
         check_request(request, self.target, self.draft)
-        if self.options.is_auto and self.method != "autoregressive":
-            self.choice = choose(self, request)
-            self.options = self.choice.applied(self.options)
         result = self.session.run(request)
         result.stats.n_particles, result.stats.lookahead = self.rows, self.lookahead
         result.stats.warnings += beyond_training(request, self.target, self.draft)
         for warning in result.stats.warnings:
             log.warning(warning)
-        return result
+        return replace(result, _program=weakref.ref(self))
 
-    def like(self, options: Options) -> Program:
-        """The same pair with other options, and a session of its own."""
-        return replace(self, options=options, choice=None, _session=None)
+    def under(self, options: Options) -> Program:
+        """The same pair under other options, with a session of its own."""
+        return replace(self, options=options)
 
-    def room(self, request: Request, wanted: int) -> int:
-        """How many new tokens, up to ``wanted``, the positions of both models leave."""
+    def positions_left(self, request: Request, wanted: int) -> int:
+        """How many new tokens, up to ``wanted``, the positions of both models leave behind the prompts."""
         prompt = int(request.lengths.max())
         models = [self.target] if self.draft is None else [self.target, self.draft]
         limits = (position_limit(model, prompt + wanted) for model in models)
         return min([wanted, *(limit - prompt for limit in limits if limit is not None)])
 
-    @property
+    @cached_property
     def session(self) -> Session:
-        if self._session is None:
-            self._session = self._new_session()
-        return self._session
-
-    def _new_session(self) -> Session:
+        """What runs the requests; made when it is first asked for."""
         o = self.options
         text_processors = TextProcessors(self.text_processors, self.on_host, o.compiler)
         if self.method == "autoregressive":
@@ -144,4 +121,5 @@ class Program:
 
     @property
     def regions(self) -> list[Region]:
-        return [] if self._session is None else self._session.regions
+        """The compiled regions of the session, none before the first request."""
+        return self.session.regions if "session" in vars(self) else []

@@ -17,13 +17,15 @@ from smc_compile.errors import OptionError
 from smc_compile.options import Options
 from smc_compile.pairs.llama import Llama, LlamaConfig
 from smc_compile.program.build import build_program
-from smc_compile.program.from_model import compile_target, draft_distribution_for
+from smc_compile.program.draft_distribution import draft_distribution_for
+from smc_compile.program.model import compile_model
 from smc_compile.program.program import Program
 from smc_compile.runtime.algorithms.next_token import SETTINGS, NextTokenDistribution
 
 FREE = Rates(*[(0.0,) * len(ROWS)] * 3, *[0.0] * (len(fields(Rates)) - 3))
 MODEL = TinyTransformerLM()
 DRAFT = perturbed(MODEL)
+IDS = torch.zeros(1, 3, dtype=torch.int64)
 
 
 def with_rates(**given: object) -> CycleModel:
@@ -43,9 +45,8 @@ def pair() -> Program:
 def program_of(model: torch.nn.Module, draft: torch.nn.Module) -> Program:
     warpers = (SETTINGS["temperature"][0],)
     options = Options.parse({"draft": draft, "compiler": "eager", "validate": False})
-    ids = torch.zeros(1, 3, dtype=torch.int64)
-    target = compile_target(model, NextTokenDistribution("logits", warpers=warpers), options, ids)
-    return build_program(target, options, draft_distribution_for(warpers, False, options), ids)
+    target = compile_model(model, NextTokenDistribution("logits", warpers=warpers), options, IDS, "target")
+    return build_program(target, options, draft_distribution_for(warpers, False, options), IDS)
 
 
 def test_a_cycle_is_a_head_of_two_tokens_steps_of_one_and_a_score():
@@ -123,8 +124,8 @@ def test_a_model_with_a_state_of_its_own_is_refused():
             return torch.zeros(*tokens.shape, 4), state
 
     options = Options.parse({"draft": Stateful()})
-    target = compile_target(MODEL, NextTokenDistribution("logits"), options, torch.zeros(1, 3, dtype=torch.int64))
-    program = build_program(target, options, NextTokenDistribution("logits"), torch.zeros(1, 3, dtype=torch.int64))
+    target = compile_model(MODEL, NextTokenDistribution("logits"), options, IDS, "target")
+    program = build_program(target, options, NextTokenDistribution("logits"), IDS)
     with pytest.raises(OptionError, match="state of its own"):
         cycle_model(program.target, program.draft)
 

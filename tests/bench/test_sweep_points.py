@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections import OrderedDict
-from importlib import import_module
 
 import pytest
 import torch
@@ -26,6 +24,7 @@ from smc_compile.errors import InputError
 from smc_compile.inputs.requests import build_request, request_seeds, settings_of
 from smc_compile.pairs.llama import Llama, LlamaConfig, cache_numbers
 from smc_compile.pairs.random_weights import build_models
+from smc_compile.program.from_model import programs
 
 TARGET = LlamaConfig(64, 32, 2, 4, 2, 48, 64)
 DRAFT = LlamaConfig(64, 16, 1, 2, 2, 24, 64)
@@ -95,8 +94,8 @@ def test_a_timing_tells_where_the_time_of_a_cycle_goes(pair, point):
 
 def test_a_replayed_cycle_does_not_tell_where_its_time_goes(pair, monkeypatch):
     monkeypatch.setattr("smc_compile.program.build.recorder_for", lambda *_: lambda work: work)
-    monkeypatch.setattr(import_module("smc_compile.program.from_model"), "_programs", OrderedDict())
-    timing = point_timer(*pair, 1.0, cycles=2)(BASE, 0)
+    with programs.emptied():
+        timing = point_timer(*pair, 1.0, cycles=2)(BASE, 0)
     assert timing.seconds > 0
     assert timing.parts == {}
 

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 import smc_compile
 from smc_compile import decode, explain, generate
-from smc_compile.auto.choice import LOOKAHEADS, PARTICLES, effective_particles, weight_variance
+from smc_compile.auto.choice import LOOKAHEADS, PARTICLES, choice_of, effective_particles, weight_variance
 from smc_compile.errors import OptionError
-from smc_compile.program.from_model import last_program
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 MODEL = TinyTransformerLM()
@@ -31,19 +30,18 @@ def loop(model: nn.Module, ids: Tensor, n: int) -> Tensor:
 def test_particles_and_lookahead_are_chosen_once_and_the_result_is_that_of_the_numbers():
     given = {"n_particles": "auto", "lookahead": "auto", "ess_floor": 3.0, **OPTIONS}
     told = explain(generate, MODEL, DRAFT, IDS, max_new_tokens=12, **given)
-    choice = last_program().choice
+    first = generate(MODEL, DRAFT, IDS, max_new_tokens=12, **given)
+    choice = choice_of(first.program)
     assert choice is not None
     assert len(choice.candidates) == len(PARTICLES) * len(LOOKAHEADS)
     assert choice.chosen.ess is not None
     assert choice.chosen.ess >= 3.0
     assert told.sections["choice"] == choice.report()
-    first = generate(MODEL, DRAFT, IDS, max_new_tokens=12, **given)
     n, k = choice.chosen.n_particles, choice.chosen.lookahead
     assert (first.stats.n_particles, first.stats.lookahead) == (n, k)
     numbers = generate(MODEL, DRAFT, IDS, max_new_tokens=12, n_particles=n, lookahead=k, **OPTIONS)
     assert torch.equal(first.particles, numbers.particles)
-    generate(MODEL, DRAFT, IDS[:, :1], max_new_tokens=25, **given)
-    assert last_program().choice is choice
+    assert choice_of(generate(MODEL, DRAFT, IDS[:, :1], max_new_tokens=25, **given).program) is choice
 
 
 def test_a_time_budget_buys_particles_in_a_loop_of_ones_own():
@@ -62,8 +60,8 @@ def test_a_speculative_lookahead_follows_the_acceptance():
     """A draft that is the target is always accepted, but for the last cycle of the pilot, which the text cuts."""
     rates = []
     for draft in (MODEL, DRAFT):
-        generate(MODEL, draft, IDS, max_new_tokens=20, method="speculative", n_particles=1, lookahead="auto", **OPTIONS)
-        choice = last_program().choice
+        given = {"method": "speculative", "n_particles": 1, "lookahead": "auto", **OPTIONS}
+        choice = choice_of(generate(MODEL, draft, IDS, max_new_tokens=20, **given).program)
         assert choice is not None
         rates.append(float(choice.pilot.rpartition(" ")[2]))
         tokens = {c.lookahead: c.tokens for c in choice.candidates}

@@ -13,7 +13,7 @@ from helpers.enumeration import chi_square_p_value, sequence_distribution
 from helpers.toys import TableLM
 from torch import Tensor, nn
 
-from smc_compile.program.from_loop import _programs
+from smc_compile.program.from_loop import programs
 
 V = 4
 MODEL, DRAFT = TableLM(V), TableLM(V, seed=1)
@@ -122,10 +122,10 @@ def test_the_distribution_is_that_of_the_loop(sample):
 def test_lengths_and_prompts_share_one_program():
     """Whatever n and the prompt are, the iteration is the same; only its weights and the options make another program."""
     compiled = torch.compile(loop_with(race), backend="smc", options={**OPTIONS, "seed": 123})
-    before = set(_programs)
+    before = set(programs)
     for ids, n in [(IDS, 4), (IDS, 2), (IDS, 7), (IDS.repeat(1, 2), 4), (IDS[:, :2], 3), (IDS.flip(0), 4)]:
         assert_in_support(compiled(MODEL, ids, n), ids, n, LAWS[race])
-    assert len(set(_programs) - before) == 1
+    assert len(set(programs) - before) == 1
 
 
 def test_a_seed_reproduces_the_tokens():

@@ -16,7 +16,6 @@ from torch._dynamo.utils import counters
 
 from smc_compile import Generation, generate
 from smc_compile.options import COMPILERS
-from smc_compile.program.from_model import _programs
 from smc_compile.runtime.execution.region import begin_run, compile_function
 
 VOCAB = 17
@@ -156,8 +155,7 @@ def test_weights_updated_in_place_need_no_compilation(run, pair):
 
 
 def test_regions_count_their_compilations_and_seconds(run, pair):
-    run("inductor")
-    program = next(p for p in reversed(_programs.values()) if p.options.compiler == "inductor")
+    program = run("inductor").program
     regions = {region.name: region for region in program.regions}
     assert set(regions) == SMC_REGIONS
     assert all(region.compilations >= 1 for region in regions.values())

@@ -12,7 +12,7 @@ from helpers.enumeration import chi_square_p_value
 import smc_compile
 from smc_compile.errors import InputError, OptionError
 from smc_compile.pairs.shipped import load_pair
-from smc_compile.program.from_model import _programs
+from smc_compile.program.from_model import programs
 
 transformers = pytest.importorskip("transformers")
 VOCAB = 11
@@ -120,11 +120,11 @@ def test_narrow_weights_compile_with_truncating_processors(dtype):
 @interpreted
 def test_settings_that_are_numbers_of_warpers_share_a_program(ours):
     ours(max_new_tokens=3, do_sample=True, top_p=0.8, seed=1)
-    before = len(_programs), list(_programs)[-1]
+    before = len(programs), list(programs)[-1]
     ours(max_new_tokens=7, do_sample=True, top_p=0.85, temperature=1.3, seed=2)
-    assert (len(_programs), list(_programs)[-1]) == before
+    assert (len(programs), list(programs)[-1]) == before
     ours(max_new_tokens=3, do_sample=True, typical_p=0.8, seed=1)
-    assert list(_programs)[-1] != before[1]
+    assert list(programs)[-1] != before[1]
 
 
 # ---- processors that read the text, ends, stops: token for token what the library's own greedy loop makes -----------

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from smc_compile import Generation, generate
 from smc_compile.errors import GenerationError, InputError, OptionError
-from smc_compile.program.from_model import _programs
 
 VOCAB = 7
 PROMPTS = torch.tensor([[6, 6, 1, 0, 2], [3, 3, 4, 1, 5], [6, 6, 6, 6, 2], [6, 2, 1, 0, 4]])
@@ -114,19 +113,17 @@ def test_settings_of_one_request_are_its_own(pair, method):
 
 
 def test_nothing_recompiles_when_settings_seeds_ends_caps_and_lengths_change(pair):
-    run(pair, n=6, temperature=0.8, top_p=0.9, eos_token_id=2)
-    program = list(_programs.values())[-1]
+    program = run(pair, n=6, temperature=0.8, top_p=0.9, eos_token_id=2).program
     before = {region.name: region.compilations for region in program.regions}
     run(pair, n=[9, 3, 4, 8], temperature=[0.4, 1.0, 2.0, 3.0], top_p=[0.5, 1.0, 0.7, 0.2], seed=[1, 2, 3, 4])
-    run(pair, n=7, top_p=0.3, eos_token_id=[[1], [1, 2, 3], [], [0]], attention_mask=MASK, stop_strings=None)
-    assert list(_programs.values())[-1] is program
+    last = run(pair, n=7, top_p=0.3, eos_token_id=[[1], [1, 2, 3], [], [0]], attention_mask=MASK, stop_strings=None)
+    assert last.program is program
     assert {region.name: region.compilations for region in program.regions} == before
 
 
 @interpreted
 def test_a_finished_request_leaves_when_a_smaller_batch_is_compiled(pair):
-    run(pair, PROMPTS[:1], 3)
-    session = list(_programs.values())[-1].session
+    session = run(pair, PROMPTS[:1], 3).program.session
     sizes: list[int] = []
     cycle = type(session)._next_cycle
     try:

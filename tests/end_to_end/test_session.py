@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from smc_compile import Generation, generate
 from smc_compile.errors import GenerationError
-from smc_compile.program.from_model import _programs
 from smc_compile.runtime.sessions.smc import MAX_TRIES
 
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -120,8 +119,7 @@ def test_after_resampling_the_caches_are_those_of_the_surviving_tokens(kind):
     target = CACHEABLE[kind](vocab=VOCAB).double()
     pair = target, perturbed(target, 0.5)
     with recorded_cycles() as cycles:
-        run(pair, n=13)
-    program = list(_programs.values())[-1]
+        program = run(pair, n=13).program
     prompts = PROMPTS.repeat_interleave(OPTIONS["n_particles"], 0)  # [R, P]
     assert sum(cycle.resampled for cycle in cycles[:-1]) >= 2
     for cycle in cycles[:-1]:  # nothing is copied after the last

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 import smc_compile
 from smc_compile import Generation, GenerationError, generate
 from smc_compile.errors import OptionError
-from smc_compile.program.from_model import _programs
 from smc_compile.runtime.state import slots
 from smc_compile.runtime.state.slots import Slots
 
@@ -363,15 +362,13 @@ def test_what_is_accepted_is_settled_at_once():
 
 def test_nothing_recompiles_when_the_call_changes():
     pair = pair_of("gpt", layers=1)
-    run(pair, n=6, temperature=0.8, top_p=0.9, eos_token_id=2)
-    program = list(_programs.values())[-1]
+    program = run(pair, n=6, temperature=0.8, top_p=0.9, eos_token_id=2).program
     before = {region.name: region.compilations for region in program.regions}
     assert before == {"draft_head": 1, "draft_step": 1, "score": 1, "accept": 1, "conclude": 1}
     run(pair, n=[9, 13, 4, 8], temperature=[0.4, 1.0, 2.0, 3.0], top_p=[0.5, 1.0, 0.7, 0.2], seed=[1, 2, 3, 4])
     longer = torch.cat([PROMPTS, PROMPTS], 1)
     run(pair, longer, n=17, top_p=0.3, eos_token_id=[[1], [1, 2, 3], [], [0]], seed=9)
-    run(pair, n=7, top_p=0.3, attention_mask=MASK)
-    assert list(_programs.values())[-1] is program
+    assert run(pair, n=7, top_p=0.3, attention_mask=MASK).program is program
     assert {region.name: region.compilations for region in program.regions} == before
 
 

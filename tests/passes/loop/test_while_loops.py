@@ -13,10 +13,9 @@ from helpers.refused_models import Bidirectional
 from torch import nn
 
 import smc_compile
-from smc_compile.backend import LoopFinder
 from smc_compile.errors import LoopError
 from smc_compile.passes.loop.recover import DecodeLoop, recover_loop
-from smc_compile.program.from_loop import step_text
+from smc_compile.program.loop_finder import LoopFinder, step_text
 
 V, P = 17, 4
 OPTIONS: dict[str, Any] = {"n_particles": 2, "lookahead": 2, "seed": 0, "compiler": "eager"}
@@ -317,7 +316,7 @@ def finder_of(fn: Any, *args: Any) -> tuple[LoopFinder, list[Any], list[Any]]:
     calls: list[list[Any]] = []
 
     def backend(gm, example_inputs):
-        found.append(LoopFinder(gm, example_inputs))
+        found.append(LoopFinder(gm))
 
         def run(*inputs):
             calls.append(list(inputs))

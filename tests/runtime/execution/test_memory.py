@@ -13,7 +13,6 @@ from helpers.toys import GRUStep
 
 from smc_compile import generate
 from smc_compile.errors import InputError
-from smc_compile.program.from_model import last_program
 from smc_compile.runtime.execution import memory
 from smc_compile.runtime.execution.incremental import CachedModel
 
@@ -93,8 +92,8 @@ def test_where_one_particle_is_too_many_there_is_other_advice(pair, monkeypatch)
 def test_the_state_of_a_model_of_its_own_counts(monkeypatch):
     model = GRUStep(7)
     free(monkeypatch, None)
-    generate(model, perturbed(model), IDS, **OPTIONS)
-    assert last_program().target.runtime.state_bytes(100) == model.initial_state(1)["h"].nbytes
+    program = generate(model, perturbed(model), IDS, **OPTIONS).program
+    assert program.target.runtime.state_bytes(100) == model.initial_state(1)["h"].nbytes
     free(monkeypatch, 10)
     with pytest.raises(InputError, match="do not fit into memory"):
         generate(model, perturbed(model), IDS, **OPTIONS)

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -27,7 +25,8 @@ from smc_compile import Generation, generate
 from smc_compile.errors import GenerationError, InputError, OptionError
 from smc_compile.inputs.requests import build_request, settings_of
 from smc_compile.kernels.copy_rows import RowCopy
-from smc_compile.program.from_model import last_program
+from smc_compile.program import from_model
+from smc_compile.program.lru import LRU
 from smc_compile.runtime.sessions import replay
 from smc_compile.runtime.sessions.replay import Answer, Asked, Recording, Replay
 from smc_compile.runtime.sessions.run import Run
@@ -104,7 +103,7 @@ def records(monkeypatch: pytest.MonkeyPatch) -> Records:
 
 def set_recorder(monkeypatch: pytest.MonkeyPatch, record: Any) -> None:
     monkeypatch.setattr("smc_compile.program.build.recorder_for", lambda *_: record)
-    monkeypatch.setattr(import_module("smc_compile.program.from_model"), "_programs", OrderedDict())
+    monkeypatch.setattr(from_model, "programs", LRU(from_model.KEPT))
 
 
 @pytest.fixture(scope="module")
@@ -156,9 +155,11 @@ def test_lengths_ends_and_requests_that_leave(records, pair, method):
     assert_same(run(pair, **options, eos_token_id=3), by_host(pair, **options, eos_token_id=3))
     run(pair, PROMPTS[:2], method=method)
     for _ in range(2):  # batches shrink to two requests, a size that has run
-        assert_same(run(pair, **options), by_host(pair, **options))
-    assert last_program().session._sizes == {2, 8}
-    assert len({r.run.request.batch for r in last_program().session._replay._recordings}) == 2
+        replayed = run(pair, **options)
+        assert_same(replayed, by_host(pair, **options))
+    session = replayed.program.session
+    assert session._sizes == {2, 8}
+    assert len({r.run.request.batch for r in session._replay._recordings}) == 2
 
 
 @interpreted
@@ -213,12 +214,12 @@ def test_compiled_regions_are_recorded_and_compile_once(monkeypatch, method):
     pair, options = (target, perturbed(target, 0.3)), {"compiler": "aot_eager", "method": method}
     ids = torch.tensor([[1, 5, 2, 7]])
     assert torch.equal(run(pair, ids, **options).sequences, by_host(pair, ids, **options).sequences)
-    run(pair, ids, **options)
-    compiled = {region.name: region.compilations for region in last_program().regions}
+    program = run(pair, ids, **options).program
+    compiled = {region.name: region.compilations for region in program.regions}
     assert all(count <= 1 for count in compiled.values()), compiled
     assert {"uniforms", {"smc": "weigh", "autoregressive": "close"}[method]} <= set(compiled)
-    run(pair, torch.tensor([[1, 5]]), n=9, seed=3, **options)
-    assert compiled == {region.name: region.compilations for region in last_program().regions}
+    assert run(pair, torch.tensor([[1, 5]]), n=9, seed=3, **options).program is program
+    assert compiled == {region.name: region.compilations for region in program.regions}
     assert len(recordings) == 1
 
 
@@ -258,7 +259,7 @@ def test_weights_are_read_at_every_call_wherever_they_are(records):
 @interpreted
 def test_calls_under_way_together_do_not_share_a_recording(records, pair):
     whole = [run(pair, PROMPTS[:1], n=20, seed=seed) for seed in (1, 2)]
-    session, settings = last_program().session, settings_of(1, temperature=1.0)
+    session, settings = whole[-1].program.session, settings_of(1, temperature=1.0)
     requests = [build_request(PROMPTS[:1], 20, torch.tensor([seed]), settings=settings) for seed in (1, 2)]
     asked = [session.cycles(request) for request in requests]
     for together in zip(*asked, strict=True):
@@ -271,7 +272,7 @@ def test_calls_under_way_together_do_not_share_a_recording(records, pair):
 @interpreted
 def test_a_call_that_has_grown_does_not_share_with_another(records, pair):
     whole = [run(pair, PROMPTS[:1], n=170, seed=seed) for seed in (1, 2)]
-    settings, session = settings_of(1, temperature=1.0), last_program().session
+    settings, session = settings_of(1, temperature=1.0), whole[-1].program.session
     first, second = (
         session.cycles(build_request(PROMPTS[:1], 170, torch.tensor([seed]), settings=settings)) for seed in (1, 2)
     )
@@ -288,8 +289,8 @@ def test_neither_weights_nor_requests_are_written_to(records, kind):
     """Position tables may be views of weights, and a request is the caller's."""
     target = CACHEABLE[kind](max_positions=300).double()
     pair, before = (target, perturbed(target, 0.3)), copy.deepcopy(target.state_dict())
-    run(pair, torch.ones(1, 128, dtype=torch.int64), n=128)  # tables of just the length that is recorded
-    generated, session, settings = len(records), last_program().session, settings_of(1, temperature=1.0)
+    session = run(pair, torch.ones(1, 128, dtype=torch.int64), n=128).program.session  # tables of the recorded length
+    generated, settings = len(records), settings_of(1, temperature=1.0)
     requests = [
         build_request(torch.full((1, length), 2), 128, torch.tensor([length]), settings=settings) for length in (9, 70)
     ]
@@ -318,14 +319,13 @@ def test_what_cannot_be_recorded_is_told_with_what_there_is(monkeypatch, pair):
 def test_recordings_are_kept_up_to_a_number(records, pair, monkeypatch):
     monkeypatch.setattr(replay, "KEPT", 2)
     for batch in (1, 2, 3, 4):
-        run(pair, PROMPTS[:batch])
-    assert len(last_program().session._replay._recordings) <= 3, "those kept, and the one in use"
+        result = run(pair, PROMPTS[:batch])
+    assert len(result.program.session._replay._recordings) <= 3, "those kept, and the one in use"
 
 
 @interpreted
 def test_recordings_give_their_memory_back_before_a_call_is_refused(records, pair, monkeypatch):
-    run(pair)
-    session = last_program().session
+    session = run(pair).program.session
     monkeypatch.setattr(
         "smc_compile.runtime.execution.memory.free_bytes", lambda _: 0 if session._replay._recordings else 2**40
     )

@@ -1,0 +1,105 @@
+"""Capture the graph that Dynamo makes of a Python function, without running it."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from smc_compile.errors import OptionError
+from smc_compile.program.loop_finder import LoopFinder
+
+
+@dataclass(frozen=True)
+class CapturedCall:
+    """One call of a captured function.
+
+    Attributes:
+        graph: what Dynamo made of the function; the same object as long as Dynamo's guards say that it fits.
+        arguments: what Dynamo hands to the graph in this call: tensors, and integers for sizes.
+    """
+
+    graph: LoopFinder
+    arguments: Sequence[Any]
+
+
+class Capture:
+    """A function whose graph is captured by one call and whose result is made by a second one.
+
+    Between the two its caller computes what the graph computes, outside of Dynamo. Dynamo's guards decide at every call
+    whether an earlier graph still fits: they look at the closures, globals, attributes and constants that the function
+    reads. A graph that fits is not traced again.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._traced = torch.compile(_own_code(function), backend=self._backend, fullgraph=True, dynamic=False)
+        self._outputs: Sequence[Any] | None = None
+
+    def captured(self, *args: Any, **kwargs: Any) -> CapturedCall | None:
+        """The graph of a call and its arguments; None where there is nothing to compute.
+
+        Code of the function behind the graph, which may write into objects of its caller, does not run.
+
+        Raises:
+            Exception: what Dynamo raises for code that it cannot trace, or the function itself while it is traced.
+        """
+        try:
+            self._traced(*args, **kwargs)
+        except _Captured as found:
+            return found.call
+        return None
+
+    def result(self, outputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+        """What the function returns for arguments that were captured before, with ``outputs`` as those of its graph."""
+        with self._answering(outputs):
+            return self._traced(*args, **kwargs)
+
+    @contextmanager
+    def _answering(self, outputs: Sequence[Any]) -> Iterator[None]:
+        self._outputs = outputs
+        try:
+            yield
+        finally:
+            self._outputs = None
+
+    def _backend(self, gm: fx.GraphModule, _: Any) -> Callable[..., Any]:
+        graph = LoopFinder(gm)
+
+        def stand_in(*arguments: Any) -> Sequence[Any]:
+            if self._outputs is None:
+                raise _Captured(CapturedCall(graph, arguments))
+            return self._outputs
+
+        return stand_in
+
+
+class _Captured(Exception):
+    """Brings a call's arguments out of the code that Dynamo compiled.
+
+    Returning from there would run the code behind the graph, which writes into attributes and containers of the caller:
+    with outputs that nobody has computed yet.
+    """
+
+    def __init__(self, call: CapturedCall) -> None:
+        super().__init__("captured")
+        self.call = call
+
+
+def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy with code of its own: Dynamo counts recompilations by code, and the function itself is left alone."""
+    if not isinstance(function, types.FunctionType):
+        raise OptionError("decode compiles a plain Python function", f"got {type(function).__name__}")
+    copy = types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
