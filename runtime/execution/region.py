@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 import types
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch._dynamo import eval_frame
 from torch._dynamo.utils import counters
+
+from smc_compile.runtime.execution.admitted_code import admitted_code, with_own_code
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Region:
@@ -44,42 +49,72 @@ class Region:
 
 
 class _Run(threading.local):
-    """What a thread is at: within it, arguments that go with tensors of equal layouts are alike too."""
+    """The run that this thread is in.
 
-    number: object = None
+    Within a run, calls of one function whose tensors are laid out alike are alike in all that Dynamo guards.
+    """
+
+    id: object = None  # None: in no run
 
 
 _run = _Run()
 
 
 def begin_run() -> None:
-    """What is compiled for this thread's calls is looked up anew: types, devices, caches and weights may be others."""
-    _run.number = object()
+    """Begin a run in this thread, in place of the one it is in: caches, prompts or rows are others from here on."""
+    _run.id = object()
+
+
+def with_own_run(steps: Callable[P, Iterator[T]]) -> Callable[P, Iterator[T]]:
+    """A generator function whose steps share a run that they begin, and leave their caller's run as it was.
+
+    Between two steps the caller may do anything, and a step may call a streamer that generates something else.
+    """
+
+    @functools.wraps(steps)
+    def apart(*args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
+        iterator, own = steps(*args, **kwargs), None
+        while True:
+            outer, _run.id = _run.id, own
+            try:
+                value = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                own, _run.id = _run.id, outer
+            yield value
+
+    return apart
 
 
 def compile_function(function: Callable[..., Any], name: str, compiler: str) -> Callable[..., Any]:
     """``function`` compiled for static shapes in one graph, apart for each number of rows.
 
-    Rows are the first axes of its tensors. Each number has a Dynamo cache of its own, so that no count of batch sizes
-    meets the limit of recompilations. Dynamo's guards cost as much as a small layer: they are checked once a run for
-    tensors of equal shapes and strides, after which the code that they admitted is called directly.
+    Rows are the first axes of its tensors. Each number has compiled code of its own, so that no count of batch sizes
+    meets Dynamo's limit of recompilations.
+
+    Dynamo's guards cost as much as a small layer. Within a run they are checked at the first call with tensors of these
+    shapes, strides and dtypes; later such calls run the code that was admitted then (see admitted_code.py). Outside a
+    run they are checked at every call.
     """
     compiled: dict[tuple[int, ...], tuple[types.FunctionType, Callable[..., Any]]] = {}
-    known = threading.local()
+    checking = threading.RLock()  # held from a call to the question which code it ran
+    known = _Known()
 
     def call(*args: Any) -> Any:
-        layouts = tuple([(a.shape, a.stride()) for a in args if isinstance(a, torch.Tensor)])
-        if getattr(known, "run", known) is not _run.number:  # ``known`` is nobody's run: a thread may begin none
-            known.run, known.code = _run.number, {}
+        layouts = tuple([(a.shape, a.stride(), a.dtype) for a in args if isinstance(a, torch.Tensor)])
+        if known.run is not _run.id:
+            known.run, known.code = _run.id, {}
         if layouts in known.code:
             return known.code[layouts](*args)
-        rows = tuple(shape[0] for shape, _ in layouts if shape)
-        if rows not in compiled:
-            own = _own_code(function, name)
-            compiled[rows] = own, torch.compile(own, fullgraph=True, dynamic=False, **lowered_by(compiler))
-        own, checked = compiled[rows]
-        result = checked(*args)
-        code = _admitted(own) if _run.number is not None else None
+        rows = tuple(shape[0] for shape, *_ in layouts if shape)
+        with checking:
+            if rows not in compiled:
+                own = with_own_code(function, name)
+                compiled[rows] = own, torch.compile(own, fullgraph=True, dynamic=False, **lowered_by(compiler))
+            own, checked = compiled[rows]
+            result = checked(*args)
+            code = None if _run.id is None else admitted_code(own)
         if code is not None:
             known.code[layouts] = code
         return result
@@ -87,32 +122,28 @@ def compile_function(function: Callable[..., Any], name: str, compiler: str) -> 
     return call
 
 
+class _Known(threading.local):
+    """Code of one function that this thread may call directly, by the layouts of its tensors."""
+
+    def __init__(self) -> None:
+        self.run: object = None  # of which run
+        self.code: dict[tuple[Any, ...], Callable[..., Any]] = {}
+
+
 def compiled_apart(function: Callable[..., Any], name: str, compiler: str, whole: bool) -> Callable[..., Any]:
-    """What follows a model in its region: it is compiled with the model, or by itself behind one that is not ``whole``:
-    Dynamo would look at all weights and caches of the region only to come to the pieces."""
+    """What follows a model in its region: left as it is behind a ``whole`` one, with which it is compiled.
+
+    Behind a model that calls compiled pieces it is compiled by itself: around the pieces, Dynamo would look at all
+    weights and caches of the region only to come to them.
+    """
     return function if whole else compile_function(function, name, compiler)
 
 
 def lowered_by(compiler: str) -> dict[str, Any]:
-    """What torch.compile is told: a backend by name, or Inductor with products chosen by timing (sessions record
-    graphs themselves)."""
+    """Arguments of torch.compile: a backend by name, or for "max-autotune" Inductor with products chosen by timing.
+
+    Inductor records no CUDA graphs: sessions record whole cycles themselves.
+    """
     if compiler == "max-autotune":
         return {"backend": "inductor", "options": torch._inductor.list_mode_options("max-autotune-no-cudagraphs")}
     return {"backend": compiler}
-
-
-def _admitted(function: types.FunctionType) -> Callable[..., Any] | None:
-    """The code that Dynamo's guards chose at the last call of ``function``; None where it ran as it was written."""
-    entries = eval_frame._debug_get_cache_entry_list(function.__code__)  # the last used stands first
-    if not entries or eval_frame._stance.stance != "default":
-        return None
-    return types.FunctionType(entries[0].code, function.__globals__, function.__name__, None, function.__closure__)
-
-
-def _own_code(function: Callable[..., Any], name: str) -> types.FunctionType:
-    """A copy with a code object of its own: Dynamo caches by code object, and regions must not share a cache."""
-    assert isinstance(function, types.FunctionType)
-    code = function.__code__.replace(co_name=f"smc_{name}")
-    copy = types.FunctionType(code, function.__globals__, f"smc_{name}", function.__defaults__, function.__closure__)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy

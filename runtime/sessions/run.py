@@ -16,7 +16,7 @@ from smc_compile.runtime.algorithms.next_token import Mixture, NextTokenDistribu
 from smc_compile.runtime.algorithms.tensors import mark_dynamic
 from smc_compile.runtime.algorithms.uniforms import Streams
 from smc_compile.runtime.execution.incremental import RuntimeModel
-from smc_compile.runtime.execution.region import begin_run
+from smc_compile.runtime.execution.region import begin_run, with_own_run
 from smc_compile.runtime.execution.text_processors import RequestProcessors
 from smc_compile.runtime.sessions.clock import Clock
 from smc_compile.runtime.state.population import Outcome, Population, assemble, outcome
@@ -152,6 +152,7 @@ class Run:
         return assemble([*self.outcomes, *now], self.asked, width, self.clock.fill(self.stats))
 
 
+@with_own_run
 def cycles(run: Run, models: Sequence[RuntimeModel], sizes: set[int], advance: Callable[[Run], None]) -> Iterator[None]:
     """Advance cycle by cycle until every request has finished. Batch sizes that have run are added to ``sizes``."""
     begin_run()

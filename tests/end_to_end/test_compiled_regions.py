@@ -16,7 +16,6 @@ from torch._dynamo.utils import counters
 
 from smc_compile import Generation, generate
 from smc_compile.options import COMPILERS
-from smc_compile.runtime.execution.region import begin_run, compile_function
 
 VOCAB = 17
 PROMPTS = torch.tensor([[5, 3, 11, 7], [1, 16, 0, 2]])
@@ -196,21 +195,3 @@ def test_a_stateful_pair_compiles_too(compiler):
         assert_same(result, generate(target, draft, PROMPTS, max_new_tokens=12, seed=3, **options))
         assert_same(again, generate(target, draft, PROMPTS[:, :3], max_new_tokens=20, seed=4, **options))
     assert result.stats.resamplings > 0
-
-
-def test_max_autotune_is_inductor_that_times_products(monkeypatch):
-    seen: list[tuple[str, Any]] = []
-    monkeypatch.setattr(torch, "compile", lambda f, *, backend, options=None, **_: seen.append((backend, options)) or f)
-    for compiler in COMPILERS:
-        compile_function(lambda x: x @ x, "product", compiler)(torch.eye(2))
-    tuned = {"max_autotune": True, "coordinate_descent_tuning": True}
-    assert seen == [("inductor", None), ("inductor", tuned), ("aot_eager", None), ("eager", None)]
-
-
-def test_arguments_of_equal_shapes_and_other_strides_are_told_apart():
-    """Within a run guards are skipped for what was seen before; compiled code reads by strides."""
-    begin_run()
-    double = compile_function(lambda x: x * 2, "double", "inductor")
-    wide, narrow = torch.randn(3, 2, 8), torch.randn(3, 8)
-    for x in (wide[:, 1], narrow, wide[:, 0], narrow.flip(0)):
-        assert torch.equal(double(x), 2 * x)

@@ -1,0 +1,112 @@
+"""What is read of Dynamo's private state means what we take it to mean.
+
+A failure here says that torch has changed it. ``admitted_code`` must then change too, or give None: guards are checked at
+every call then.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch._dynamo import eval_frame
+
+from smc_compile.runtime.execution.admitted_code import admitted_code, with_own_code
+
+
+class Backend:
+    """A backend that notes which of its graphs run."""
+
+    def __init__(self) -> None:
+        self.compiled = 0
+        self.ran: list[int] = []
+
+    def __call__(self, graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        number, self.compiled = self.compiled, self.compiled + 1
+
+        def run(*arguments: Any) -> Any:
+            self.ran.append(number)
+            return graph.forward(*arguments)
+
+        return run
+
+
+@pytest.fixture
+def backend() -> Backend:
+    return Backend()
+
+
+def doubled(x: Tensor) -> Tensor:
+    return x * 2
+
+
+INPUTS = [torch.ones(3), torch.ones(3, dtype=torch.float64), torch.ones(3, dtype=torch.int32), torch.ones(2, 2)]
+
+
+def test_private_names_of_dynamo_exist():
+    assert list(inspect.signature(eval_frame._debug_get_cache_entry_list).parameters) == ["code"]
+    assert eval_frame._stance.stance == "default"
+
+
+def test_nothing_is_admitted_before_a_call():
+    assert admitted_code(with_own_code(doubled, "doubled")) is None
+
+
+def test_the_code_of_the_last_call_is_found_among_all(backend):
+    """In every order: a list that were kept by age, or by first use, would give the code of another call."""
+    own = with_own_code(doubled, "doubled")
+    compiled = torch.compile(own, backend=backend, fullgraph=True, dynamic=False)
+    for x in (*INPUTS, *reversed(INPUTS), INPUTS[2], INPUTS[0], INPUTS[0], INPUTS[3]):
+        compiled(x)
+        code = admitted_code(own)
+        assert code is not None
+        assert torch.equal(code(x), 2 * x)
+        checked, direct = backend.ran[-2:]
+        assert direct == checked
+    assert backend.compiled == len(INPUTS), "calls of admitted code compile nothing"
+
+
+def test_admitted_code_checks_no_guards(backend):
+    """Which is what it is for: it was compiled for the number 2, and multiplies by 2 whatever it is given."""
+    own = with_own_code(lambda x, factor: x * factor, "scaled")
+    torch.compile(own, backend=backend, fullgraph=True, dynamic=False)(torch.ones(3), 2.0)
+    code = admitted_code(own)
+    assert code is not None
+    assert torch.equal(code(torch.ones(3), 5.0), torch.full((3,), 2.0))
+    assert backend.compiled == 1
+
+
+def test_closures_defaults_and_keywords_are_kept(backend):
+    offset = torch.ones(3)
+
+    def shifted(x: Tensor, by: float = 1.0, *, times: float = 3.0) -> Tensor:
+        return (x + by * offset) * times
+
+    own = with_own_code(shifted, "shifted")
+    assert own.__code__.co_name == "smc_shifted"
+    assert own.__code__ is not shifted.__code__
+    assert torch.equal(torch.compile(own, backend=backend, fullgraph=True)(offset), torch.full((3,), 6.0))
+    code = admitted_code(with_own_code(own, "again"))
+    assert code is None, "a copy shares no compiled code"
+
+    own = with_own_code(lambda x: x + offset, "closed")
+    torch.compile(own, backend=backend, fullgraph=True)(offset)
+    code = admitted_code(own)
+    assert code is not None
+    assert torch.equal(code(offset), 2 * offset)
+
+
+@pytest.mark.parametrize("stance", ["force_eager", "eager_on_recompile"])
+def test_a_stance_is_obeyed(backend, stance):
+    own = with_own_code(doubled, "doubled")
+    compiled = torch.compile(own, backend=backend, fullgraph=True)
+    compiled(INPUTS[0])
+    assert admitted_code(own) is not None
+    with torch.compiler.set_stance(stance):
+        compiled(INPUTS[0])
+        assert admitted_code(own) is None
+    assert admitted_code(own) is not None
