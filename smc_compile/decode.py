@@ -18,7 +18,8 @@ from smc_compile.backend import LoopFinder
 from smc_compile.errors import InputError, LoopError, OptionError, SMCError
 from smc_compile.options import Options
 from smc_compile.passes.loop.kv_loop import ShortPrompt
-from smc_compile.passes.loop.recover import DecodeLoop, OutputLayout
+from smc_compile.passes.loop.outputs import OutputLayout
+from smc_compile.passes.loop.recover import DecodeLoop
 from smc_compile.program.caller_caches import names_a_cache, own_copy, refuse_returned_cache
 from smc_compile.program.from_loop import LoopProgram, program_for, step_text
 from smc_compile.program.model_calls import traceable

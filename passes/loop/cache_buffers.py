@@ -22,10 +22,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from smc_compile.errors import LoopError
-from smc_compile.passes.loop.iterations import describe, flatten
+from smc_compile.passes.loop.iterations import describe
+from smc_compile.passes.loop.leaves import flatten, replace_leaves
 from smc_compile.passes.loop.op_tables import TensorInfo, is_random, mutated_inputs, op_name
 from smc_compile.passes.loop.padded_buffer import quiet_shapes
-from smc_compile.passes.loop.step_graph import replace_leaves
 from smc_compile.passes.loop.token_labels import on_cpu
 
 _KNOWN = 1 << 16  # integers are computed, not only their shapes, in tensors up to this size

@@ -22,18 +22,25 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from smc_compile.errors import LoopError
-from smc_compile.passes.closeness import TOLERANCE, relative_error
-from smc_compile.passes.loop.iterations import Iterations, Leaves, describe, flatten
+from smc_compile.passes.loop.iterations import Iterations, Leaves, describe
+from smc_compile.passes.loop.leaves import flatten, replace_leaves
 from smc_compile.passes.loop.op_tables import op_name, tensor_info
-from smc_compile.passes.loop.step_graph import replace_leaves
 
 _ALL_SIZES = frozenset(
     ["view", "reshape", "expand", "repeat", "tile", "broadcast_to", "unflatten", "split", "split_with_sizes", "narrow",
      "pad", "arange", "zeros", "ones", "empty", "rand", "randn", "new_zeros", "new_ones", "new_empty"]
 )  # fmt: skip
+
+
 _FIRST_SEQUENCE = frozenset(["full", "new_full"])  # the shape, not the value
+
+
 _SLICES = frozenset(["getitem", "setitem"])
+
+
 _BACKTRACKS = 64
+
+
 _CHECKED_LENGTHS = 12
 
 
@@ -58,8 +65,6 @@ def padding_of(iterations: Iterations, closure: Sequence[fx.Node]) -> tuple[int,
                 return (iterations.layouts.readings[node, source].columns or ())[iterations.length(0) :]
     return ()
 
-
-# ---- which numbers are lengths -------------------------------------------------------------------------------------
 
 Assignment = tuple[tuple[tuple[fx.Node, int], tuple[int, int]], ...]  # leaf -> (a, b); constants are left out
 
@@ -336,73 +341,6 @@ def last_positions(closure: Sequence[fx.Node], growing: Leaves) -> Leaves:
             elif not in_slice and not stops:
                 fixed[node, at] = -1
     return fixed
-
-
-# ---- measured: the step is the iteration --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PaddedIteration:
-    """An iteration as it was written and as it was rewritten; both return the token and what it is drawn from.
-
-    Attributes:
-        written: ``forward(buffer [B, L], length, *invariants)``.
-        rewritten: ``forward(ids [B, S], *invariants)``.
-        padding: the constants behind the prompt.
-        length: L.
-        sees_law: whether what the token is drawn from is returned too.
-    """
-
-    written: fx.GraphModule
-    rewritten: fx.GraphModule
-    padding: tuple[int, ...]
-    length: int
-    sees_distribution: bool
-
-    def check(self, prompt: torch.Tensor, invariants: Sequence[Any]) -> None:
-        """Compare the two on random histories of many lengths.
-
-        Raises:
-            LoopError: they differ, so the model reads the padding.
-        """
-        generator = torch.Generator().manual_seed(0)
-        prompt = prompt.detach().reshape(-1, prompt.shape[-1])
-        known = torch.tensor([*prompt.unique().tolist(), *self.padding])  # tokens that the model takes for sure
-        lengths = range(1, self.length, max(1, (self.length - 1) // _CHECKED_LENGTHS))
-        failures: list[int] = []
-        with torch.no_grad(), torch.random.fork_rng(devices=[prompt.device] if prompt.is_cuda else []):
-            for length in lengths:
-                cells = known[torch.randint(len(known), (len(prompt), self.length), generator=generator)]
-                cells[:, length:] = self.padding[-1]
-                buffer = cells.to(prompt)
-                torch.manual_seed(length)
-                expected = self.returned(self.written(buffer, length, *invariants))
-                torch.manual_seed(length)
-                actual = self.returned(self.rewritten(buffer[:, :length], *invariants))
-                if not _agree(actual, expected):
-                    failures.append(length)
-                if len(expected) > 1:
-                    known = torch.arange(max(value.shape[-1] for value in expected[1:]))
-        coarse = any(v.dtype in (torch.bfloat16, torch.float16) for v in expected[1:])
-        if len(failures) > (len(lengths) // 4 if coarse else 0):  # roundings may move a token across a cut-off
-            raise LoopError(
-                "The padded buffer of the decode loop is not read causally.",
-                f"with {failures[0]} tokens in a buffer of {self.length} the logits differ from those of the "
-                f"{failures[0]} tokens alone, so they depend on the padding",
-                "use a causal model (is_causal=True), or give it the filled part only, model(buf[:, :length])[:, -1]",
-            )
-
-    def returned(self, values: Any) -> tuple[torch.Tensor, ...]:
-        return values if self.sees_distribution else (values,)
-
-
-def _agree(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> bool:
-    if len(expected) == 1:
-        return torch.equal(actual[0], expected[0])
-    return all(
-        a.shape == e.shape and relative_error(a, e) <= TOLERANCE.get(e.dtype, 1e-4)
-        for a, e in zip(actual[1:], expected[1:], strict=True)
-    )
 
 
 def draw_inputs(token: fx.Node, closure: Sequence[fx.Node], draws: Sequence[fx.Node]) -> list[fx.Node]:

@@ -16,72 +16,38 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx
 
-from smc_compile.errors import LoopError
+from smc_compile.passes.loop.alike import compare_iterations
+from smc_compile.passes.loop.as_written import CachedIterations, PaddedIteration
 from smc_compile.passes.loop.concretise import Concrete, concretise
-from smc_compile.passes.loop.iterations import (
-    NO_CACHE,
-    Iterations,
-    Leaves,
-    compare_iterations,
-    describe,
-    iteration_nodes,
-)
-from smc_compile.passes.loop.kv_loop import CachedIterations, carries_cache, longest_text, recover_cached
+from smc_compile.passes.loop.iterations import Iterations, Leaves, describe, iteration_nodes
+from smc_compile.passes.loop.kv_loop import carries_cache, longest_text, recover_cached
 from smc_compile.passes.loop.lookups import simplify_lookups
 from smc_compile.passes.loop.ones_masks import drop_ones_masks
-from smc_compile.passes.loop.op_tables import TOKEN_DTYPES, is_draw, is_random, mutated_inputs, op_name, tensor_info
+from smc_compile.passes.loop.op_tables import TOKEN_DTYPES, is_draw, tensor_info
+from smc_compile.passes.loop.outputs import OutputLayout, _output_layout, _output_nodes
 from smc_compile.passes.loop.padded_buffer import (
-    PaddedIteration,
     draw_inputs,
     last_positions,
     padded_length,
     padding_of,
     resolve_lengths,
 )
+from smc_compile.passes.loop.refusals import (
+    _check_randomness,
+    _refuse_hidden_state,
+    _refuse_uncounted_tokens,
+    _refuse_unrecognised_feedback,
+)
 from smc_compile.passes.loop.step_graph import build_step
 from smc_compile.passes.loop.token_labels import Layouts, interpret
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class OutputLayout:
-    """How one output of the loop is put together.
-
-    Attributes:
-        segments: what follows what along time: "prompt", "tokens".
-        axes: the axes of the output, of "batch", "time" and "one" (an axis of size 1).
-        padding: constants in the columns after the segments.
-        dtype: of the output.
-    """
-
-    segments: tuple[str, ...]
-    axes: tuple[str, ...] = ("batch", "time")
-    padding: tuple[int, ...] = ()
-    dtype: torch.dtype = torch.int64
-
-    def build(self, prompt: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """The output for prompt [B, P] and tokens [B, n]."""
-        parts = {"prompt": prompt, "tokens": tokens}
-        columns = [parts[segment] for segment in self.segments]
-        if self.padding:
-            columns.append(tokens.new_tensor(self.padding).expand(tokens.shape[0], -1))
-        value = torch.cat(columns, dim=1).to(self.dtype)  # [B, time]
-        if "batch" not in self.axes:
-            value = value.squeeze(0)
-        elif self.axes.index("time") < self.axes.index("batch"):
-            value = value.t()
-        for axis, name in enumerate(self.axes):
-            if name == "one":
-                value = value.unsqueeze(axis)
-        return value
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,9 +193,6 @@ def _step(
     return step, invariants, PaddedIteration(written, rewritten, padding, length, bool(seen))
 
 
-# ---- tokens --------------------------------------------------------------------------------------------------------
-
-
 def _find_tokens(nodes: Sequence[fx.Node]) -> tuple[Layouts, list[fx.Node]] | None:
     """The prompt and the nodes whose results follow it in what the model reads or the function returns."""
     for prompt in filter(_may_be_prompt, nodes):
@@ -272,169 +235,6 @@ def _tokens_returned(layouts: Layouts, tokens: Sequence[fx.Node]) -> list[fx.Nod
     }
     late = [source for source in fresh if source is not None and layouts.order[source] > last]
     return sorted(late, key=layouts.order.__getitem__)
-
-
-def _refuse_unrecognised_feedback(nodes: Sequence[fx.Node]) -> None:
-    """Refuses a loop in which tokens are looked up again, though not as a sequence that starts with the prompt."""
-    if not any(_may_be_prompt(node) or is_random(node) for node in nodes):
-        return  # codebooks are looked up by argmax too
-    drawn: set[fx.Node] = set()  # depends on a draw
-    looked_up: set[fx.Node] = set()  # depends on a look-up of something drawn
-    writers: dict[int, fx.Node] = {}
-    for node in nodes:
-        sources = set(node.all_input_nodes)
-        sources |= {writers[i.storage] for s in node.all_input_nodes if (i := tensor_info(s)) and i.storage in writers}
-        if is_draw(node) and sources & looked_up:
-            raise LoopError(
-                "Tokens are drawn and fed back, but the decode loop could not be recovered.",
-                f"{describe(node)} depends on an earlier draw, yet no node reads prompt + tokens as one sequence",
-                "fill the buffer with a constant, torch.zeros instead of torch.empty: the model reads all of it"
-                if any(_is_uninitialised(other) for other in nodes)
-                else f"let the prompt be an integer tensor [B, P] given as an argument, and {NO_CACHE}",
-            )
-        lookup = op_name(node) in ("embedding", "index_select", "one_hot", "getitem")
-        places = {a for a in node.all_input_nodes if (i := tensor_info(a)) and i.dtype in TOKEN_DTYPES}
-        if sources & looked_up or (lookup and places & drawn and tensor_info(node) and _is_float(node)):
-            looked_up.add(node)
-        if is_draw(node) or sources & drawn:
-            drawn.add(node)
-            writers.update({i.storage: node for t in mutated_inputs(node) if (i := tensor_info(t))})
-            drawn.update(mutated_inputs(node))
-
-
-def _is_uninitialised(node: fx.Node) -> bool:
-    info = tensor_info(node)
-    return op_name(node) in ("empty", "new_empty", "empty_like") and info is not None and info.dtype in TOKEN_DTYPES
-
-
-def _is_float(node: fx.Node) -> bool:
-    info = tensor_info(node)
-    return info is not None and info.dtype.is_floating_point
-
-
-# ---- what may not be in an iteration -------------------------------------------------------------------------------------
-
-
-def _refuse_uncounted_tokens(concrete: Concrete, tokens: Sequence[fx.Node]) -> None:
-    """Each iteration of a while_loop must append one token, or the iterations that were not unrolled could not be counted."""
-    found = [token.meta.get("iteration") for token in tokens]
-    if concrete.unrolled and found != list(range(concrete.unrolled)):
-        raise LoopError(
-            "An iteration of torch.while_loop does not append one token to the sequence.",
-            f"{len(tokens)} tokens follow the prompt after {concrete.unrolled} iterations, up to {describe(tokens[-1])}",
-            "carry (i, buf), write the token that is drawn at column i, and return buf",
-        )
-
-
-def _refuse_hidden_state(nodes: Sequence[fx.Node]) -> None:
-    for node in nodes:
-        if "autocast" in op_name(node):
-            raise LoopError(
-                "The decode loop switches autocast on inside.",
-                f"{describe(node)} changes the precision of the operators after it",
-                "put the autocast around the call of the compiled function, or convert the model with model.to(dtype)",
-            )
-
-
-def _active_dropout(node: fx.Node) -> bool:
-    name = op_name(node)
-    if name == "scaled_dot_product_attention":
-        rate = node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0)
-        return rate not in (0, 0.0)
-    if "dropout" not in name:
-        return False
-    rate = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
-    training = node.kwargs.get("training", node.kwargs.get("train", node.args[2] if len(node.args) > 2 else True))
-    return bool(training) and rate not in (0, 0.0)
-
-
-def _check_randomness(nodes: Sequence[fx.Node], token: fx.Node) -> None:
-    """One source of randomness at most, the one that draws the token."""
-    for node in nodes:
-        if _active_dropout(node):
-            raise LoopError(
-                "The model is in training mode with dropout.",
-                f"{describe(node)} drops values at random",
-                "call model.eval() before compiling",
-            )
-    noise = [node for node in nodes if is_random(node)]
-    if len(noise) > 1:
-        raise LoopError(
-            "An iteration of the decode loop draws random numbers more than once.",
-            f"{describe(noise[0])} and {describe(noise[1])}; only the draw of the token may be random",
-            "remove the other noise, or call model.eval()",
-        )
-    if not any(is_draw(node) for node in nodes):
-        raise LoopError(
-            "The tokens of the decode loop are not drawn.",
-            f"{describe(token)} follows the prompt, but depends on no sampling and no argmax",
-            "draw each token with torch.multinomial(probs, 1) or logits.argmax(-1)",
-        )
-    if mutated_inputs(token):
-        raise LoopError(
-            "A token is changed after it was drawn.",
-            f"{describe(token)} writes to it in place, at places that depend on values",
-            "leave the end-of-sequence handling out of the loop and pass eos_token_id instead",
-        )
-
-
-# ---- outputs -------------------------------------------------------------------------------------------------------
-
-
-def _output_nodes(nodes: Sequence[fx.Node]) -> list[Any]:
-    returned = nodes[-1].args[0]
-    return list(returned) if isinstance(returned, tuple | list) else [returned]
-
-
-def _output_layout(iterations: Iterations, output: Any, remaining: int = 0) -> OutputLayout:
-    layouts = iterations.layouts
-    labels = layouts.outputs.get(output) if isinstance(output, fx.Node) else None
-    if labels is None:
-        found = describe(output) if isinstance(output, fx.Node) else repr(output)
-        what, fix = "Only tokens can be returned from a decode loop.", "return the token ids and nothing else"
-        raise LoopError(what, f"{found} is returned, which is not made of tokens", fix)
-    info = tensor_info(output)
-    assert info is not None
-    parts = dict(zip(("prompt", "tokens"), layouts.labels(iterations.tokens), strict=True))
-    for segments in (("prompt", "tokens"), ("tokens",), ("prompt",)):
-        length = sum(parts[segment].shape[1] for segment in segments)
-        for axes in _axes(tuple(labels.shape), layouts.batch, length):
-            pads = labels.shape[axes.index("time")] - length
-            last_row = labels.movedim(axes.index("time"), -1).reshape(-1, labels.shape[axes.index("time")])[-1]
-            padding = last_row[len(last_row) - pads :].tolist()
-            layout = OutputLayout(segments, axes, tuple(padding))
-            same = not any(layouts.source(value) for value in padding) and torch.equal(
-                layout.build(parts["prompt"], parts["tokens"]), labels
-            )
-            if same and ("tokens" not in segments or pads >= remaining):  # later iterations write over padding
-                rest = padding[remaining:] if "tokens" in segments else padding
-                return OutputLayout(segments, axes, tuple(rest), info.dtype)
-    columns = _columns_in_words(iterations, labels)
-    raise LoopError(
-        "An output of the decode loop is not the whole sequence.",
-        f"{describe(output)} of shape {tuple(labels.shape)} holds {columns}",
-        "return prompt + tokens, or all tokens as one tensor (torch.stack or torch.cat a list of tokens)",
-    )
-
-
-def _columns_in_words(iterations: Iterations, labels: torch.Tensor) -> str:
-    by_row = labels.reshape(iterations.layouts.batch, -1) if labels.ndim else labels.reshape(1, 1)
-    return iterations.spell(tuple(by_row[0].tolist()))
-
-
-def _axes(shape: tuple[int, ...], batch: int, length: int) -> Iterator[tuple[str, ...]]:
-    """Readings of a shape as batch, time and axes of size 1."""
-    if len(shape) > 4:
-        return
-    for axes in itertools.product(("batch", "time", "one"), repeat=len(shape)):
-        if axes.count("time") != 1 or axes.count("batch") > 1 or (batch > 1 and "batch" not in axes):
-            continue
-        if axes.count("one") and "batch" not in axes:
-            continue
-        sizes = {"batch": batch, "one": 1}
-        pairs = list(zip(axes, shape, strict=True))
-        if all(size >= length if axis == "time" else size == sizes[axis] for axis, size in pairs):
-            yield axes
 
 
 def _report(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
@@ -14,6 +13,7 @@ from smc_compile.passes.loop.iterations import (
     Iterations,
     Leaves,
 )
+from smc_compile.passes.loop.leaves import replace_leaves
 
 _KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
@@ -90,24 +90,3 @@ def _emit_sizes(
         value = length if slope == 1 else graph.call_function(operator.mul, (length, slope))
         sizes[slope, offset] = graph.call_function(operator.add, (value, offset)) if offset else value
     return sizes
-
-
-def replace_leaves(node: fx.Node, leaves: dict[int, Any], inputs: dict[fx.Node, fx.Node]) -> tuple[Any, Any]:
-    """The arguments of a node with its inputs, and some leaves, numbered as by `flatten`, replaced."""
-    numbers = itertools.count()
-    return _replace(node.args, numbers, leaves, inputs), _replace(dict(node.kwargs), numbers, leaves, inputs)
-
-
-def _replace(arg: Any, numbers: Iterator[int], leaves: dict[int, Any], inputs: dict[fx.Node, fx.Node]) -> Any:
-    at = next(numbers)
-    if isinstance(arg, slice):
-        next(numbers)  # `flatten` lists a slice as "slice", then as a sequence of three
-        return slice(*(_replace(item, numbers, leaves, inputs) for item in (arg.start, arg.stop, arg.step)))
-    if isinstance(arg, dict):
-        next(numbers)
-        done = {key: _replace(arg[key], numbers, leaves, inputs) for key in sorted(arg)}
-        return {key: done[key] for key in arg}
-    if isinstance(arg, tuple | list):
-        items = [_replace(item, numbers, leaves, inputs) for item in arg]
-        return items if isinstance(arg, list) else tuple(items)
-    return inputs[arg] if isinstance(arg, fx.Node) else leaves.get(at, arg)
