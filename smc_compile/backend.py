@@ -11,8 +11,9 @@ from torch import fx
 
 from smc_compile.errors import LoopError, OptionError, SMCError
 from smc_compile.options import Options
-from smc_compile.passes.loop.op_tables import is_draw
-from smc_compile.passes.loop.recover import DecodeLoop, recover_loop
+from smc_compile.passes.loop.draws import is_draw
+from smc_compile.passes.loop.recover import DecodeLoop
+from smc_compile.passes.pipeline import recover_loop
 from smc_compile.program.from_loop import program_for, step_text
 
 log = logging.getLogger(__name__)

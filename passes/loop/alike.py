@@ -1,4 +1,4 @@
-"""TODO."""
+"""The proof that all iterations of an unrolled loop are one step: they are compared call by call."""
 
 from __future__ import annotations
 
@@ -10,21 +10,36 @@ import torch
 from torch import fx
 
 from smc_compile.errors import LoopError
-from smc_compile.passes.loop.iterations import NO_CACHE, Iterations, Leaves, describe
-from smc_compile.passes.loop.leaves import flatten
-from smc_compile.passes.loop.op_tables import op_name, plain_tensor
+from smc_compile.passes.fx_tools import describe, op_name
+from smc_compile.passes.loop.iterations import Iterations
+from smc_compile.passes.loop.leaves import Leaf, flatten
+from smc_compile.passes.loop.lengths import Lengths, Sample, Uneven, fit_all, is_integer
+from smc_compile.passes.loop.refusals import NO_CACHE
+from smc_compile.passes.loop.tensor_info import plain_tensor
 
-Varying = dict[
-    tuple[fx.Node, int], dict[int, int]
-]  # (node of iteration 0, leaf) -> value by iteration, where it differs
+Varying = dict[Leaf, dict[int, int]]  # integer of iteration 0 -> its values in the iterations where it differs
 
 
-def compare_iterations(iterations: Iterations) -> Leaves:
-    """Proves that every iteration equals iteration 0 node by node, up to integers a*S + b; returns (a, b) of those."""
+def compare_iterations(iterations: Iterations) -> Lengths:
+    """The integers of iteration 0 that grow with the text; all other arguments are the same in every iteration.
+
+    Raises:
+        LoopError: an iteration differs from iteration 0 in something else than an integer a*S + b.
+    """
     varying: Varying = defaultdict(dict)
     for iteration in range(1, len(iterations.tokens)):
         _compare_iteration(iterations, iteration, varying)
-    return {key: _affine(iterations, key, values) for key, values in varying.items()}
+    try:
+        return fit_all({leaf: _samples(iterations, leaf, values) for leaf, values in varying.items()})
+    except Uneven as error:
+        raise _grows_unevenly(iterations, error) from None
+
+
+def _samples(iterations: Iterations, leaf: Leaf, values: dict[int, int]) -> list[Sample]:
+    """The value of an integer in every iteration, beside the length that the iteration reads."""
+    node, at = leaf
+    first = flatten(node)[at]
+    return [(iterations.length(number), values.get(number, first)) for number in range(len(iterations.tokens))]
 
 
 def _compare_iteration(iterations: Iterations, iteration: int, varying: Varying) -> None:
@@ -69,7 +84,7 @@ def _compare_calls(iterations: Iterations, first: fx.Node, other: fx.Node, itera
         if isinstance(leaf, fx.Node) and isinstance(counterpart, fx.Node):
             if not _read_alike(iterations, (first, leaf), (other, counterpart), iteration):
                 raise _unlike(first, other, iteration, f"`{leaf.name}`", f"`{counterpart.name}`")
-        elif _is_int(leaf) and _is_int(counterpart):
+        elif is_integer(leaf) and is_integer(counterpart):
             if leaf != counterpart:
                 varying[first, i][iteration] = counterpart
         elif not _same_constant(leaf, counterpart):
@@ -101,26 +116,15 @@ def _same_constant(leaf: Any, other: Any) -> bool:
     return type(leaf) is type(other) and leaf == other
 
 
-def _is_int(leaf: Any) -> bool:
-    return isinstance(leaf, int) and not isinstance(leaf, bool)
-
-
-def _affine(iterations: Iterations, key: tuple[fx.Node, int], values: dict[int, int]) -> tuple[int, int]:
-    """a, b with value = a*S + b for every iteration, S being the length that the iteration reads."""
-    node, leaf = key
-    base = flatten(node)[leaf]
-    slope = values.get(1, base) - base
-    offset = base - slope * iterations.length(0)
-    for iteration in range(len(iterations.tokens)):
-        value = values.get(iteration, base)
-        if value != slope * iterations.length(iteration) + offset:
-            why = f"{describe(node)} uses {base} in iteration 0, {values.get(1, base)} in iteration 1 and {value} in iteration {iteration}"
-            raise LoopError(
-                "An integer of the decode loop does not grow evenly from iteration to iteration.",
-                why + "; only a*S + b can be generalised, S being the sequence length",
-                "compute shapes and positions from ids.shape[1] by sums and constant multiples only",
-            )
-    return slope, offset
+def _grows_unevenly(iterations: Iterations, error: Uneven) -> LoopError:
+    (_, first), (_, second) = error.samples[:2]
+    length, value = error.off
+    return LoopError(
+        "An integer of the decode loop does not grow evenly from iteration to iteration.",
+        f"{describe(error.leaf[0])} uses {first} in iteration 0, {second} in iteration 1 and {value} in iteration "
+        f"{length - iterations.length(0)}; only a*S + b can be generalised, S being the sequence length",
+        "compute shapes and positions from ids.shape[1] by sums and constant multiples only",
+    )
 
 
 def _unlike(first: fx.Node, other: fx.Node, iteration: int, value: str, counterpart: str) -> LoopError:

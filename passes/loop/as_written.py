@@ -1,7 +1,12 @@
-"""TODO."""
+"""The step beside the loop as it was written: both are run on random tokens, and what tokens are drawn from is compared.
+
+What the passes assume of a model and do not prove is measured here, on real weights: that a padded buffer is read causally,
+and that a loop keeps its cache.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,21 +15,25 @@ import torch
 from torch import fx
 
 from smc_compile.errors import LoopError
-from smc_compile.passes.closeness import NARROW, TOLERANCE, relative_error
-from smc_compile.passes.loop.iterations import describe
-from smc_compile.passes.loop.kv_loop import FROM_IDS, NO_END, log
-from smc_compile.passes.loop.op_tables import (
-    is_draw,
-    is_random,
-    mutated_inputs,
-    op_name,
-)
-from smc_compile.passes.loop.padded_buffer import _CHECKED_LENGTHS
+from smc_compile.passes.closeness import NARROW, allowed_error, coarsest_dtype, relative_error
+from smc_compile.passes.fx_tools import describe, mutated_inputs, op_name, reachable
+from smc_compile.passes.loop.concretise import Concrete, concretise
+from smc_compile.passes.loop.draws import is_draw, is_random
+from smc_compile.passes.loop.iterations import Iterations
+from smc_compile.passes.loop.lengths import longest_text, symbolic_length
+from smc_compile.passes.loop.refusals import FROM_IDS, NO_END
+
+log = logging.getLogger(__name__)
+_MORE = 40  # tokens that a prompt is longer by in the second comparison: a cropped cache shows there
+_CHECKED_LENGTHS = 12  # about how many lengths of text a padded buffer is compared at
+
+
+# ---- a cache -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class CachedIterations:
-    """The loop as it was written, beside the step that replaces it.
+    """A loop with a cache as it was written, beside the step that replaces it.
 
     Attributes:
         graph: the loop, for the prompt's own length; its constants are in ``root``.
@@ -50,27 +59,29 @@ class CachedIterations:
         draws = self.draws()
         worst = self.difference(self.graph, draws, arguments)
         if self.longer is not None:
-            numbers = {node: at for at, node in enumerate(self.graph.nodes)}
-            nodes = list(self.longer.nodes)
-            there = [Draw(tuple(nodes[numbers[n]] for n in d.nodes), nodes[numbers[d.token]]) for d in draws]
-            at = [n for n in self.graph.nodes if n.op == "placeholder"].index(self.prompt)
-            text = arguments[at]
-            more = text.repeat(*(1,) * (text.dim() - 1), 2 + self.more // text.shape[-1])
-            longer = [*arguments[:at], more[..., : text.shape[-1] + self.more], *arguments[at + 1 :]]
+            twins = dict(zip(self.graph.nodes, self.longer.nodes, strict=True))
+            there = [Draw(tuple(twins[node] for node in draw.nodes), twins[draw.token]) for draw in draws]
             try:
-                worst = max(worst, self.difference(self.longer, there, longer))
+                worst = max(worst, self.difference(self.longer, there, self.with_longer_prompt(arguments)))
             except _Fails:  # longer than the positions of the model
                 log.debug("the loop was not compared on a longer prompt")
         log.debug("the step agrees with %d iterations to %.1e", len(self.tokens), worst)
         return worst
 
+    def with_longer_prompt(self, arguments: Sequence[Any]) -> list[Any]:
+        """The arguments with a prompt that is repeated until it has ``more`` tokens more."""
+        at = self.graph.find_nodes(op="placeholder").index(self.prompt)
+        text = arguments[at]
+        repeated = text.repeat(*(1,) * (text.dim() - 1), 2 + self.more // text.shape[-1])
+        return [*arguments[:at], repeated[..., : text.shape[-1] + self.more], *arguments[at + 1 :]]
+
     def difference(self, graph: fx.Graph, draws: Sequence[Draw], arguments: Sequence[Any]) -> float:
-        """The largest relative difference over all iterations.
+        """The largest relative difference over all iterations, for ``self.graph`` or its twin for longer prompts.
 
         Raises:
             LoopError: it is too large.
         """
-        given = dict(zip((n for n in self.graph.nodes if n.op == "placeholder"), arguments, strict=True))
+        given = dict(zip(self.graph.find_nodes(op="placeholder"), arguments, strict=True))
         prompt = given[self.prompt]
         ids = prompt.reshape(-1, prompt.shape[-1])
         with torch.no_grad(), torch.random.fork_rng(devices=[ids.device] if ids.is_cuda else []):
@@ -78,7 +89,7 @@ class CachedIterations:
             as_written = _Recorder(fx.GraphModule(self.root, graph), draws)
             as_written.run_all([_copied(value) for value in arguments])
             self.refuse_conditions(as_written.seen)
-            coarsest = _coarsest([*arguments, *as_written.seen[0]])
+            coarsest = coarsest_dtype([*arguments, *as_written.seen[0]])
             worst = 0.0
             for iteration, expected in enumerate(as_written.seen):
                 rewritten = _Recorder(self.step, [_draw(list(self.step.graph.nodes), _token(self.step))])
@@ -106,7 +117,8 @@ class CachedIterations:
             if ops[0] != ops[1]:
                 raise LoopError(
                     "The iterations of the decode loop do not draw their tokens alike.",
-                    f"iteration 0 draws by {', '.join(ops[0])}; iteration {at} by {', '.join(ops[1])}, at {describe(token)}",
+                    f"iteration 0 draws by {', '.join(ops[0])}; iteration {at} by {', '.join(ops[1])}, "
+                    f"at {describe(token)}",
                     f"sample in the same way after the first call as after the others; {NO_END}",
                 )
         return found
@@ -124,26 +136,48 @@ class CachedIterations:
     def compare(
         self, iteration: int, actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], dtype: torch.dtype
     ) -> float:
+        """The relative difference of what one token is drawn from.
+
+        Raises:
+            LoopError: it is more than rounding explains in this dtype.
+        """
         error = float("inf")
         floats = [[v for v in values if v.dtype.is_floating_point] for values in (actual, expected)]
         if floats[0] and len(floats[0]) == len(floats[1]):
             pairs = list(zip(*floats, strict=True))
             if all(a.numel() == e.numel() for a, e in pairs):
                 error = max(relative_error(a.reshape(e.shape), e, dtype in NARROW) for a, e in pairs)
-        if error <= TOLERANCE.get(dtype, 1e-4):
+        if error <= allowed_error(dtype):
             return error
         raise LoopError(
             "The loop with its cache does not compute what the model computes on all tokens so far.",
-            f"what token {iteration} is drawn from, at {describe(self.tokens[iteration])}, differs from the first call's on "
-            f"prompt + {iteration} tokens by {error:.1e} of its spread, allowed {TOLERANCE.get(dtype, 1e-4):.0e}",
-            "keep the whole cache from iteration to iteration (no cropping, no reset, one model, positions that go on counting); "
-            "or write the loop without a cache, model(ids)[:, -1]: the compiler makes its own",
+            f"what token {iteration} is drawn from, at {describe(self.tokens[iteration])}, differs from the first call's "
+            f"on prompt + {iteration} tokens by {error:.1e} of its spread, allowed {allowed_error(dtype):.0e}",
+            "keep the whole cache from iteration to iteration (no cropping, no reset, one model, positions that go on "
+            "counting); or write the loop without a cache, model(ids)[:, -1]: the compiler makes its own",
         )
+
+
+def cached_iterations(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    concrete: Concrete,
+    iterations: Iterations,
+    step: fx.GraphModule,
+    invariants: Sequence[fx.Node],
+) -> CachedIterations:
+    """The loop as it was written, also for a longer prompt if Dynamo traced it for any."""
+    prompt, length = iterations.layouts.prompt, iterations.layouts.prompt_length
+    size, end = symbolic_length(prompt), longest_text(prompt)
+    more = _MORE if end is None else min(_MORE, end - len(iterations.tokens) - length)
+    longer = concretise(gm, example_inputs, {size: length + more}).graph if size is not None and more > 0 else None
+    tokens = tuple(iterations.tokens)
+    return CachedIterations(gm, concrete.graph, longer, more, prompt, tokens, step, tuple(invariants))
 
 
 @dataclass(frozen=True)
 class Draw:
-    """The nodes from the first that is random, or picks the token, to the token."""
+    """How an iteration draws its token: the nodes from the first that is random, or picks the token, to the token."""
 
     nodes: tuple[fx.Node, ...]
     token: fx.Node
@@ -151,10 +185,8 @@ class Draw:
 
 def _draw(nodes: Sequence[fx.Node], token: fx.Node) -> Draw:
     """How a token is drawn, among the nodes of its iteration."""
-    allowed, needed = set(nodes), {token}
-    for node in reversed(nodes):
-        if node in needed:
-            needed.update(source for source in node.all_input_nodes if source in allowed)
+    allowed = set(nodes)
+    needed = reachable([token], lambda node: [source for source in node.all_input_nodes if source in allowed])
     random = [node for node in nodes if node in needed and is_random(node)]
     picks = [node for node in nodes if node in needed and is_draw(node)]
     drawing = set(random) or set(picks[-1:])
@@ -168,16 +200,21 @@ def _draw(nodes: Sequence[fx.Node], token: fx.Node) -> Draw:
 
 
 class _Fails(LoopError):
-    """The loop as it was written fails on its own."""
+    """The loop as it was written cannot be run with these arguments."""
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a graph, notes what each token is drawn from, and puts random tokens in the place of those drawn."""
+    """Runs a graph, notes what each token is drawn from, and replaces the tokens that it draws by random ones.
+
+    Attributes:
+        seen: for each draw, the tensors that it reads.
+        drawn: for each draw, the token that replaced its result, [B, 1].
+    """
 
     def __init__(self, module: fx.GraphModule, draws: Sequence[Draw]) -> None:
         super().__init__(module)
         self.seen: list[list[torch.Tensor]] = [[] for _ in draws]
-        self.drawn: list[torch.Tensor] = []  # [B, 1] each
+        self.drawn: list[torch.Tensor] = []
         self.reads = {node: at for at, draw in enumerate(draws) for node in draw.nodes}
         self.ends = {draw.token: at for at, draw in enumerate(draws)}
         self.generator = torch.Generator().manual_seed(0)
@@ -219,26 +256,24 @@ def _token(step: fx.GraphModule) -> fx.Node:
 
 
 def _copied(value: Any) -> Any:
-    """Arguments are written to; parameters are not, and large."""
+    """A copy of an argument that the loop may write to; parameters are large and are not written to."""
     is_buffer = isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter)
     return value.clone() if is_buffer else value
 
 
-def _coarsest(values: Sequence[Any]) -> torch.dtype:
-    present = {v.dtype for v in values if isinstance(v, torch.Tensor) and v.dtype.is_floating_point}
-    return next((d for d in (torch.bfloat16, torch.float16, torch.float32) if d in present), torch.float64)
+# ---- a padded buffer ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class PaddedIteration:
-    """An iteration as it was written and as it was rewritten; both return the token and what it is drawn from.
+    """An iteration as it was written and as it was rewritten.
 
     Attributes:
-        written: ``forward(buffer [B, L], length, *invariants)``.
-        rewritten: ``forward(ids [B, S], *invariants)``.
+        written: ``forward(buffer [B, L], length, *invariants) -> token``.
+        rewritten: ``forward(ids [B, S], *invariants) -> token``.
         padding: the constants behind the prompt.
         length: L.
-        sees_law: whether what the token is drawn from is returned too.
+        sees_distribution: whether both return ``(token, *what it is drawn from)``.
     """
 
     written: fx.GraphModule
@@ -248,14 +283,16 @@ class PaddedIteration:
     sees_distribution: bool
 
     def check(self, prompt: torch.Tensor, invariants: Sequence[Any]) -> None:
-        """Compare the two on random histories of many lengths.
+        """Compare the two on random texts of many lengths.
 
         Raises:
             LoopError: they differ, so the model reads the padding.
         """
         generator = torch.Generator().manual_seed(0)
         prompt = prompt.detach().reshape(-1, prompt.shape[-1])
-        known = torch.tensor([*prompt.unique().tolist(), *self.padding])  # tokens that the model takes for sure
+        known = torch.tensor(
+            [*prompt.unique().tolist(), *self.padding]
+        )  # ids that the model surely has; all of them once its rows were seen
         lengths = range(1, self.length, max(1, (self.length - 1) // _CHECKED_LENGTHS))
         failures: list[int] = []
         with torch.no_grad(), torch.random.fork_rng(devices=[prompt.device] if prompt.is_cuda else []):
@@ -271,7 +308,7 @@ class PaddedIteration:
                     failures.append(length)
                 if len(expected) > 1:
                     known = torch.arange(max(value.shape[-1] for value in expected[1:]))
-        coarse = any(v.dtype in (torch.bfloat16, torch.float16) for v in expected[1:])
+        coarse = any(v.dtype in NARROW for v in expected[1:])
         if len(failures) > (len(lengths) // 4 if coarse else 0):  # roundings may move a token across a cut-off
             raise LoopError(
                 "The padded buffer of the decode loop is not read causally.",
@@ -288,6 +325,6 @@ def _agree(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> 
     if len(expected) == 1:
         return torch.equal(actual[0], expected[0])
     return all(
-        a.shape == e.shape and relative_error(a, e) <= TOLERANCE.get(e.dtype, 1e-4)
+        a.shape == e.shape and relative_error(a, e) <= allowed_error(e.dtype)
         for a, e in zip(actual[1:], expected[1:], strict=True)
     )

@@ -1,37 +1,21 @@
-"""The iterations of an unrolled loop: which nodes belong to each, and the proof that all are alike."""
+"""The iterations of an unrolled loop: which nodes belong to each, and what each reads of the text."""
 
 from __future__ import annotations
 
 import heapq
-import os
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
 from torch import fx
 
 from smc_compile.errors import LoopError
-from smc_compile.passes.loop.op_tables import mutated_inputs, op_name, tensor_info
+from smc_compile.passes.fx_tools import describe, mutated_inputs, op_name
+from smc_compile.passes.loop.refusals import NO_CACHE
+from smc_compile.passes.loop.tensor_info import tensor_info
 from smc_compile.passes.loop.token_labels import Layouts
 
 _COMPARISONS = frozenset(["eq", "ne", "isin", "lt", "le", "gt", "ge", "where", "logical_or", "or_", "and_", "any"])
-
-
-def user_line(node: fx.Node) -> str:
-    """The last line of user code that led to a node, as ``file.py:12: code``."""
-    frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*(?:\n    ([^\n]*))?', node.meta.get("stack_trace") or "")
-    own = [frame for frame in frames if not frame[0].startswith(_TORCH_ROOT)] or frames
-    if not own:
-        return "(no source line recorded)"
-    path, number, code = own[-1]
-    return f"{os.path.basename(path)}:{number}: {code.strip()}"
-
-
-def describe(node: fx.Node) -> str:
-    return f"`{node.name}` ({op_name(node) or node.op}) at {user_line(node)}"
 
 
 @dataclass
@@ -65,6 +49,12 @@ class Iterations:
         length, columns = self.length(iteration), reading.columns
         whole = columns[:length] == self.history[:length]
         return len(columns) if whole and all(self.layouts.source(c) is None for c in columns[length:]) else None
+
+    def texts_read(self, nodes: Sequence[fx.Node]) -> dict[tuple[fx.Node, fx.Node], tuple[int, ...]]:
+        """Where nodes of iteration 0 read its text: (reader, source) -> the axes before the text's, () or (B,)."""
+        pairs = [(node, source) for node in nodes for source in node.all_input_nodes]
+        found = [pair for pair in pairs if self.reads_history(*pair, 0)]
+        return {pair: (self.layouts.batch,) if self.layouts.readings[pair].ndim == 2 else () for pair in found}
 
     def length(self, iteration: int) -> int:
         return self.layouts.prompt_length + iteration
@@ -166,15 +156,3 @@ def iteration_nodes(iterations: Iterations, iteration: int) -> list[fx.Node]:
                 found.add(source)
                 heapq.heappush(queue, -order[source])
     return sorted(found, key=order.__getitem__)
-
-
-Leaves = dict[tuple[fx.Node, int], Any]  # (node of iteration 0, leaf) -> (a, b) for a*S + b
-
-
-_TORCH_ROOT = os.path.dirname(torch.__file__)
-
-
-NO_CACHE = (
-    "call the model on all tokens so far, model(ids)[:, -1], without a KV cache (use_cache=False): "
-    "the compiler inserts the cache itself"
-)

@@ -1,16 +1,18 @@
-"""TODO."""
+"""The leaves of a call: its arguments without their nesting, each with a number."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import fx
 
+Leaf = tuple[fx.Node, int]  # a call and the number of one of its leaves
+
 
 def flatten(node: fx.Node) -> list[Any]:
-    """The leaves of a call's arguments, with the shape of their nesting among them."""
+    """The leaves of a call's arguments in order; words such as "slice" and "sequence of 2" among them tell the nesting."""
     leaves: list[Any] = []
     _flatten(node.args, leaves)
     _flatten(dict(node.kwargs), leaves)
@@ -32,13 +34,13 @@ def _flatten(arg: Any, leaves: list[Any]) -> None:
     leaves.append(arg)
 
 
-def replace_leaves(node: fx.Node, leaves: dict[int, Any], inputs: dict[fx.Node, fx.Node]) -> tuple[Any, Any]:
-    """The arguments of a node with its inputs, and some leaves, numbered as by `flatten`, replaced."""
+def replace_leaves(node: fx.Node, leaves: Mapping[int, Any], inputs: Mapping[fx.Node, Any]) -> tuple[Any, Any]:
+    """(args, kwargs) of a call in which every node is replaced by ``inputs`` and the leaves of these numbers by ``leaves``."""
     numbers = itertools.count()
     return _replace(node.args, numbers, leaves, inputs), _replace(dict(node.kwargs), numbers, leaves, inputs)
 
 
-def _replace(arg: Any, numbers: Iterator[int], leaves: dict[int, Any], inputs: dict[fx.Node, fx.Node]) -> Any:
+def _replace(arg: Any, numbers: Iterator[int], leaves: Mapping[int, Any], inputs: Mapping[fx.Node, Any]) -> Any:
     at = next(numbers)
     if isinstance(arg, slice):
         next(numbers)  # `flatten` lists a slice as "slice", then as a sequence of three

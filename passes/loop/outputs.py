@@ -1,4 +1,4 @@
-"""TODO."""
+"""What a loop returns: how each output is put together from the prompt and the tokens."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 from torch import fx
 
 from smc_compile.errors import LoopError
-from smc_compile.passes.loop.iterations import Iterations, describe
-from smc_compile.passes.loop.op_tables import tensor_info
+from smc_compile.passes.fx_tools import describe
+from smc_compile.passes.loop.iterations import Iterations
+from smc_compile.passes.loop.tensor_info import tensor_info
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,21 @@ class OutputLayout:
         return value
 
 
-def _output_nodes(nodes: Sequence[fx.Node]) -> list[Any]:
+def output_nodes(nodes: Sequence[fx.Node]) -> list[Any]:
+    """What a graph of these nodes returns, as a list."""
     returned = nodes[-1].args[0]
     return list(returned) if isinstance(returned, tuple | list) else [returned]
 
 
-def _output_layout(iterations: Iterations, output: Any, remaining: int = 0) -> OutputLayout:
+def output_layout(iterations: Iterations, output: Any, remaining: int = 0) -> OutputLayout:
+    """How an output is put together.
+
+    Args:
+        remaining: tokens that iterations outside of the graph will write over the output's padding.
+
+    Raises:
+        LoopError: the output is not made of tokens, or is only a part of the sequence.
+    """
     layouts = iterations.layouts
     labels = layouts.outputs.get(output) if isinstance(output, fx.Node) else None
     if labels is None:

@@ -1,21 +1,32 @@
-"""TODO."""
+"""What no decode loop may hold, each named with its line and with what to write instead."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import fx
 
 from smc_compile.errors import LoopError
+from smc_compile.passes.fx_tools import describe, mutated_inputs, op_name
 from smc_compile.passes.loop.concretise import Concrete
-from smc_compile.passes.loop.iterations import NO_CACHE, describe
-from smc_compile.passes.loop.op_tables import TOKEN_DTYPES, is_draw, is_random, mutated_inputs, op_name, tensor_info
-from smc_compile.passes.loop.recover import _may_be_prompt
+from smc_compile.passes.loop.draws import is_draw, is_random
+from smc_compile.passes.loop.lengths import symbolic_length
+from smc_compile.passes.loop.tensor_info import TOKEN_DTYPES, tensor_info
+from smc_compile.passes.loop.token_labels import may_be_prompt
+
+# What to do instead.
+NO_CACHE = (
+    "call the model on all tokens so far, model(ids)[:, -1], without a KV cache (use_cache=False): "
+    "the compiler inserts the cache itself"
+)
+NO_END = "leave the end-of-sequence handling out of the loop and pass eos_token_id instead"
+FROM_IDS = "make masks and positions inside of the function, torch.ones_like(ids) or torch.arange(ids.shape[1])"
 
 
-def _refuse_unrecognised_feedback(nodes: Sequence[fx.Node]) -> None:
+def refuse_unrecognised_feedback(nodes: Sequence[fx.Node]) -> None:
     """Refuses a loop in which tokens are looked up again, though not as a sequence that starts with the prompt."""
-    if not any(_may_be_prompt(node) or is_random(node) for node in nodes):
+    if not any(may_be_prompt(node) or is_random(node) for node in nodes):
         return  # codebooks are looked up by argmax too
     drawn: set[fx.Node] = set()  # depends on a draw
     looked_up: set[fx.Node] = set()  # depends on a look-up of something drawn
@@ -51,8 +62,8 @@ def _is_float(node: fx.Node) -> bool:
     return info is not None and info.dtype.is_floating_point
 
 
-def _refuse_uncounted_tokens(concrete: Concrete, tokens: Sequence[fx.Node]) -> None:
-    """Each iteration of a while_loop must append one token, or the iterations that were not unrolled could not be counted."""
+def refuse_uncounted_tokens(concrete: Concrete, tokens: Sequence[fx.Node]) -> None:
+    """Each iteration of a while_loop must append one token: iterations that were not unrolled are counted as tokens."""
     found = [token.meta.get("iteration") for token in tokens]
     if concrete.unrolled and found != list(range(concrete.unrolled)):
         raise LoopError(
@@ -62,7 +73,8 @@ def _refuse_uncounted_tokens(concrete: Concrete, tokens: Sequence[fx.Node]) -> N
         )
 
 
-def _refuse_hidden_state(nodes: Sequence[fx.Node]) -> None:
+def refuse_autocast(nodes: Sequence[fx.Node]) -> None:
+    """Autocast is a state of the thread, of which the ops of the step would know nothing."""
     for node in nodes:
         if "autocast" in op_name(node):
             raise LoopError(
@@ -72,20 +84,8 @@ def _refuse_hidden_state(nodes: Sequence[fx.Node]) -> None:
             )
 
 
-def _active_dropout(node: fx.Node) -> bool:
-    name = op_name(node)
-    if name == "scaled_dot_product_attention":
-        rate = node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0)
-        return rate not in (0, 0.0)
-    if "dropout" not in name:
-        return False
-    rate = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
-    training = node.kwargs.get("training", node.kwargs.get("train", node.args[2] if len(node.args) > 2 else True))
-    return bool(training) and rate not in (0, 0.0)
-
-
-def _check_randomness(nodes: Sequence[fx.Node], token: fx.Node) -> None:
-    """One source of randomness at most, the one that draws the token."""
+def refuse_other_randomness(nodes: Sequence[fx.Node], token: fx.Node) -> None:
+    """The token of an iteration is drawn, and nothing else is random: no dropout, no other noise."""
     for node in nodes:
         if _active_dropout(node):
             raise LoopError(
@@ -110,5 +110,41 @@ def _check_randomness(nodes: Sequence[fx.Node], token: fx.Node) -> None:
         raise LoopError(
             "A token is changed after it was drawn.",
             f"{describe(token)} writes to it in place, at places that depend on values",
-            "leave the end-of-sequence handling out of the loop and pass eos_token_id instead",
+            NO_END,
         )
+
+
+def _active_dropout(node: fx.Node) -> bool:
+    name = op_name(node)
+    if name == "scaled_dot_product_attention":
+        rate = node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0)
+        return rate not in (0, 0.0)
+    if "dropout" not in name:
+        return False
+    rate = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
+    training = node.kwargs.get("training", node.kwargs.get("train", node.args[2] if len(node.args) > 2 else True))
+    return bool(training) and rate not in (0, 0.0)
+
+
+def refuse_counted_cache(concrete: Concrete) -> None:
+    """The body of a while_loop that carries a cache is traced for one new token, never for a whole prompt."""
+    if concrete.unrolled:
+        raise LoopError(
+            "A torch.while_loop carries a cache.",
+            "its iterations are traced as one graph, which never shows the model on a whole prompt",
+            "write the loop with `for`, and compile it with @smc_compile.decode",
+        )
+
+
+def refuse_long_inputs(inputs: Sequence[fx.Node], prompt: fx.Node) -> None:
+    """An input as long as the prompt has no value for the tokens behind it."""
+    size = symbolic_length(prompt)
+    for node in inputs:
+        example = node.meta.get("example_value")
+        shape = example.shape if isinstance(example, torch.Tensor) else ()
+        if any(isinstance(s, torch.SymInt) and size in s.node.expr.free_symbols for s in shape):
+            raise LoopError(
+                "An input of a loop with a cache is as long as the prompt.",
+                f"`{node.name}` {tuple(shape)}: what it holds for the tokens behind the prompt is not known",
+                FROM_IDS,
+            )

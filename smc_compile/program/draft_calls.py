@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 
 from smc_compile.errors import InputError
 from smc_compile.options import Options, is_stateful
-from smc_compile.passes.loop.recover import DecodeLoop, recover_loop
-from smc_compile.passes.pipeline import trace_model
+from smc_compile.passes.loop.recover import DecodeLoop
+from smc_compile.passes.pipeline import recover_loop, trace_model
 from smc_compile.program.model import Model, cached, require_eval
 from smc_compile.runtime.algorithms.next_token import Mixture, NextTokenDistribution
 
