@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 # Largest difference allowed, relative to the spread of the logits: a few hundred roundings of each format.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.12, torch.float16: 0.02}
-
-
 NARROW = (torch.bfloat16, torch.float16)  # rounding there decides which token a truncating sampler cuts off last
+
+
+def coarsest_dtype(values: Iterable[Any]) -> torch.dtype:
+    """The coarsest floating dtype among the tensors of ``values``; float64 if there is none."""
+    present = {value.dtype for value in values if isinstance(value, Tensor)}
+    return next((dtype for dtype in (*NARROW, torch.float32) if dtype in present), torch.float64)
+
+
+def allowed_error(dtype: torch.dtype) -> float:
+    """The largest relative error that rounding explains."""
+    return TOLERANCE.get(dtype, 1e-4)
 
 
 def relative_error(actual: Tensor, expected: Tensor, cut_may_move: bool = False) -> float:

@@ -1,21 +1,58 @@
-"""The order of the passes, in one place: step -> CausalLM -> sampler -> CachedLM -> validated."""
+"""The order of the passes, in one place.
+
+- `recover_loop`: Dynamo's graph -> one iteration of its decode loop.
+- `trace_model`: one iteration -> CausalLM -> sampler -> CachedLM -> validated.
+"""
 
 from __future__ import annotations
 
+import itertools
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from smc_compile.passes.cache.synthesize import synthesize_cache
 from smc_compile.passes.capture.export_lm import OwnedWeights, export_lm
 from smc_compile.passes.capture.sampler import Sampler, match_sampler
 from smc_compile.passes.ir import CachedLM, CausalLM
+from smc_compile.passes.loop.alike import compare_iterations
+from smc_compile.passes.loop.as_written import PaddedIteration, cached_iterations
+from smc_compile.passes.loop.cache_buffers import without_buffers
+from smc_compile.passes.loop.concretise import Concrete, concretise
+from smc_compile.passes.loop.draws import is_draw
+from smc_compile.passes.loop.iterations import Iterations, iteration_nodes
+from smc_compile.passes.loop.kv_loop import cache_in_words, carries_cache, known_integers, lengths_in_prompt
+from smc_compile.passes.loop.lengths import Lengths
+from smc_compile.passes.loop.lookups import simplify_lookups
+from smc_compile.passes.loop.ones_masks import drop_ones_masks
+from smc_compile.passes.loop.padded_buffer import (
+    draw_inputs,
+    last_positions,
+    lengths_in_buffer,
+    padded_length,
+    padding_of,
+)
+from smc_compile.passes.loop.recover import DecodeLoop, RecoveredStep, decode_loop, find_tokens
+from smc_compile.passes.loop.refusals import (
+    refuse_autocast,
+    refuse_counted_cache,
+    refuse_long_inputs,
+    refuse_other_randomness,
+    refuse_uncounted_tokens,
+    refuse_unrecognised_feedback,
+)
+from smc_compile.passes.loop.step_graph import build_step
+from smc_compile.passes.loop.tensor_info import tensor_info
 from smc_compile.passes.lower.early_head import early_choice
 from smc_compile.passes.lower.outline_layers import outline_layers
 from smc_compile.passes.lower.skinny_products import skinny_linear
 from smc_compile.passes.validate import validate
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,3 +101,92 @@ def trace_model(step: nn.Module, ids: Tensor, weights: Sequence[Tensor], check: 
     cached = outline_layers(cached)
     lap("outline_layers")
     return Traced(lm, sampler, cached, owned, error, seconds)
+
+
+# ---- from Dynamo's graph to one iteration --------------------------------------------------------------------------
+
+
+def recover_loop(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> DecodeLoop | None:
+    """The decode loop in a graph, or None if no token is drawn and fed back.
+
+        prompt -> [iteration 0] -> token 0 -> [iteration 1] -> token 1 -> ...    becomes    step(ids [B, S]) -> token
+
+    Raises:
+        LoopError: there is a loop, but not one that can be compiled.
+    """
+    concrete = concretise(gm, example_inputs)  # sizes become numbers; of a while_loop, the first iterations
+    nodes = list(concrete.graph.nodes)
+    if not any(is_draw(node) for node in nodes):
+        log.info("no sampling and no argmax in the graph: left as it is")
+        return None
+    found = find_tokens(nodes)  # which cell of which tensor holds which token
+    if found is None:
+        refuse_unrecognised_feedback(nodes)
+        log.info("no token is drawn from a sequence and fed back (one iteration is no loop): left as it is")
+        return None
+    layouts, tokens = found
+    refuse_autocast(nodes)
+    refuse_uncounted_tokens(concrete, tokens)
+    if carries_cache(layouts, tokens):
+        iterations = Iterations(layouts, tokens, cached=True)
+        step = _first_step(gm, example_inputs, concrete, iterations)
+    else:
+        simplify_lookups(layouts)
+        iterations = Iterations(layouts, tokens)
+        step = _common_step(gm, iterations)
+    return decode_loop(concrete, iterations, step)
+
+
+def _common_step(gm: fx.GraphModule, iterations: Iterations) -> RecoveredStep:
+    """The step of a loop whose iterations all read the whole text: what is common to them."""
+    closures = [iteration_nodes(iterations, iteration) for iteration in range(len(iterations.tokens))]
+    closure = closures[0]
+    refuse_other_randomness(closure, iterations.tokens[0])
+    growing = compare_iterations(iterations)
+    report = [f"one iteration has {len(closure)} nodes; {len(growing)} integers grow with the sequence length"]
+    columns = padded_length(iterations, closure)
+    if columns is not None:
+        return _unpadded_step(gm, iterations, closure, growing, columns, report)
+    step, invariants = build_step(gm, iterations, closure, growing)
+    drop_ones_masks(step)
+    return RecoveredStep(step, invariants, closure, report)
+
+
+def _unpadded_step(
+    gm: fx.GraphModule,
+    iterations: Iterations,
+    closure: Sequence[fx.Node],
+    growing: Lengths,
+    columns: int,
+    report: Sequence[str],
+) -> RecoveredStep:
+    """The step of a loop that reads the text in a buffer of so many columns: it reads the text alone."""
+    lengths = {**growing, **lengths_in_buffer(iterations, closure, growing, columns)}
+    last = last_positions(closure, growing)
+    lengths = {leaf: affine for leaf, affine in lengths.items() if leaf not in last}
+    step, invariants = build_step(gm, iterations, closure, lengths, last)
+    seen = draw_inputs(iterations.tokens[0], closure)
+    written, _ = build_step(gm, iterations, closure, growing, seen=seen, padded=True)
+    rewritten, _ = build_step(gm, iterations, closure, lengths, last, seen=seen)
+    padded = PaddedIteration(written, rewritten, padding_of(iterations, closure), columns, bool(seen))
+    report = [*report, f"read in a padded buffer of {columns} columns"]
+    return RecoveredStep(step, invariants, closure, report, padded=padded)
+
+
+def _first_step(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], concrete: Concrete, iterations: Iterations
+) -> RecoveredStep:
+    """The step of a loop that hands on a cache: its first iteration, without the cache."""
+    refuse_counted_cache(concrete)
+    closure = iteration_nodes(iterations, 0)
+    lengths = lengths_in_prompt(gm, example_inputs, iterations, closure)
+    written, inputs = build_step(gm, iterations, closure, lengths)
+    drop_ones_masks(written)
+    refuse_long_inputs(inputs, iterations.layouts.prompt)
+    integers = known_integers(concrete, example_inputs, inputs)
+    free = without_buffers(written, iterations.layouts.batch, [tensor_info(node) for node in inputs], integers)
+    known = [(node, int(value)) for node, value in zip(inputs, integers, strict=True) if value is not None]
+    invariants = list(itertools.compress(inputs, free.kept))
+    cached = cached_iterations(gm, example_inputs, concrete, iterations, free.step, invariants)
+    refuse_other_randomness(closure, iterations.tokens[0])
+    return RecoveredStep(free.step, invariants, closure, [cache_in_words(free)], known, cached=cached)

@@ -12,7 +12,7 @@ the result is the same is not proved here but measured on all iterations: see `c
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,14 +22,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from smc_compile.errors import LoopError
-from smc_compile.passes.loop.iterations import describe, flatten
-from smc_compile.passes.loop.op_tables import TensorInfo, is_random, mutated_inputs, op_name
-from smc_compile.passes.loop.padded_buffer import quiet_shapes
-from smc_compile.passes.loop.step_graph import replace_leaves
+from smc_compile.passes.fx_tools import call_node, describe, erase_dead_code, mutated_inputs, op_name
+from smc_compile.passes.loop.draws import is_random
+from smc_compile.passes.loop.leaves import flatten, replace_leaves
+from smc_compile.passes.loop.lengths import LENGTH, numbers_in, quiet_shapes, readings, same_but_for_length, shape_of
+from smc_compile.passes.loop.tensor_info import TensorInfo
 from smc_compile.passes.loop.token_labels import on_cpu
 
 _KNOWN = 1 << 16  # integers are computed, not only their shapes, in tensors up to this size
 _SIZED = frozenset(["arange", "zeros", "ones", "full", "empty"])
+_MOST_OPTIONS = 6  # numbers of one call that may be lengths
 _ATTENTION = "scaled_dot_product_attention"
 Place = tuple[int, int, tuple[int, ...]]  # storage, offset, strides
 
@@ -98,9 +100,8 @@ class _Rewriter:
 
     def free_length(self) -> int:
         """A small length that is no other number of the step."""
-        taken = {leaf for node in self.step.graph.nodes for leaf in flatten(node) if isinstance(leaf, int)}
-        taken |= {size for info in self.given.values() if info is not None for size in info.shape}
-        return next(n for n in range(2, 10**6) if n not in taken)
+        taken = numbers_in(self.step.graph.nodes, self.given.values())
+        return next(n for n in itertools.count(2) if n not in taken)
 
     # ---- as it was written -------------------------------------------------------------------------------------
 
@@ -146,19 +147,14 @@ class _Rewriter:
             ) from error
 
     def call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        def invoke(args: Any, kwargs: Any) -> Any:
-            if node.op == "call_method":
-                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            return node.target(*args, **kwargs)  # type: ignore[operator]
-
         args, kwargs = on_cpu(args), {key: "cpu" if key == "device" else on_cpu(v) for key, v in kwargs.items()}
         tensors = [v for v in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
         if tensors and all(type(v) is torch.Tensor for v in tensors):
-            return invoke(args, kwargs)
+            return call_node(node, args, kwargs)
         with self.mode:
-            value = invoke(args, kwargs)
+            value = call_node(node, args, kwargs)
         whole = isinstance(value, torch.Tensor) and not value.dtype.is_floating_point and value.numel() <= _KNOWN
-        return invoke(args, kwargs) if not tensors and whole and not is_random(node) else value
+        return call_node(node, args, kwargs) if not tensors and whole and not is_random(node) else value
 
     def buffer_of(self, node: fx.Node) -> Buffer | None:
         """What a write fills: [0, S) of one axis, all or the first rows of the others; None for other writes."""
@@ -233,7 +229,7 @@ class _Rewriter:
                 self.grown += 1
             else:
                 self.copy(node)
-        self.graph.eliminate_dead_code(is_impure_node=_is_impure)
+        erase_dead_code(self.graph)
         kept = [bool(self.copies[node].users) for node in self.inputs]
         for node, used in zip(self.inputs, kept, strict=True):
             if not used:
@@ -277,7 +273,7 @@ class _Rewriter:
         read = {source: self.read(source) for source in node.all_input_nodes}
         inputs = {source: copy for source, (copy, _) in read.items()}
         values = {source: value for source, (_, value) in read.items()}
-        shrunk = [s for s in read if _shape(values[s]) != _shape(self.old[s])]
+        shrunk = [s for s in read if shape_of(values[s]) != shape_of(self.old[s])]
         sized = op_name(node) in _SIZED and not any(self.is_tensor(s) for s in read) and not self.is_filled(node)
         if not shrunk and not sized:
             self.emit_copy(node, inputs, {})
@@ -285,15 +281,15 @@ class _Rewriter:
             return
         with quiet_shapes():
             for masks, leaves in itertools.product(self.masks(node, shrunk, values), self.readings(node)):
-                chosen = {leaf for at, leaf in enumerate(flatten(node)) if at in leaves and _is_node(leaf)}
+                chosen = {leaf for at, leaf in enumerate(flatten(node)) if at in leaves and isinstance(leaf, fx.Node)}
                 tried = dict(values)
                 tried.update({source: values[source].narrow(-1, 0, self.length) for source in masks})
                 tried.update(dict.fromkeys(chosen, self.length))
                 try:
-                    value = self.call(node, *replace_leaves(node, dict.fromkeys(leaves, self.length), tried))
+                    value = self.call(node, *replace_leaves(node, leaves, tried))
                 except Exception:  # this reading does not fit the op; another may, and if none does, we refuse below
                     continue
-                if self.fits(_shape(self.old[node]), _shape(value)):
+                if same_but_for_length(shape_of(self.old[node]), shape_of(value), self.lengths(), self.length):
                     narrowed = {s: self.emit("narrow", inputs[s], -1, 0, self.size()) for s in masks}
                     self.emit_copy(node, {**inputs, **narrowed}, leaves)
                     self.new[node] = value
@@ -312,23 +308,13 @@ class _Rewriter:
     def lengths(self) -> list[int]:
         return sorted({buffer.length for buffer in self.buffers.values()})
 
-    def readings(self, node: fx.Node) -> Iterator[dict[int, None]]:
-        """Choices of the leaves that are lengths of the buffer, the largest choice first."""
+    def readings(self, node: fx.Node) -> Iterator[dict[int, int]]:
+        """Leaves that were lengths of the buffer, with the length that they are now; first all that may be such."""
         lengths = self.lengths()
         values = [self.old.get(leaf) if isinstance(leaf, fx.Node) else leaf for leaf in flatten(node)]
-        found = [at for at, v in enumerate(values) if type(v) is int and v in lengths][:6]
-        for count in range(len(found), -1, -1):
-            for chosen in itertools.combinations(found, count):
-                yield dict.fromkeys(chosen)
-
-    def fits(self, old: Any, new: Any) -> bool:
-        """Every axis is as it was, or was that of the buffer and is now that of the tokens."""
-        if not isinstance(old, tuple) or not isinstance(new, tuple) or len(old) != len(new):
-            return bool(old == new)
-        if any(isinstance(part, tuple) for part in old):
-            return all(self.fits(a, b) for a, b in zip(old, new, strict=True))
-        lengths = self.lengths()
-        return all(a == b or (a in lengths and b == self.length) for a, b in zip(old, new, strict=True))
+        found = [at for at, v in enumerate(values) if type(v) is int and v in lengths][:_MOST_OPTIONS]
+        for reading in readings([[((node, at), LENGTH), None] for at in found]):
+            yield {at: affine.at(self.length) for (_, at), affine in reading}
 
     def masks(self, node: fx.Node, shrunk: Sequence[fx.Node], values: dict[fx.Node, Any]) -> Iterator[list[fx.Node]]:
         """Operands to cut behind the tokens: the mask of an attention, or what meets values cut already, if need be."""
@@ -343,7 +329,7 @@ class _Rewriter:
             yield [mask] if mask in wide else []  # type: ignore[list-item]
             return
         yield []
-        if wide and any(_shape(self.old[s])[-1:] != _shape(values[s])[-1:] for s in shrunk):
+        if wide and any(shape_of(self.old[s])[-1:] != shape_of(values[s])[-1:] for s in shrunk):
             yield wide
 
     def size(self) -> fx.Node:
@@ -352,10 +338,10 @@ class _Rewriter:
     def emit(self, method: str, *args: Any) -> fx.Node:
         return self.graph.call_method(method, args)
 
-    def emit_copy(self, node: fx.Node, inputs: dict[fx.Node, Any], leaves: dict[int, None]) -> None:
+    def emit_copy(self, node: fx.Node, inputs: dict[fx.Node, Any], leaves: Iterable[int]) -> None:
         numbers: dict[int, Any] = dict.fromkeys(leaves, self.size()) if leaves else {}
         for at, leaf in enumerate(flatten(node)):
-            if at in numbers and _is_node(leaf):
+            if at in numbers and isinstance(leaf, fx.Node):
                 inputs = {**inputs, leaf: numbers[at]}
         args, kwargs = replace_leaves(node, numbers, inputs)
         copy = self.graph.create_node(node.op, node.target, args, kwargs, name=node.name)
@@ -405,22 +391,5 @@ def _per_axis(index: Any, dim: int) -> list[Any] | None:
     return full if plain and not mixed and len(full) == dim and len(dots) < 2 else None
 
 
-def _is_impure(node: fx.Node) -> bool:
-    return node.op in ("placeholder", "output") or bool(mutated_inputs(node))
-
-
-def _is_node(leaf: Any) -> bool:
-    return isinstance(leaf, fx.Node)
-
-
 def _place(value: torch.Tensor) -> Place:
     return value.untyped_storage()._cdata, int(value.storage_offset()), tuple(value.stride())
-
-
-def _shape(value: Any) -> Any:
-    """The shape of a tensor, the shapes of several, or nothing that counts."""
-    if isinstance(value, torch.Tensor):
-        return tuple(value.shape)
-    if isinstance(value, tuple | list) and not isinstance(value, torch.Size):
-        return tuple(_shape(part) for part in value)
-    return None

@@ -11,7 +11,8 @@ import sympy
 import torch
 from torch import fx
 
-from smc_compile.passes.loop.op_tables import TensorInfo, op_name, plain_tensor
+from smc_compile.passes.fx_tools import op_name
+from smc_compile.passes.loop.tensor_info import TensorInfo, plain_tensor
 from smc_compile.passes.loop.while_loops import Counted, decode_body, evaluate_constants
 
 UNROLLED = 3  # iterations of a while_loop that are copied: two make an affine fit, the third checks it

@@ -1,38 +1,21 @@
-"""The iterations of an unrolled loop: which nodes belong to each, and the proof that all are alike."""
+"""The iterations of an unrolled loop: which nodes belong to each, and what each reads of the text."""
 
 from __future__ import annotations
 
 import heapq
-import math
-import os
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
 from torch import fx
 
 from smc_compile.errors import LoopError
-from smc_compile.passes.loop.op_tables import mutated_inputs, op_name, plain_tensor, tensor_info
+from smc_compile.passes.fx_tools import describe, mutated_inputs, op_name
+from smc_compile.passes.loop.refusals import NO_CACHE
+from smc_compile.passes.loop.tensor_info import tensor_info
 from smc_compile.passes.loop.token_labels import Layouts
 
 _COMPARISONS = frozenset(["eq", "ne", "isin", "lt", "le", "gt", "ge", "where", "logical_or", "or_", "and_", "any"])
-
-
-def user_line(node: fx.Node) -> str:
-    """The last line of user code that led to a node, as ``file.py:12: code``."""
-    frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*(?:\n    ([^\n]*))?', node.meta.get("stack_trace") or "")
-    own = [frame for frame in frames if not frame[0].startswith(_TORCH_ROOT)] or frames
-    if not own:
-        return "(no source line recorded)"
-    path, number, code = own[-1]
-    return f"{os.path.basename(path)}:{number}: {code.strip()}"
-
-
-def describe(node: fx.Node) -> str:
-    return f"`{node.name}` ({op_name(node) or node.op}) at {user_line(node)}"
 
 
 @dataclass
@@ -66,6 +49,12 @@ class Iterations:
         length, columns = self.length(iteration), reading.columns
         whole = columns[:length] == self.history[:length]
         return len(columns) if whole and all(self.layouts.source(c) is None for c in columns[length:]) else None
+
+    def texts_read(self, nodes: Sequence[fx.Node]) -> dict[tuple[fx.Node, fx.Node], tuple[int, ...]]:
+        """Where nodes of iteration 0 read its text: (reader, source) -> the axes before the text's, () or (B,)."""
+        pairs = [(node, source) for node in nodes for source in node.all_input_nodes]
+        found = [pair for pair in pairs if self.reads_history(*pair, 0)]
+        return {pair: (self.layouts.batch,) if self.layouts.readings[pair].ndim == 2 else () for pair in found}
 
     def length(self, iteration: int) -> int:
         return self.layouts.prompt_length + iteration
@@ -167,155 +156,3 @@ def iteration_nodes(iterations: Iterations, iteration: int) -> list[fx.Node]:
                 found.add(source)
                 heapq.heappush(queue, -order[source])
     return sorted(found, key=order.__getitem__)
-
-
-Leaves = dict[tuple[fx.Node, int], Any]  # (node of iteration 0, leaf) -> (a, b) for a*S + b
-
-
-Varying = dict[
-    tuple[fx.Node, int], dict[int, int]
-]  # (node of iteration 0, leaf) -> value by iteration, where it differs
-
-
-def compare_iterations(iterations: Iterations) -> Leaves:
-    """Proves that every iteration equals iteration 0 node by node, up to integers a*S + b; returns (a, b) of those."""
-    varying: Varying = defaultdict(dict)
-    for iteration in range(1, len(iterations.tokens)):
-        _compare_iteration(iterations, iteration, varying)
-    return {key: _affine(iterations, key, values) for key, values in varying.items()}
-
-
-def _compare_iteration(iterations: Iterations, iteration: int, varying: Varying) -> None:
-    pairs = {iterations.tokens[0]: iterations.tokens[iteration]}
-    pending = [iterations.tokens[0]]
-    while pending:
-        first = pending.pop()
-        other = pairs[first]
-        _compare_calls(iterations, first, other, iteration, varying)
-        for source, counterpart in _operand_pairs(iterations, first, other, iteration):
-            if source not in pairs:
-                pairs[source] = counterpart
-                pending.append(source)
-            elif pairs[source] is not counterpart:
-                raise _unlike(source, counterpart, iteration, f"`{pairs[source].name}`", f"`{counterpart.name}`")
-
-
-def _operand_pairs(
-    iterations: Iterations, first: fx.Node, other: fx.Node, iteration: int
-) -> list[tuple[fx.Node, fx.Node]]:
-    """Inputs that must correspond, and the earlier writes to them."""
-    pairs = []
-    for source, counterpart in zip(flatten(first), flatten(other), strict=True):
-        if isinstance(source, fx.Node) and not iterations.reads_history(first, source, 0):
-            pairs.append((source, counterpart))
-            writes, others = iterations.writes(source, first), iterations.writes(counterpart, other)
-            if len(writes) != len(others):
-                raise _unlike(source, counterpart, iteration, f"{len(writes)} writes in place", str(len(others)))
-            pairs.extend(zip(writes, others, strict=True))
-    return pairs
-
-
-def _compare_calls(iterations: Iterations, first: fx.Node, other: fx.Node, iteration: int, varying: Varying) -> None:
-    if first is not other and (first.op == "placeholder" or other.op == "placeholder"):
-        raise _unlike(first, other, iteration, f"the input `{first.name}`", f"`{other.name}`")
-    if first.op != other.op or not _same_target(first, other):
-        raise _unlike(first, other, iteration, op_name(first) or str(first.target), op_name(other) or str(other.target))
-    leaves, others = flatten(first), flatten(other)
-    if len(leaves) != len(others):
-        raise _unlike(first, other, iteration, str(first.args), str(other.args))
-    for i, (leaf, counterpart) in enumerate(zip(leaves, others, strict=True)):
-        if isinstance(leaf, fx.Node) and isinstance(counterpart, fx.Node):
-            if not _read_alike(iterations, (first, leaf), (other, counterpart), iteration):
-                raise _unlike(first, other, iteration, f"`{leaf.name}`", f"`{counterpart.name}`")
-        elif _is_int(leaf) and _is_int(counterpart):
-            if leaf != counterpart:
-                varying[first, i][iteration] = counterpart
-        elif not _same_constant(leaf, counterpart):
-            raise _unlike(first, other, iteration, str(leaf), str(counterpart))
-
-
-def _read_alike(
-    iterations: Iterations, first: tuple[fx.Node, fx.Node], other: tuple[fx.Node, fx.Node], iteration: int
-) -> bool:
-    """Both read the history exactly, both read it in a buffer of one length, or neither reads it."""
-    length, found = iterations.read_length(*first, 0), iterations.read_length(*other, iteration)
-    if length is None or found is None:
-        return length is found
-    return found == (length if length > iterations.length(0) else iterations.length(iteration))
-
-
-def _same_target(first: fx.Node, other: fx.Node) -> bool:
-    if first.target == other.target:
-        return True
-    value, counterpart = plain_tensor(first.meta.get("constant")), plain_tensor(other.meta.get("constant"))
-    if value is None or counterpart is None:
-        return False
-    return value.dtype == counterpart.dtype and torch.equal(value, counterpart)
-
-
-def _same_constant(leaf: Any, other: Any) -> bool:
-    if isinstance(leaf, float) and isinstance(other, float) and math.isnan(leaf):
-        return math.isnan(other)
-    return type(leaf) is type(other) and leaf == other
-
-
-def _is_int(leaf: Any) -> bool:
-    return isinstance(leaf, int) and not isinstance(leaf, bool)
-
-
-def flatten(node: fx.Node) -> list[Any]:
-    """The leaves of a call's arguments, with the shape of their nesting among them."""
-    leaves: list[Any] = []
-    _flatten(node.args, leaves)
-    _flatten(dict(node.kwargs), leaves)
-    return leaves
-
-
-def _flatten(arg: Any, leaves: list[Any]) -> None:
-    if isinstance(arg, slice):
-        leaves.append("slice")
-        arg = (arg.start, arg.stop, arg.step)
-    if isinstance(arg, dict):
-        leaves.append(f"dict {sorted(arg)}")
-        arg = [arg[key] for key in sorted(arg)]
-    if isinstance(arg, tuple | list):
-        leaves.append(f"sequence of {len(arg)}")
-        for item in arg:
-            _flatten(item, leaves)
-        return
-    leaves.append(arg)
-
-
-def _affine(iterations: Iterations, key: tuple[fx.Node, int], values: dict[int, int]) -> tuple[int, int]:
-    """a, b with value = a*S + b for every iteration, S being the length that the iteration reads."""
-    node, leaf = key
-    base = flatten(node)[leaf]
-    slope = values.get(1, base) - base
-    offset = base - slope * iterations.length(0)
-    for iteration in range(len(iterations.tokens)):
-        value = values.get(iteration, base)
-        if value != slope * iterations.length(iteration) + offset:
-            why = f"{describe(node)} uses {base} in iteration 0, {values.get(1, base)} in iteration 1 and {value} in iteration {iteration}"
-            raise LoopError(
-                "An integer of the decode loop does not grow evenly from iteration to iteration.",
-                why + "; only a*S + b can be generalised, S being the sequence length",
-                "compute shapes and positions from ids.shape[1] by sums and constant multiples only",
-            )
-    return slope, offset
-
-
-def _unlike(first: fx.Node, other: fx.Node, iteration: int, value: str, counterpart: str) -> LoopError:
-    return LoopError(
-        "The iterations of the decode loop are not alike, so it cannot be compiled as one step.",
-        f"{describe(first)} has {value} in iteration 0 but {counterpart} in iteration {iteration} (`{other.name}`)",
-        f"make every iteration do the same: no values that change with the iteration number, and {NO_CACHE}",
-    )
-
-
-_TORCH_ROOT = os.path.dirname(torch.__file__)
-
-
-NO_CACHE = (
-    "call the model on all tokens so far, model(ids)[:, -1], without a KV cache (use_cache=False): "
-    "the compiler inserts the cache itself"
-)

@@ -1,74 +1,46 @@
 """A decode loop with a cache in it: its first iteration, which reads the whole prompt, is the model without a cache.
 
     model(prompt) --> token 0     model(token 0, cache) --> token 1     model(token 1, cache) --> token 2 ...
-    `------ iteration 0 ------´        `--------- iteration 1 ---------´          `--------- iteration 2 ---------´
+    `---- iteration 0 ----'       `------ iteration 1 -------'          `------ iteration 2 -------'
 
-Whatever the later iterations keep, and whatever it is kept in, the first iteration computes it from tokens alone. So the step is
-the first iteration, with the prompt's length made symbolic (`_growth`) and without the buffers that it fills
-(`cache_buffers`). The later iterations are not read as code at all: `CachedTrips.check` runs the loop as it was written, on
+Whatever later iterations keep, and whatever they keep it in, the first iteration computes it from tokens alone. So the step
+is the first iteration for a prompt of any length (`lengths_in_prompt`), without the buffers that it fills
+(`cache_buffers`). The later iterations are not read as code: `CachedIterations.check` runs the loop as it was written, on
 random tokens, and compares what every token is drawn from with the step on all tokens so far.
 """
 
 from __future__ import annotations
 
-import itertools
-import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
 from smc_compile.errors import LoopError
-from smc_compile.passes.closeness import NARROW, TOLERANCE, relative_error
-from smc_compile.passes.loop.cache_buffers import Buffer, without_buffers
+from smc_compile.passes.fx_tools import describe, reachable
+from smc_compile.passes.loop.cache_buffers import BufferFree
 from smc_compile.passes.loop.concretise import Concrete, concretise
-from smc_compile.passes.loop.iterations import Iterations, Leaves, describe, flatten, iteration_nodes
-from smc_compile.passes.loop.ones_masks import drop_ones_masks
-from smc_compile.passes.loop.op_tables import (
-    TOKEN_DTYPES,
-    is_draw,
-    is_random,
-    mutated_inputs,
-    op_name,
-    plain_tensor,
-    tensor_info,
+from smc_compile.passes.loop.iterations import Iterations, iteration_nodes
+from smc_compile.passes.loop.leaves import Leaf, flatten
+from smc_compile.passes.loop.lengths import (
+    Lengths,
+    Sample,
+    TracedCalls,
+    UnclearLengths,
+    Uneven,
+    fit_all,
+    is_integer,
+    solve_lengths,
+    symbolic_length,
 )
-from smc_compile.passes.loop.padded_buffer import resolve_lengths
-from smc_compile.passes.loop.step_graph import build_step
+from smc_compile.passes.loop.padded_buffer import unclear_in_words
+from smc_compile.passes.loop.tensor_info import TOKEN_DTYPES, plain_tensor, tensor_info
 from smc_compile.passes.loop.token_labels import Layouts
-
-log = logging.getLogger(__name__)
-NO_END = "leave the end-of-sequence handling out of the loop and pass eos_token_id instead"
-FROM_IDS = "make masks and positions inside of the function, torch.ones_like(ids) or torch.arange(ids.shape[1])"
-MORE = 40  # tokens that a prompt is longer by in the second comparison: a cropped cache shows there
 
 
 class ShortPrompt(LoopError):
     """The prompt has one token: the loop may be traced with a longer one."""
-
-
-@dataclass(frozen=True)
-class CachedStep:
-    """The step of a loop with a cache.
-
-    Attributes:
-        step: ``forward(ids [B, S], *invariants) -> token``, for any S.
-        invariants: the placeholders of the graph behind the other inputs.
-        closure: the nodes of the first iteration.
-        known: (placeholder, value) of integer inputs that the step holds as constants.
-        check: compares the step with all iterations.
-        report: what was found, for a person.
-    """
-
-    step: fx.GraphModule
-    invariants: list[fx.Node]
-    closure: list[fx.Node]
-    known: tuple[tuple[fx.Node, int], ...]
-    check: CachedIterations
-    report: list[str]
 
 
 def carries_cache(layouts: Layouts, tokens: Sequence[fx.Node]) -> bool:
@@ -81,391 +53,93 @@ def carries_cache(layouts: Layouts, tokens: Sequence[fx.Node]) -> bool:
     if all(iterations.read_length(node, source, 0) is None for node in first for source in node.all_input_nodes):
         return False
     newest = iterations.history[layouts.prompt_length : layouts.prompt_length + 1]
-    alone = False
-    for node in _iteration_closure(iterations, 1):
-        for source in node.all_input_nodes:
-            if iterations.read_length(node, source, 1) is not None:
-                return False
-            reading = layouts.readings.get((node, source))
-            alone = alone or (reading is not None and reading.columns == newest)
-    return alone
+    second = _needed_by_second(iterations)
+    pairs = [(node, source) for node in second for source in node.all_input_nodes]
+    if any(iterations.reads_history(node, source, 1) for node, source in pairs):
+        return False
+    return any(pair in layouts.readings and layouts.readings[pair].columns == newest for pair in pairs)
 
 
-def recover_cached(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], concrete: Concrete, layouts: Layouts, tokens: Sequence[fx.Node]
-) -> CachedStep:
-    """The step of a loop whose later iterations read one token and a cache.
-
-    Raises:
-        LoopError: what the first iteration is for another length is not clear.
-    """
-    if concrete.unrolled:
-        raise LoopError(
-            "A torch.while_loop carries a cache.",
-            "its iterations are traced as one graph, which never shows the model on a whole prompt",
-            "write the loop with `for`, and compile it with @smc_compile.decode",
-        )
-    iterations = Iterations(layouts, tokens, cached=True)
-    closure = iteration_nodes(iterations, 0)
-    growing = _growth(gm, example_inputs, concrete, iterations, closure)
-    written, invariants = build_step(gm, iterations, closure, growing)
-    drop_ones_masks(written)
-    _refuse_long_inputs(invariants, _symbol(layouts.prompt))
-    values = [_known_integer(concrete, example_inputs, node) for node in invariants]
-    free = without_buffers(written, layouts.batch, [tensor_info(node) for node in invariants], values)
-    known = tuple((node, int(v)) for node, v in zip(invariants, values, strict=True) if v is not None)
-    invariants = list(itertools.compress(invariants, free.kept))
-    size = _symbol(layouts.prompt)
-    end = longest_text(layouts.prompt)
-    more = MORE if end is None else min(MORE, end - len(tokens) - layouts.prompt_length)
-    longer = None
-    if size is not None and more > 0:
-        longer = concretise(gm, example_inputs, {size: layouts.prompt_length + more}).graph
-    check = CachedIterations(
-        gm, concrete.graph, longer, more, layouts.prompt, tuple(tokens), free.step, tuple(invariants)
-    )
-    return CachedStep(free.step, invariants, closure, known, check, _report(free.buffers, free.grown))
+def _needed_by_second(iterations: Iterations) -> set[fx.Node]:
+    """What token 1 depends on, back to token 0 and through the cache to iteration 0."""
+    first, second, *_ = iterations.tokens
+    return reachable([second], lambda node: [s for s in iterations.predecessors(node, 1) if s is not first])
 
 
-def _iteration_closure(iterations: Iterations, iteration: int) -> list[fx.Node]:
-    """What an iteration's token depends on, back to the tokens before it and through the cache to earlier iterations."""
-    order, earlier = iterations.layouts.order, set(iterations.tokens[:iteration])
-    pending, found = [iterations.tokens[iteration]], {iterations.tokens[iteration]}
-    while pending:
-        for source in iterations.predecessors(pending.pop(), iteration):
-            if source not in found and source not in earlier:
-                found.add(source)
-                pending.append(source)
-    return sorted(found, key=order.__getitem__)
+def lengths_in_prompt(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], iterations: Iterations, closure: Sequence[fx.Node]
+) -> Lengths:
+    """The integers of the first iteration that grow with the prompt.
 
-
-def _refuse_long_inputs(invariants: Sequence[fx.Node], size: sympy.Expr | None) -> None:
-    """An input as long as the prompt has no value for the tokens behind it."""
-    for node in invariants:
-        example = node.meta.get("example_value")
-        shape = example.shape if isinstance(example, torch.Tensor) else ()
-        if any(isinstance(s, torch.SymInt) and size in s.node.expr.free_symbols for s in shape):
-            raise LoopError(
-                "An input of a loop with a cache is as long as the prompt.",
-                f"`{node.name}` {tuple(shape)}: what it holds for the tokens behind the prompt is not known",
-                FROM_IDS,
-            )
-
-
-def _known_integer(concrete: Concrete, example_inputs: Sequence[Any], node: fx.Node) -> torch.Tensor | None:
-    """The value of a single integer among the inputs: a cache counts its tokens in one."""
-    info = tensor_info(node)
-    if info is None or info.dtype not in TOKEN_DTYPES or info.numel != 1:
-        return None
-    placeholders = [n for n in concrete.graph.nodes if n.op == "placeholder"]
-    value = plain_tensor(example_inputs[placeholders.index(node)])
-    return None if value is None else value.detach().cpu()
-
-
-# ---- the prompt's length -------------------------------------------------------------------------------------------
-
-
-def _growth(
-    gm: fx.GraphModule,
-    example_inputs: Sequence[Any],
-    concrete: Concrete,
-    iterations: Iterations,
-    closure: Sequence[fx.Node],
-) -> Leaves:
-    """(a, b) of the integers of the first iteration that are a*S + b: read off the graph of two longer prompts.
+    If Dynamo traced the prompt with a symbolic length, they are read off the graphs of two longer prompts; if not, they
+    are derived from shapes.
 
     Raises:
-        LoopError: an integer does not grow evenly, or the graph holds for this one prompt length and does not tell.
+        ShortPrompt: the graph holds for prompts of one token only.
+        LoopError: an integer does not grow evenly, or the graph does not tell which of its integers grow.
     """
     length = iterations.layouts.prompt_length
-    size = _symbol(iterations.layouts.prompt)
+    size = symbolic_length(iterations.layouts.prompt)
     if size is None:
-        return _growth_of_constants(iterations, closure, length)
-    longer = [list(concretise(gm, example_inputs, {size: length + k}).graph.nodes) for k in (1, 2)]
+        return _lengths_by_shapes(iterations, closure, length)
+    longer = [list(concretise(gm, example_inputs, {size: length + more}).graph.nodes) for more in (1, 2)]
     order = iterations.layouts.order
-    growing: Leaves = {}
+    samples: dict[Leaf, list[Sample]] = {}
     for node in closure:
         leaves = [flatten(n) for n in (node, longer[0][order[node]], longer[1][order[node]])]
-        for at, (v0, v1, v2) in enumerate(zip(*leaves, strict=True)):
-            if isinstance(v0, int) and not isinstance(v0, bool) and v0 != v1:
-                if v2 - v1 != v1 - v0:
-                    raise LoopError(
-                        "An integer of the decode loop does not grow evenly with the prompt.",
-                        f"{describe(node)} uses {v0}, {v1} and {v2} for prompts of {length} to {length + 2} tokens",
-                        "compute shapes and positions from ids.shape[1] by sums and constant multiples only",
-                    )
-                growing[node, at] = (v1 - v0, v0 - (v1 - v0) * length)
-    return growing
+        for at, values in enumerate(zip(*leaves, strict=True)):
+            if is_integer(values[0]):
+                samples[node, at] = [(length + more, value) for more, value in enumerate(values)]
+    try:
+        return fit_all(samples)
+    except Uneven as error:
+        v0, v1, v2 = (value for _, value in error.samples)
+        raise LoopError(
+            "An integer of the decode loop does not grow evenly with the prompt.",
+            f"{describe(error.leaf[0])} uses {v0}, {v1} and {v2} for prompts of {length} to {length + 2} tokens",
+            "compute shapes and positions from ids.shape[1] by sums and constant multiples only",
+        ) from None
 
 
-def _symbol(prompt: fx.Node) -> sympy.Expr | None:
-    """The prompt's length as Dynamo knows it; None if it is a number there."""
-    example = prompt.meta.get("example_value")
-    size = example.shape[-1] if isinstance(example, torch.Tensor) else None
-    return size.node.expr if isinstance(size, torch.SymInt) else None
-
-
-def longest_text(prompt: fx.Node) -> int | None:
-    """The longest text for which the code of the first iteration is the one that was traced; None if there is no end.
-
-    A branch on a length leaves a guard: the model's window begins, a cache is full, the loop crops its cache.
-    """
-    symbol = _symbol(prompt)
-    if not isinstance(symbol, sympy.Symbol):
-        return None
-    ends = [_end(guard.expr, symbol) for guard in prompt.meta["example_value"].shape[-1].node.shape_env.guards]
-    return min((end for end in ends if end is not None), default=None)
-
-
-def _end(guard: sympy.Basic, symbol: sympy.Symbol) -> int | None:
-    """The last value up to which a guard holds, if it fails for large ones."""
-
-    def holds(value: int) -> bool:
-        return guard.xreplace({symbol: sympy.Integer(value)}) != sympy.false
-
-    low, high = 2, 2**20 + 7
-    if symbol not in guard.free_symbols or holds(high):
-        return None
-    while low < high and not holds(low):  # a guard that begins somewhere
-        low += 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return low
-
-
-def _growth_of_constants(iterations: Iterations, closure: Sequence[fx.Node], length: int) -> Leaves:
-    """For a graph of one prompt length: which of its numbers are that length, by shapes."""
+def _lengths_by_shapes(iterations: Iterations, closure: Sequence[fx.Node], length: int) -> Lengths:
     if length == 1:
         raise ShortPrompt(
             "A loop with a cache in it cannot be traced with a prompt of one token.",
             "then the first call looks like all others, and does not show the model on a text",
             "give a prompt of two tokens or more, or use @smc_compile.decode",
         )
+    calls = TracedCalls(closure, iterations.tokens[0], length, iterations.texts_read(closure), {})
     try:
-        return resolve_lengths(iterations, closure, {}, length)
-    except LoopError as error:
+        return solve_lengths(calls)
+    except UnclearLengths as error:
         raise LoopError(
             "The loop has a cache in it and was traced for one prompt length only.",
-            f"which of its numbers are the prompt's length is not clear: {error.why}",
+            f"which of its numbers are the prompt's length is not clear: {unclear_in_words(error, length)}",
             "use @smc_compile.decode, or torch.compile(..., dynamic=True) with a prompt of two tokens or more",
-        ) from error
+        ) from None
 
 
-# ---- measured: the step is every iteration ------------------------------------------------------------------------------
+def known_integers(
+    concrete: Concrete, example_inputs: Sequence[Any], inputs: Sequence[fx.Node]
+) -> list[torch.Tensor | None]:
+    """For each input its value if it is a single integer (a cache counts its tokens in one), else None."""
+    given = dict(zip(concrete.graph.find_nodes(op="placeholder"), example_inputs, strict=False))
+    values = [plain_tensor(given[node]) if _is_single_integer(node) else None for node in inputs]
+    return [None if value is None else value.detach().cpu() for value in values]
 
 
-@dataclass(frozen=True)
-class CachedIterations:
-    """The loop as it was written, beside the step that replaces it.
-
-    Attributes:
-        graph: the loop, for the prompt's own length; its constants are in ``root``.
-        longer: the same for a prompt with ``more`` tokens more, if the loop was traced for such.
-        prompt, tokens, invariants: nodes of ``graph``; ``invariants`` are the inputs of ``step`` after the ids.
-    """
-
-    root: fx.GraphModule
-    graph: fx.Graph
-    longer: fx.Graph | None
-    more: int
-    prompt: fx.Node
-    tokens: tuple[fx.Node, ...]
-    step: fx.GraphModule
-    invariants: tuple[fx.Node, ...]
-
-    def check(self, arguments: Sequence[Any]) -> float:
-        """Run both on the prompt and random tokens and return the largest relative difference of what is drawn from.
-
-        Raises:
-            LoopError: they differ: the loop does something else to its cache than keep it.
-        """
-        draws = self.draws()
-        worst = self.difference(self.graph, draws, arguments)
-        if self.longer is not None:
-            numbers = {node: at for at, node in enumerate(self.graph.nodes)}
-            nodes = list(self.longer.nodes)
-            there = [Draw(tuple(nodes[numbers[n]] for n in d.nodes), nodes[numbers[d.token]]) for d in draws]
-            at = [n for n in self.graph.nodes if n.op == "placeholder"].index(self.prompt)
-            text = arguments[at]
-            more = text.repeat(*(1,) * (text.dim() - 1), 2 + self.more // text.shape[-1])
-            longer = [*arguments[:at], more[..., : text.shape[-1] + self.more], *arguments[at + 1 :]]
-            try:
-                worst = max(worst, self.difference(self.longer, there, longer))
-            except _Fails:  # longer than the positions of the model
-                log.debug("the loop was not compared on a longer prompt")
-        log.debug("the step agrees with %d iterations to %.1e", len(self.tokens), worst)
-        return worst
-
-    def difference(self, graph: fx.Graph, draws: Sequence[Draw], arguments: Sequence[Any]) -> float:
-        """The largest relative difference over all iterations.
-
-        Raises:
-            LoopError: it is too large.
-        """
-        given = dict(zip((n for n in self.graph.nodes if n.op == "placeholder"), arguments, strict=True))
-        prompt = given[self.prompt]
-        ids = prompt.reshape(-1, prompt.shape[-1])
-        with torch.no_grad(), torch.random.fork_rng(devices=[ids.device] if ids.is_cuda else []):
-            torch.manual_seed(0)
-            as_written = _Recorder(fx.GraphModule(self.root, graph), draws)
-            as_written.run_all([_copied(value) for value in arguments])
-            self.refuse_conditions(as_written.seen)
-            coarsest = _coarsest([*arguments, *as_written.seen[0]])
-            worst = 0.0
-            for iteration, expected in enumerate(as_written.seen):
-                rewritten = _Recorder(self.step, [_draw(list(self.step.graph.nodes), _token(self.step))])
-                invariants = [given[node] for node in self.invariants]
-                try:
-                    rewritten.run_all([torch.cat([ids, *as_written.drawn[:iteration]], 1), *invariants])
-                except _Fails as error:
-                    what = "The first iteration of a loop with a cache cannot be run on another number of tokens."
-                    raise LoopError(what, error.why, FROM_IDS) from error
-                worst = max(worst, self.compare(iteration, rewritten.seen[0], expected, coarsest))
-        return worst
-
-    def draws(self) -> list[Draw]:
-        """How each iteration draws its token.
-
-        Raises:
-            LoopError: a later iteration draws in another way than the first.
-        """
-        nodes = list(self.graph.nodes)
-        found: list[Draw] = []
-        for at, token in enumerate(self.tokens):
-            earlier = set(self.tokens[:at])
-            found.append(_draw([n for n in nodes if n not in earlier], token))
-            ops = [[op_name(n) for n in draw.nodes] for draw in (found[0], found[at])]
-            if ops[0] != ops[1]:
-                raise LoopError(
-                    "The iterations of the decode loop do not draw their tokens alike.",
-                    f"iteration 0 draws by {', '.join(ops[0])}; iteration {at} by {', '.join(ops[1])}, at {describe(token)}",
-                    f"sample in the same way after the first call as after the others; {NO_END}",
-                )
-        return found
-
-    def refuse_conditions(self, seen: Sequence[Sequence[torch.Tensor]]) -> None:
-        """A draw that is replaced under some condition: random tokens need not meet it."""
-        for token, values in zip(self.tokens, seen, strict=True):
-            if any(value.dtype == torch.bool for value in values):
-                raise LoopError(
-                    "A token of the decode loop is replaced after it was drawn.",
-                    f"{describe(token)} depends on a condition",
-                    NO_END,
-                )
-
-    def compare(
-        self, iteration: int, actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], dtype: torch.dtype
-    ) -> float:
-        error = float("inf")
-        floats = [[v for v in values if v.dtype.is_floating_point] for values in (actual, expected)]
-        if floats[0] and len(floats[0]) == len(floats[1]):
-            pairs = list(zip(*floats, strict=True))
-            if all(a.numel() == e.numel() for a, e in pairs):
-                error = max(relative_error(a.reshape(e.shape), e, dtype in NARROW) for a, e in pairs)
-        if error <= TOLERANCE.get(dtype, 1e-4):
-            return error
-        raise LoopError(
-            "The loop with its cache does not compute what the model computes on all tokens so far.",
-            f"what token {iteration} is drawn from, at {describe(self.tokens[iteration])}, differs from the first call's on "
-            f"prompt + {iteration} tokens by {error:.1e} of its spread, allowed {TOLERANCE.get(dtype, 1e-4):.0e}",
-            "keep the whole cache from iteration to iteration (no cropping, no reset, one model, positions that go on counting); "
-            "or write the loop without a cache, model(ids)[:, -1]: the compiler makes its own",
-        )
+def _is_single_integer(node: fx.Node) -> bool:
+    info = tensor_info(node)
+    return info is not None and info.dtype in TOKEN_DTYPES and info.numel == 1
 
 
-@dataclass(frozen=True)
-class Draw:
-    """The nodes from the first that is random, or picks the token, to the token."""
-
-    nodes: tuple[fx.Node, ...]
-    token: fx.Node
-
-
-def _draw(nodes: Sequence[fx.Node], token: fx.Node) -> Draw:
-    """How a token is drawn, among the nodes of its iteration."""
-    allowed, needed = set(nodes), {token}
-    for node in reversed(nodes):
-        if node in needed:
-            needed.update(source for source in node.all_input_nodes if source in allowed)
-    random = [node for node in nodes if node in needed and is_random(node)]
-    picks = [node for node in nodes if node in needed and is_draw(node)]
-    drawing = set(random) or set(picks[-1:])
-    drawing |= {target for node in drawing for target in mutated_inputs(node)}
-    if not random and picks and op_name(picks[-1]) == "getitem":
-        drawing |= set(picks[-1].all_input_nodes)
-    for node in nodes:
-        if node in needed and any(source in drawing for source in node.all_input_nodes):
-            drawing.add(node)
-    return Draw(tuple(node for node in nodes if node in drawing), token)
-
-
-class _Fails(LoopError):
-    """The loop as it was written fails on its own."""
-
-
-class _Recorder(fx.Interpreter):
-    """Runs a graph, notes what each token is drawn from, and puts random tokens in the place of those drawn."""
-
-    def __init__(self, module: fx.GraphModule, draws: Sequence[Draw]) -> None:
-        super().__init__(module)
-        self.seen: list[list[torch.Tensor]] = [[] for _ in draws]
-        self.drawn: list[torch.Tensor] = []  # [B, 1] each
-        self.reads = {node: at for at, draw in enumerate(draws) for node in draw.nodes}
-        self.ends = {draw.token: at for at, draw in enumerate(draws)}
-        self.generator = torch.Generator().manual_seed(0)
-
-    def run_all(self, arguments: Sequence[Any]) -> None:
-        """Run the graph.
-
-        Raises:
-            _Fails: it cannot be run: positions beyond those of the model, or of its cache.
-        """
-        try:
-            self.run(*arguments)
-        except (RuntimeError, IndexError) as error:
-            raise _Fails(
-                "The loop with its cache fails when it is run as it was written.",
-                str(error).splitlines()[0][:300] if str(error) else repr(error),
-                "make the cache long enough for the prompt and all new tokens, and its batch that of the prompt",
-            ) from error
-
-    def run_node(self, n: fx.Node) -> Any:
-        at = self.reads.get(n)
-        if at is not None and (not is_random(n) or op_name(n) in ("multinomial", "bernoulli")):
-            sources = [s for s in n.all_input_nodes if self.reads.get(s) != at]
-            values = [self.env[s] for s in sources]
-            self.seen[at] += [v.clone() for v in values if isinstance(v, torch.Tensor)]
-        value = super().run_node(n)
-        if n not in self.ends:
-            return value
-        vocabulary = max((v.shape[-1] for v in self.seen[self.ends[n]] if v.dtype.is_floating_point), default=2)
-        forced = torch.randint(vocabulary, value.shape, generator=self.generator).to(value)
-        self.drawn.append(forced.reshape(-1, 1).long())
-        return forced
-
-
-def _token(step: fx.GraphModule) -> fx.Node:
-    returned = step.graph.output_node().args[0]
-    assert isinstance(returned, fx.Node)
-    return returned
-
-
-def _copied(value: Any) -> Any:
-    """Arguments are written to; parameters are not, and large."""
-    is_buffer = isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter)
-    return value.clone() if is_buffer else value
-
-
-def _coarsest(values: Sequence[Any]) -> torch.dtype:
-    present = {v.dtype for v in values if isinstance(v, torch.Tensor) and v.dtype.is_floating_point}
-    return next((d for d in (torch.bfloat16, torch.float16, torch.float32) if d in present), torch.float64)
-
-
-def _report(buffers: Sequence[Buffer], grown: int) -> list[str]:
-    if buffers:
-        lengths = " and ".join(str(n) for n in sorted({buffer.length for buffer in buffers}))
-        kind = f"{len(buffers)} preallocated tensors of {lengths} positions"
+def cache_in_words(free: BufferFree) -> str:
+    """What kind of cache was found, for the report."""
+    if free.buffers:
+        lengths = " and ".join(str(n) for n in sorted({buffer.length for buffer in free.buffers}))
+        kind = f"{len(free.buffers)} preallocated tensors of {lengths} positions"
+    elif free.grown:
+        kind = f"{free.grown} tensors that grow by concatenation"
     else:
-        kind = f"{grown} tensors that grow by concatenation" if grown else "tensors handed from iteration to iteration"
-    return [f"cache in the loop: {kind}, replaced by the compiler's own"]
+        kind = "tensors handed from iteration to iteration"
+    return f"cache in the loop: {kind}, replaced by the compiler's own"

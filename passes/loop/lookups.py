@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import fx
 
-from smc_compile.passes.loop.op_tables import LOOKUPS, op_name, tensor_info
-from smc_compile.passes.loop.token_labels import Layouts, Place
+from smc_compile.passes.fx_tools import op_name
+from smc_compile.passes.loop.tensor_info import tensor_info
+from smc_compile.passes.loop.token_labels import LOOKUPS, Layouts, Place
 
 
 def simplify_lookups(layouts: Layouts) -> int:

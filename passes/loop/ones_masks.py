@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from smc_compile.passes.loop.op_tables import mutated_inputs, op_name
+from smc_compile.passes.fx_tools import erase_dead_code, mutated_inputs, op_name
 
 _ONES = frozenset(["ones", "ones_like", "new_ones"])
 _KEEPS = frozenset(
@@ -35,9 +35,7 @@ def drop_ones_masks(step: fx.GraphModule) -> int:
             node.replace_all_uses_with(kept[0])
             dropped += 1
     if dropped:
-        step.graph.eliminate_dead_code(
-            is_impure_node=lambda node: node.op in ("placeholder", "output") or bool(mutated_inputs(node))
-        )
+        erase_dead_code(step.graph)
         step.recompile()
     return dropped
 

@@ -1,87 +1,27 @@
-"""Recovers the decode loop from the unrolled graph that Dynamo hands to a backend.
+"""The decode loop as data: its tokens, and the loop that is put together from what the passes found.
 
-    prompt --> [iteration 0] --> token 0 --> [iteration 1] --> token 1 --> ...        becomes        step(ids) -> token
-
-1. `concretise`: sizes become numbers, so one static path remains.
-2. `token_labels.interpret`: which token stands in which cell of every integer value.
-3. The tokens are the columns that some node reads behind the prompt; `iterations` proves that iteration t is a function of
-   the prompt and tokens 0..t-1 alone, and the same function for every t.
-4. Outputs are described by how they are put together from prompt and tokens.
-
-A model may read the tokens in a padded buffer (`padded_buffer`); the loop may be a `torch.while_loop` (`unroll_while`).
-The result holds for one batch size and one prompt length (those of `example_inputs`); `step` itself takes any length.
+The passes run in `smc_compile.passes.pipeline.recover_loop`. A recovered loop holds for one batch size and one prompt length;
+its `step` takes a text of any length.
 """
 
 from __future__ import annotations
 
 import itertools
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx
 
-from smc_compile.errors import LoopError
-from smc_compile.passes.loop.concretise import Concrete, concretise
-from smc_compile.passes.loop.iterations import (
-    NO_CACHE,
-    Iterations,
-    Leaves,
-    compare_iterations,
-    describe,
-    iteration_nodes,
-)
-from smc_compile.passes.loop.kv_loop import CachedIterations, carries_cache, longest_text, recover_cached
-from smc_compile.passes.loop.lookups import simplify_lookups
-from smc_compile.passes.loop.ones_masks import drop_ones_masks
-from smc_compile.passes.loop.op_tables import TOKEN_DTYPES, is_draw, is_random, mutated_inputs, op_name, tensor_info
-from smc_compile.passes.loop.padded_buffer import (
-    PaddedIteration,
-    draw_inputs,
-    last_positions,
-    padded_length,
-    padding_of,
-    resolve_lengths,
-)
-from smc_compile.passes.loop.step_graph import build_step
-from smc_compile.passes.loop.token_labels import Layouts, interpret
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class OutputLayout:
-    """How one output of the loop is put together.
-
-    Attributes:
-        segments: what follows what along time: "prompt", "tokens".
-        axes: the axes of the output, of "batch", "time" and "one" (an axis of size 1).
-        padding: constants in the columns after the segments.
-        dtype: of the output.
-    """
-
-    segments: tuple[str, ...]
-    axes: tuple[str, ...] = ("batch", "time")
-    padding: tuple[int, ...] = ()
-    dtype: torch.dtype = torch.int64
-
-    def build(self, prompt: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """The output for prompt [B, P] and tokens [B, n]."""
-        parts = {"prompt": prompt, "tokens": tokens}
-        columns = [parts[segment] for segment in self.segments]
-        if self.padding:
-            columns.append(tokens.new_tensor(self.padding).expand(tokens.shape[0], -1))
-        value = torch.cat(columns, dim=1).to(self.dtype)  # [B, time]
-        if "batch" not in self.axes:
-            value = value.squeeze(0)
-        elif self.axes.index("time") < self.axes.index("batch"):
-            value = value.t()
-        for axis, name in enumerate(self.axes):
-            if name == "one":
-                value = value.unsqueeze(axis)
-        return value
+from smc_compile.passes.fx_tools import describe
+from smc_compile.passes.loop.as_written import CachedIterations, PaddedIteration
+from smc_compile.passes.loop.concretise import Concrete
+from smc_compile.passes.loop.draws import is_draw
+from smc_compile.passes.loop.iterations import Iterations
+from smc_compile.passes.loop.kv_loop import carries_cache
+from smc_compile.passes.loop.lengths import longest_text
+from smc_compile.passes.loop.outputs import OutputLayout, output_layout, output_nodes
+from smc_compile.passes.loop.token_labels import Layouts, interpret, may_be_prompt
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,13 +33,13 @@ class DecodeLoop:
         prompt_index: which placeholder of the original graph is the prompt.
         invariant_indices: which placeholders feed the other inputs of `step`.
         iterations: how many tokens the loop draws.
-        outputs: how each output of the graph is put together; None for a cache that was made outside and is put back.
+        outputs: how each output of the graph is put together; None for a cache that the caller made and gets back.
         report: what was found, in lines for a person.
         fixed_floats: (placeholder, value) of Python floats that Dynamo lifted to inputs and that `step` holds as
-            constants: the result is wrong for other values. Temperatures and the like stay inputs.
+            constants: for other values the step is wrong. Temperatures and the like stay inputs.
         padded: the iteration as it was written, if it reads a padded buffer.
-        cached: the iterations as they were written, if they hand on a cache.
-        longest: the longest text that `step` holds for, if the loop takes another path for longer ones.
+        cached: the loop as it was written, if its iterations hand on a cache.
+        longest: the longest text for which `step` is right, if the loop takes another path for longer ones.
     """
 
     step: fx.GraphModule
@@ -130,122 +70,44 @@ class DecodeLoop:
             self.padded.check(arguments[self.prompt_index], [arguments[i] for i in self.invariant_indices])
 
 
-def recover_loop(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> DecodeLoop | None:
-    """The decode loop in `gm`, or None if it holds no token that is drawn and fed back (then it is not ours).
+@dataclass(frozen=True)
+class RecoveredStep:
+    """One iteration as a graph of its own.
 
-    Raises:
-        LoopError: there is a loop, but not one that can be compiled.
+    Attributes:
+        step: ``forward(ids [B, S], *invariants) -> token``, for any S.
+        invariants: the placeholders of the loop's graph behind the other inputs.
+        closure: the nodes of iteration 0 in the loop's graph.
+        report: what was found, for a person.
+        known: (placeholder, value) of integer inputs that the step holds as constants.
+        padded: what to compare the step with, if the iteration reads a padded buffer.
+        cached: what to compare the step with, if the iterations hand on a cache.
     """
-    concrete = concretise(gm, example_inputs)
-    nodes = list(concrete.graph.nodes)
-    if not any(is_draw(node) for node in nodes):
-        log.info("no sampling and no argmax in the graph: left as it is")
-        return None
-    found = _find_tokens(nodes)
-    if found is None:
-        _refuse_unrecognised_feedback(nodes)
-        log.info("no token is drawn from a sequence and fed back (a loop of one trip counts as none): left as it is")
-        return None
-    layouts, tokens = found
-    _refuse_hidden_state(nodes)
-    _refuse_uncounted_tokens(concrete, tokens)
-    if carries_cache(layouts, tokens):
-        return _cached_loop(gm, example_inputs, concrete, layouts, tokens)
-    simplify_lookups(layouts)
-    iterations = Iterations(layouts, tokens)
-    closures = [iteration_nodes(iterations, iteration) for iteration in range(len(tokens))]
-    _check_randomness(closures[0], tokens[0])
-    growing = compare_iterations(iterations)
-    step, invariants, padded = _step(gm, iterations, closures[0], growing)
-    drawn = len(tokens) + concrete.remaining
-    outputs = tuple(_output_layout(iterations, output, concrete.remaining) for output in _output_nodes(nodes))
-    placeholders = [node for node in nodes if node.op == "placeholder"]
-    return DecodeLoop(
-        step=step,
-        prompt_index=placeholders.index(layouts.prompt),
-        invariant_indices=tuple(placeholders.index(node) for node in invariants),
-        iterations=drawn,
-        prompt_length=layouts.prompt_length,
-        batch=layouts.batch,
-        outputs=outputs,
-        report=_report(iterations, drawn, closures[0], growing, outputs, padded),
-        fixed_floats=concrete.fixed_floats,
-        padded=padded,
-    )
 
-
-def _cached_loop(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], concrete: Concrete, layouts: Layouts, tokens: list[fx.Node]
-) -> DecodeLoop:
-    """A loop that hands a cache from iteration to iteration."""
-    found = recover_cached(gm, example_inputs, concrete, layouts, tokens)
-    _check_randomness(found.closure, tokens[0])
-    iterations = Iterations(layouts, tokens, cached=True)
-    returned = _output_nodes(layouts.nodes)
-    outputs = tuple(None if _is_state(iterations, node) else _output_layout(iterations, node) for node in returned)
-    placeholders = [node for node in layouts.nodes if node.op == "placeholder"]
-    known = tuple((placeholders.index(node), float(value)) for node, value in found.known)
-    return DecodeLoop(
-        step=found.step,
-        prompt_index=placeholders.index(layouts.prompt),
-        invariant_indices=tuple(placeholders.index(node) for node in found.invariants),
-        iterations=len(tokens),
-        prompt_length=layouts.prompt_length,
-        batch=layouts.batch,
-        outputs=outputs,
-        report=_report(iterations, len(tokens), found.closure, {}, outputs, None, found.report),
-        fixed_floats=concrete.fixed_floats + known,
-        cached=found.check,
-        longest=longest_text(layouts.prompt),
-    )
-
-
-def _is_state(iterations: Iterations, output: Any) -> bool:
-    """An output without a token in it: Dynamo returns what a cache made outside of the function is left with."""
-    labels = iterations.layouts.outputs.get(output) if isinstance(output, fx.Node) else None
-    sources = set() if labels is None else {iterations.layouts.source(label) for label in labels.flatten().tolist()}
-    return not sources & iterations.carriers
-
-
-def _step(
-    gm: fx.GraphModule, iterations: Iterations, closure: Sequence[fx.Node], growing: Leaves
-) -> tuple[fx.GraphModule, list[fx.Node], PaddedIteration | None]:
-    """One iteration that reads the history alone, also when the loop reads it in a padded buffer."""
-    length = padded_length(iterations, closure)
-    if length is None:
-        step, invariants = build_step(gm, iterations, closure, growing)
-        drop_ones_masks(step)
-        return step, invariants, None
-    sizes = {**growing, **resolve_lengths(iterations, closure, growing, length)}
-    fixed = last_positions(closure, growing)
-    sizes = {leaf: pair for leaf, pair in sizes.items() if leaf not in fixed}
-    step, invariants = build_step(gm, iterations, closure, sizes, fixed)
-    seen = draw_inputs(iterations.tokens[0], closure, [node for node in closure if is_draw(node)])
-    written, _ = build_step(gm, iterations, closure, growing, seen=seen, padded=True)
-    rewritten, _ = build_step(gm, iterations, closure, sizes, fixed, seen=seen)
-    padding = padding_of(iterations, closure)
-    return step, invariants, PaddedIteration(written, rewritten, padding, length, bool(seen))
+    step: fx.GraphModule
+    invariants: Sequence[fx.Node]
+    closure: Sequence[fx.Node]
+    report: Sequence[str]
+    known: Sequence[tuple[fx.Node, int]] = ()
+    padded: PaddedIteration | None = None
+    cached: CachedIterations | None = None
 
 
 # ---- tokens --------------------------------------------------------------------------------------------------------
 
 
-def _find_tokens(nodes: Sequence[fx.Node]) -> tuple[Layouts, list[fx.Node]] | None:
-    """The prompt and the nodes whose results follow it in what the model reads or the function returns."""
-    for prompt in filter(_may_be_prompt, nodes):
+def find_tokens(nodes: Sequence[fx.Node]) -> tuple[Layouts, list[fx.Node]] | None:
+    """The labels of all cells, and the nodes whose results are the tokens; None if there are fewer than two.
+
+    A token follows the prompt in what the model reads, or in what the function returns.
+    """
+    for prompt in filter(may_be_prompt, nodes):
         layouts = interpret(nodes, prompt)
         tokens = _tokens_behind(layouts)
         late = _tokens_returned(layouts, tokens)
         if len(tokens + late) >= 2 and (tokens or carries_cache(layouts, late)):
             return layouts, tokens + late
     return None
-
-
-def _may_be_prompt(node: fx.Node) -> bool:
-    info = tensor_info(node)
-    if node.op != "placeholder" or info is None or info.dtype not in TOKEN_DTYPES:
-        return False
-    return len(info.shape) in (1, 2) and info.numel > 0 and bool(node.users)
 
 
 def _tokens_behind(layouts: Layouts) -> list[fx.Node]:
@@ -274,188 +136,54 @@ def _tokens_returned(layouts: Layouts, tokens: Sequence[fx.Node]) -> list[fx.Nod
     return sorted(late, key=layouts.order.__getitem__)
 
 
-def _refuse_unrecognised_feedback(nodes: Sequence[fx.Node]) -> None:
-    """Refuses a loop in which tokens are looked up again, though not as a sequence that starts with the prompt."""
-    if not any(_may_be_prompt(node) or is_random(node) for node in nodes):
-        return  # codebooks are looked up by argmax too
-    drawn: set[fx.Node] = set()  # depends on a draw
-    looked_up: set[fx.Node] = set()  # depends on a look-up of something drawn
-    writers: dict[int, fx.Node] = {}
-    for node in nodes:
-        sources = set(node.all_input_nodes)
-        sources |= {writers[i.storage] for s in node.all_input_nodes if (i := tensor_info(s)) and i.storage in writers}
-        if is_draw(node) and sources & looked_up:
-            raise LoopError(
-                "Tokens are drawn and fed back, but the decode loop could not be recovered.",
-                f"{describe(node)} depends on an earlier draw, yet no node reads prompt + tokens as one sequence",
-                "fill the buffer with a constant, torch.zeros instead of torch.empty: the model reads all of it"
-                if any(_is_uninitialised(other) for other in nodes)
-                else f"let the prompt be an integer tensor [B, P] given as an argument, and {NO_CACHE}",
-            )
-        lookup = op_name(node) in ("embedding", "index_select", "one_hot", "getitem")
-        places = {a for a in node.all_input_nodes if (i := tensor_info(a)) and i.dtype in TOKEN_DTYPES}
-        if sources & looked_up or (lookup and places & drawn and tensor_info(node) and _is_float(node)):
-            looked_up.add(node)
-        if is_draw(node) or sources & drawn:
-            drawn.add(node)
-            writers.update({i.storage: node for t in mutated_inputs(node) if (i := tensor_info(t))})
-            drawn.update(mutated_inputs(node))
+# ---- the loop ------------------------------------------------------------------------------------------------------
 
 
-def _is_uninitialised(node: fx.Node) -> bool:
-    info = tensor_info(node)
-    return op_name(node) in ("empty", "new_empty", "empty_like") and info is not None and info.dtype in TOKEN_DTYPES
+def decode_loop(concrete: Concrete, iterations: Iterations, found: RecoveredStep) -> DecodeLoop:
+    """The loop around a step.
 
-
-def _is_float(node: fx.Node) -> bool:
-    info = tensor_info(node)
-    return info is not None and info.dtype.is_floating_point
-
-
-# ---- what may not be in an iteration -------------------------------------------------------------------------------------
-
-
-def _refuse_uncounted_tokens(concrete: Concrete, tokens: Sequence[fx.Node]) -> None:
-    """Each iteration of a while_loop must append one token, or the iterations that were not unrolled could not be counted."""
-    found = [token.meta.get("iteration") for token in tokens]
-    if concrete.unrolled and found != list(range(concrete.unrolled)):
-        raise LoopError(
-            "An iteration of torch.while_loop does not append one token to the sequence.",
-            f"{len(tokens)} tokens follow the prompt after {concrete.unrolled} iterations, up to {describe(tokens[-1])}",
-            "carry (i, buf), write the token that is drawn at column i, and return buf",
-        )
-
-
-def _refuse_hidden_state(nodes: Sequence[fx.Node]) -> None:
-    for node in nodes:
-        if "autocast" in op_name(node):
-            raise LoopError(
-                "The decode loop switches autocast on inside.",
-                f"{describe(node)} changes the precision of the operators after it",
-                "put the autocast around the call of the compiled function, or convert the model with model.to(dtype)",
-            )
-
-
-def _active_dropout(node: fx.Node) -> bool:
-    name = op_name(node)
-    if name == "scaled_dot_product_attention":
-        rate = node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0)
-        return rate not in (0, 0.0)
-    if "dropout" not in name:
-        return False
-    rate = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
-    training = node.kwargs.get("training", node.kwargs.get("train", node.args[2] if len(node.args) > 2 else True))
-    return bool(training) and rate not in (0, 0.0)
-
-
-def _check_randomness(nodes: Sequence[fx.Node], token: fx.Node) -> None:
-    """One source of randomness at most, the one that draws the token."""
-    for node in nodes:
-        if _active_dropout(node):
-            raise LoopError(
-                "The model is in training mode with dropout.",
-                f"{describe(node)} drops values at random",
-                "call model.eval() before compiling",
-            )
-    noise = [node for node in nodes if is_random(node)]
-    if len(noise) > 1:
-        raise LoopError(
-            "An iteration of the decode loop draws random numbers more than once.",
-            f"{describe(noise[0])} and {describe(noise[1])}; only the draw of the token may be random",
-            "remove the other noise, or call model.eval()",
-        )
-    if not any(is_draw(node) for node in nodes):
-        raise LoopError(
-            "The tokens of the decode loop are not drawn.",
-            f"{describe(token)} follows the prompt, but depends on no sampling and no argmax",
-            "draw each token with torch.multinomial(probs, 1) or logits.argmax(-1)",
-        )
-    if mutated_inputs(token):
-        raise LoopError(
-            "A token is changed after it was drawn.",
-            f"{describe(token)} writes to it in place, at places that depend on values",
-            "leave the end-of-sequence handling out of the loop and pass eos_token_id instead",
-        )
-
-
-# ---- outputs -------------------------------------------------------------------------------------------------------
-
-
-def _output_nodes(nodes: Sequence[fx.Node]) -> list[Any]:
-    returned = nodes[-1].args[0]
-    return list(returned) if isinstance(returned, tuple | list) else [returned]
-
-
-def _output_layout(iterations: Iterations, output: Any, remaining: int = 0) -> OutputLayout:
+    Raises:
+        LoopError: an output is neither the sequence nor all of its tokens.
+    """
     layouts = iterations.layouts
-    labels = layouts.outputs.get(output) if isinstance(output, fx.Node) else None
-    if labels is None:
-        found = describe(output) if isinstance(output, fx.Node) else repr(output)
-        what, fix = "Only tokens can be returned from a decode loop.", "return the token ids and nothing else"
-        raise LoopError(what, f"{found} is returned, which is not made of tokens", fix)
-    info = tensor_info(output)
-    assert info is not None
-    parts = dict(zip(("prompt", "tokens"), layouts.labels(iterations.tokens), strict=True))
-    for segments in (("prompt", "tokens"), ("tokens",), ("prompt",)):
-        length = sum(parts[segment].shape[1] for segment in segments)
-        for axes in _axes(tuple(labels.shape), layouts.batch, length):
-            pads = labels.shape[axes.index("time")] - length
-            last_row = labels.movedim(axes.index("time"), -1).reshape(-1, labels.shape[axes.index("time")])[-1]
-            padding = last_row[len(last_row) - pads :].tolist()
-            layout = OutputLayout(segments, axes, tuple(padding))
-            same = not any(layouts.source(value) for value in padding) and torch.equal(
-                layout.build(parts["prompt"], parts["tokens"]), labels
-            )
-            if same and ("tokens" not in segments or pads >= remaining):  # later iterations write over padding
-                rest = padding[remaining:] if "tokens" in segments else padding
-                return OutputLayout(segments, axes, tuple(rest), info.dtype)
-    columns = _columns_in_words(iterations, labels)
-    raise LoopError(
-        "An output of the decode loop is not the whole sequence.",
-        f"{describe(output)} of shape {tuple(labels.shape)} holds {columns}",
-        "return prompt + tokens, or all tokens as one tensor (torch.stack or torch.cat a list of tokens)",
+    placeholders = [node for node in layouts.nodes if node.op == "placeholder"]
+    drawn = len(iterations.tokens) + concrete.remaining
+    outputs = tuple(_layout_of(iterations, output, concrete.remaining) for output in output_nodes(layouts.nodes))
+    return DecodeLoop(
+        step=found.step,
+        prompt_index=placeholders.index(layouts.prompt),
+        invariant_indices=tuple(placeholders.index(node) for node in found.invariants),
+        iterations=drawn,
+        prompt_length=layouts.prompt_length,
+        batch=layouts.batch,
+        outputs=outputs,
+        report=_report(layouts, drawn, found, outputs),
+        fixed_floats=(*concrete.fixed_floats, *((placeholders.index(node), float(v)) for node, v in found.known)),
+        padded=found.padded,
+        cached=found.cached,
+        longest=longest_text(layouts.prompt) if iterations.cached else None,
     )
 
 
-def _columns_in_words(iterations: Iterations, labels: torch.Tensor) -> str:
-    by_row = labels.reshape(iterations.layouts.batch, -1) if labels.ndim else labels.reshape(1, 1)
-    return iterations.spell(tuple(by_row[0].tolist()))
+def _layout_of(iterations: Iterations, output: Any, remaining: int) -> OutputLayout | None:
+    return None if iterations.cached and _is_state(iterations, output) else output_layout(iterations, output, remaining)
 
 
-def _axes(shape: tuple[int, ...], batch: int, length: int) -> Iterator[tuple[str, ...]]:
-    """Readings of a shape as batch, time and axes of size 1."""
-    if len(shape) > 4:
-        return
-    for axes in itertools.product(("batch", "time", "one"), repeat=len(shape)):
-        if axes.count("time") != 1 or axes.count("batch") > 1 or (batch > 1 and "batch" not in axes):
-            continue
-        if axes.count("one") and "batch" not in axes:
-            continue
-        sizes = {"batch": batch, "one": 1}
-        pairs = list(zip(axes, shape, strict=True))
-        if all(size >= length if axis == "time" else size == sizes[axis] for axis, size in pairs):
-            yield axes
+def _is_state(iterations: Iterations, output: Any) -> bool:
+    """Whether an output holds neither prompt nor tokens: Dynamo also returns the caller's cache as the loop leaves it."""
+    labels = iterations.layouts.outputs.get(output) if isinstance(output, fx.Node) else None
+    sources = set() if labels is None else {iterations.layouts.source(label) for label in labels.flatten().tolist()}
+    return not sources & iterations.carriers
 
 
-def _report(
-    iterations: Iterations,
-    drawn: int,
-    nodes: Sequence[fx.Node],
-    growing: Leaves,
-    outputs: Sequence[OutputLayout | None],
-    padded: PaddedIteration | None,
-    cache: Sequence[str] = (),
-) -> list[str]:
-    layouts = iterations.layouts
-    draws = [node for node in nodes if is_draw(node)]
+def _report(layouts: Layouts, drawn: int, found: RecoveredStep, outputs: Sequence[OutputLayout | None]) -> list[str]:
+    draws = [node for node in found.closure if is_draw(node)]
     tokens = [layout for layout in outputs if layout is not None]
     pads = [f" + {len(layout.padding)} constants" if layout.padding else "" for layout in tokens]
-    returned = [" + ".join(layout.segments) + pad for layout, pad in zip(tokens, pads, strict=True)]
     return [
         f"decode loop of {drawn} iterations",
         f"prompt `{layouts.prompt.name}` [{layouts.batch}, {layouts.prompt_length}]",
         f"token drawn by {describe(draws[-1])}",
-        *(cache or [f"one iteration has {len(nodes)} nodes; {len(growing)} integers grow with the sequence length"]),
-        *([f"read in a padded buffer of {padded.length} columns"] if padded is not None else []),
-        *(f"returns {text}" for text in returned),
+        *found.report,
+        *("returns " + " + ".join(layout.segments) + pad for layout, pad in zip(tokens, pads, strict=True)),
     ]

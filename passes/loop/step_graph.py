@@ -1,19 +1,17 @@
-"""One iteration of an unrolled loop: its closure, the proof that all iterations are alike, and the graph of a single iteration."""
+"""The graph of one iteration: a copy of its nodes in which what grows with the text is computed from ``ids.size(1)``."""
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import fx
 
-from smc_compile.passes.loop.iterations import (
-    Iterations,
-    Leaves,
-)
+from smc_compile.passes.loop.iterations import Iterations
+from smc_compile.passes.loop.leaves import Leaf, replace_leaves
+from smc_compile.passes.loop.lengths import Affine, Lengths
 
 _KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
@@ -22,16 +20,16 @@ def build_step(
     gm: fx.GraphModule,
     iterations: Iterations,
     nodes: Sequence[fx.Node],
-    growing: Leaves,
-    fixed: Leaves | None = None,
+    growing: Lengths,
+    fixed: Mapping[Leaf, Any] | None = None,
     seen: Sequence[fx.Node] = (),
     padded: bool = False,
 ) -> tuple[fx.GraphModule, list[fx.Node]]:
     """The graph ``forward(ids, *invariants) -> token`` of one iteration, and the placeholders behind the invariants.
 
     Args:
-        growing: leaves that become a*S + b.
-        fixed: leaves that become other constants.
+        growing: integers that become a*S + b.
+        fixed: integers that become other constants.
         seen: nodes whose values are returned too.
         padded: the iteration as it was written: ``forward(buffer, length, *invariants)``.
     """
@@ -79,35 +77,15 @@ def _kept_meta(node: fx.Node) -> dict[str, Any]:
 
 
 def _emit_sizes(
-    graph: fx.Graph, ids: fx.Node, length: fx.Node | None, wanted: Sequence[tuple[int, int]]
-) -> dict[tuple[int, int], Any]:
+    graph: fx.Graph, ids: fx.Node, length: fx.Node | None, wanted: Sequence[Affine]
+) -> dict[Affine, fx.Node]:
     """Nodes for a*S + b; S is ids.size(1) unless it is given."""
     if not wanted:
         return {}
     length = length or graph.call_method("size", (ids, 1))
-    sizes: dict[tuple[int, int], Any] = {}
-    for slope, offset in wanted:
+    sizes: dict[Affine, fx.Node] = {}
+    for affine in wanted:
+        slope, offset = affine
         value = length if slope == 1 else graph.call_function(operator.mul, (length, slope))
-        sizes[slope, offset] = graph.call_function(operator.add, (value, offset)) if offset else value
+        sizes[affine] = graph.call_function(operator.add, (value, offset)) if offset else value
     return sizes
-
-
-def replace_leaves(node: fx.Node, leaves: dict[int, Any], inputs: dict[fx.Node, fx.Node]) -> tuple[Any, Any]:
-    """The arguments of a node with its inputs, and some leaves, numbered as by `flatten`, replaced."""
-    numbers = itertools.count()
-    return _replace(node.args, numbers, leaves, inputs), _replace(dict(node.kwargs), numbers, leaves, inputs)
-
-
-def _replace(arg: Any, numbers: Iterator[int], leaves: dict[int, Any], inputs: dict[fx.Node, fx.Node]) -> Any:
-    at = next(numbers)
-    if isinstance(arg, slice):
-        next(numbers)  # `flatten` lists a slice as "slice", then as a sequence of three
-        return slice(*(_replace(item, numbers, leaves, inputs) for item in (arg.start, arg.stop, arg.step)))
-    if isinstance(arg, dict):
-        next(numbers)
-        done = {key: _replace(arg[key], numbers, leaves, inputs) for key in sorted(arg)}
-        return {key: done[key] for key in arg}
-    if isinstance(arg, tuple | list):
-        items = [_replace(item, numbers, leaves, inputs) for item in arg]
-        return items if isinstance(arg, list) else tuple(items)
-    return inputs[arg] if isinstance(arg, fx.Node) else leaves.get(at, arg)

@@ -17,19 +17,9 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from smc_compile.passes.loop.op_tables import (
-    _CASTS,
-    _CREATES,
-    _WHERE_NAMES,
-    LOOKUPS,
-    TOKEN_DTYPES,
-    TensorInfo,
-    is_random,
-    mutated_inputs,
-    op_name,
-    plain_tensor,
-    tensor_info,
-)
+from smc_compile.passes.fx_tools import mutated_inputs, op_name
+from smc_compile.passes.loop.draws import is_random
+from smc_compile.passes.loop.tensor_info import TOKEN_DTYPES, TensorInfo, plain_tensor, tensor_info
 
 # A label: flag, source (number of the node), row, column. Anything below the flag is a constant.
 _FLAG = 1 << 62
@@ -129,6 +119,14 @@ _MOVES: dict[str, frozenset[int]] = {
     **dict.fromkeys(["masked_scatter_", "index_put", "index_put_"], frozenset([1])),
     "where": frozenset([0]),
 }
+
+
+def may_be_prompt(node: fx.Node) -> bool:
+    """Whether an input holds token ids [B, P] or [P] that something reads."""
+    info = tensor_info(node)
+    if node.op != "placeholder" or info is None or info.dtype not in TOKEN_DTYPES:
+        return False
+    return len(info.shape) in (1, 2) and info.numel > 0 and bool(node.users)
 
 
 def interpret(nodes: Sequence[fx.Node], prompt: fx.Node) -> Layouts:
@@ -387,3 +385,20 @@ def on_cpu(args: Any) -> Any:
     if type(args) in (tuple, list, fx.immutable_collections.immutable_list):
         return (tuple if isinstance(args, tuple) else list)(on_cpu(item) for item in args)
     return args
+
+
+# Operators that move cells. The set holds the positions (or names) of arguments that say *where*, which must be known.
+_WHERE_NAMES = frozenset(["index", "indices", "mask", "condition", "dim", "start", "length"])
+
+
+LOOKUPS = frozenset(["index_select", "gather", "take_along_dim", "getitem"])
+
+
+_CASTS = frozenset(["to", "long", "int", "type", "type_as", "cuda", "cpu"])
+
+
+_CREATES = frozenset(
+    f"{prefix}{name}{suffix}"
+    for name in ("zeros", "ones", "full", "empty", "arange", "tensor", "as_tensor", "scalar_tensor")
+    for prefix, suffix in (("", ""), ("new_", ""), ("", "_like"))
+)

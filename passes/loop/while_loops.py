@@ -13,8 +13,9 @@ from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from smc_compile.errors import LoopError
-from smc_compile.passes.loop.iterations import describe
-from smc_compile.passes.loop.op_tables import is_draw, op_name, tensor_info
+from smc_compile.passes.fx_tools import describe, op_name
+from smc_compile.passes.loop.draws import is_draw
+from smc_compile.passes.loop.tensor_info import tensor_info
 from smc_compile.passes.loop.token_labels import on_cpu
 
 _FOLDED_DTYPES = (torch.int64, torch.int32, torch.bool)

@@ -9,8 +9,9 @@ import torch
 from torch import fx
 
 from smc_compile.errors import LoopError
-from smc_compile.passes.loop.op_tables import is_draw
-from smc_compile.passes.loop.recover import DecodeLoop, recover_loop
+from smc_compile.passes.loop.draws import is_draw
+from smc_compile.passes.loop.recover import DecodeLoop
+from smc_compile.passes.pipeline import recover_loop
 
 
 class LoopFinder:

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from smc_compile.errors import LoopError
+from smc_compile.passes.fx_tools import op_name
 from smc_compile.passes.loop.cache_buffers import BufferFree, without_buffers
 from smc_compile.passes.loop.ones_masks import drop_ones_masks
-from smc_compile.passes.loop.op_tables import TensorInfo, op_name
+from smc_compile.passes.loop.tensor_info import TensorInfo
 
 B, H, M, D, V = 2, 2, 16, 4, 11
 torch.manual_seed(0)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from smc_compile.errors import LoopError
-from smc_compile.passes.loop.recover import DecodeLoop, recover_loop
+from smc_compile.passes.loop.recover import DecodeLoop
+from smc_compile.passes.pipeline import recover_loop
 
 V, P = 11, 4
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import fx
 
+from smc_compile.passes.fx_tools import mutated_inputs
 from smc_compile.passes.loop.concretise import concretise
-from smc_compile.passes.loop.op_tables import mutated_inputs
-from smc_compile.passes.loop.recover import OutputLayout
+from smc_compile.passes.loop.outputs import OutputLayout
 from smc_compile.passes.loop.token_labels import Layouts, interpret
 
 B, P = 2, 3

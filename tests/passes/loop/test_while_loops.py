@@ -14,7 +14,8 @@ from torch import nn
 
 import smc_compile
 from smc_compile.errors import LoopError
-from smc_compile.passes.loop.recover import DecodeLoop, recover_loop
+from smc_compile.passes.loop.recover import DecodeLoop
+from smc_compile.passes.pipeline import recover_loop
 from smc_compile.program.loop_finder import LoopFinder, step_text
 
 V, P = 17, 4
