@@ -227,7 +227,7 @@ def tiny_models() -> dict[str, Any]:
 @each_present_page
 @pytest.mark.usefixtures("untraced_regions")
 def test_python_runs(page: Path):
-    """The blocks of a page, one after the other. Nothing goes to Inductor: what is compiled is another test's subject."""
+    """The blocks of a page, one after the other, without Inductor: compiled regions are the subject of other tests."""
     blocks = list(python_blocks(page))
     if not blocks:
         pytest.skip("no code")
