@@ -1,6 +1,6 @@
 """Train the pair that ships with the package: a tokenizer, a target and a draft, from Python's own standard library.
 
-    python examples/train_pair.py --out smc_compile/data
+    python examples/train_pair.py --out smc_compile/pairs/data
 
 Three stages. The target learns next tokens; the draft learns the target's distributions (distillation), starting from
 its embedding; then both learn together to predict the text and to agree, which makes a far better proposal for a small
@@ -43,7 +43,7 @@ LEFT_OUT = {
     *("site-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "ensurepip", "__pycache__"),
     *("encodings", "pydoc_data"),  # tables and prose
 }
-ALWAYS_HELD_OUT = "json/decoder.py"  # what tests/test_pair.py reads
+ALWAYS_HELD_OUT = "json/decoder.py"  # what tests/pairs/test_shipped.py reads
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # ids [B, S], next ids [B, S] -> scalar
 
