@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shlex
-from argparse import Namespace
 from xml.etree import ElementTree
 
 import pytest
 import torch
 from helpers.fake_results import COLUMNS
-from rich.console import Console
 
 from smc_compile.__main__ import build_parser, main
 from smc_compile.bench import contestants, peer_transformers, setting, text_quality
@@ -255,21 +252,3 @@ def test_demo_prints_texts_and_draws(tmp_path, capsys, uncompiled):
     assert rows[0]["mean_log_prob"] is None
     assert all(row["mean_log_prob"] < 0 for row in rows[1:])
     assert ElementTree.parse(picture) is not None
-
-
-def test_errors_show_what_why_and_fix():
-    console = Console(file=io.StringIO(), width=100)
-    from smc_compile.__main__ import show_error
-
-    show_error(OptionError("What [x] happened.", "because", "do this"), console)
-    expected = "error: What [x] happened.\n  why: because\n  fix: do this\n"
-    assert console.file.getvalue() == expected  # type: ignore[attr-defined]
-
-
-def test_interrupt_exits_130(monkeypatch, capsys):
-    def interrupt(arguments: Namespace, console: Console) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(bench, "run", interrupt)
-    assert main(["bench"]) == 130
-    assert "Traceback" not in capsys.readouterr().err
