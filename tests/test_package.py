@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -11,7 +10,6 @@ from pathlib import Path
 import pytest
 
 import smc_compile
-from smc_compile import passes, runtime
 
 
 def python(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -43,29 +41,3 @@ def test_subpackages_import_from_elsewhere_and_nothing_generic_does(tmp_path):
     done = python("-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
-
-
-def imported_modules(source: str) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            module = "." * node.level + (node.module or "")
-            dot = "" if module.endswith(".") else "."
-            found |= {module} | {f"{module}{dot}{alias.name}" for alias in node.names}
-    return found
-
-
-@pytest.mark.parametrize(("package", "other"), [(passes, "runtime"), (runtime, "passes")])
-def test_passes_and_runtime_do_not_know_each_other(package, other):
-    sources = sorted(Path(package.__path__[0]).rglob("*.py"))
-    assert len(sources) > 3, "or nothing is scanned"
-    for path in sources:
-        for name in imported_modules(path.read_text()):
-            assert not name.startswith((f"smc_compile.{other}", other, f"..{other}")), f"{path} imports {name}"
-
-
-def test_the_scan_sees_every_form_of_import():
-    source = "import a.b\nfrom c import d\ndef f():\n    from . import e\n    from ..g import h\n    from .. import i"
-    assert imported_modules(source) == {"a.b", "c", "c.d", ".", ".e", "..g", "..g.h", "..", "..i"}

@@ -16,8 +16,6 @@ from smc_compile.auto.timers import best_seconds
 from smc_compile.passes.lower.skinny_products import linear
 
 READ = {"cpu": 2**28, "cuda": 2**31}  # bytes read in one measurement: more than any cache holds
-
-
 # A product of so many rows with a square weight of such a side: long beside its launch.
 PRODUCT = {"cpu": (512, 2048), "cuda": (4096, 8192)}
 

@@ -29,8 +29,6 @@ NAMES = {  # of parts here and in the library
     "w2": "mlp.down_proj",
     "w3": "mlp.up_proj",
 }
-
-
 PILOT_TOKENS = 32  # generated with each number of assistant tokens, to choose one
 FEW_TOKENS = 8  # that tell how long a round will take
 ROUND_SECONDS = 60  # of one: where a processor emulates a type, all tokens can take many minutes

@@ -21,8 +21,6 @@ VALUES = {  # of each axis, where none are given
     "new_tokens": [64, 256, 1024, 2048],
     "requests": [1, 2, 4, 8],
 }
-
-
 LETTERS = {"n_particles": "N", "lookahead": "K", "prompt_length": "prompt", "new_tokens": "new", "requests": "requests"}
 
 

@@ -11,8 +11,6 @@ from smc_compile.bench.figures import Row
 from smc_compile.bench.measure import UNCOMPILED, Result
 
 WIDEST = 100
-
-
 BENCH_COLUMNS: list[tuple[str, Callable[[Row], str | None]]] = [
     ("tokens/s", lambda row: number(row["tokens_per_second"])),
     ("min-max", lambda row: f"{number(row['tokens_per_second_min'])}-{number(row['tokens_per_second_max'])}"),
@@ -32,8 +30,6 @@ BENCH_COLUMNS: list[tuple[str, Callable[[Row], str | None]]] = [
     ("peak\nGB", lambda row: None if row["peak_bytes"] is None else number(row["peak_bytes"] / 1e9)),
     ("log p\n/token", lambda row: None if row["mean_log_prob"] is None else f"{row['mean_log_prob']:.3f}"),
 ]
-
-
 # What gives way where the table would be too wide, first to last; all of it is in the JSON file.
 GIVE_WAY = (
     "min-max",

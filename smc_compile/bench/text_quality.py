@@ -16,11 +16,7 @@ from smc_compile.bench.measure import progress_bar
 from smc_compile.generate import generate
 
 SCORED = ("autoregressive", "smc")
-
-
 SCORING_BATCH = 64  # requests drawn at once
-
-
 TEXT_TITLES = {"eager": "plain loop, eager", "autoregressive": "compiled loop", "smc": "SMC"}
 
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
-from functools import partial
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
 from smc_compile.bench.against_eager import Agreement, checked, difference
-from smc_compile.bench.ceilings import Ceilings, ModelSize, PassCost, costs, loop_passes, measure_ceilings
-from smc_compile.bench.contestants import contest
+from smc_compile.bench.ceilings import Ceilings, measure_ceilings
 from smc_compile.bench.figures import Row, make_rows
-from smc_compile.bench.measure import Contestant, Measurement, measure, reason
-from smc_compile.bench.peer_transformers import assisted_loop, library_loop
+from smc_compile.bench.line_up import EAGER_TOKENS, Peer, all_contestants
+from smc_compile.bench.measure import Contestant, Measurement, measure
 from smc_compile.bench.report import check_json_path, write_json
 from smc_compile.bench.setting import (
     build_pair,
@@ -29,7 +27,7 @@ from smc_compile.bench.tables import compile_line, range_line, rows_table
 from smc_compile.commands.arguments import add_pair_arguments, check_arguments
 from smc_compile.errors import OptionError
 from smc_compile.options import INDUCTORS
-from smc_compile.pairs.llama import Llama, cache_numbers
+from smc_compile.pairs.llama import Llama
 from smc_compile.pairs.nested import Tuned
 from smc_compile.pairs.presets import DTYPES, configs, fill_in
 from smc_compile.pairs.random_weights import parameter_count, random_prompt
@@ -40,12 +38,11 @@ Measure cost on weights of given shapes, beside the loops of others.
 
 Ways to generate from the same prompt take turns in one run: the plain loop in eager mode; transformers with its own
 cache, alone and assisted by the draft (where it is installed); the compiled one-token loop; exact speculation; and SMC
-at each pair of --n-particles and --lookahead. The table shows
-medians, ratios within a round, and the share of what the machine reads and multiplies at best. The weights say
-nothing about text: the target contains the draft, with noise added until --acceptance of the drafted tokens are
-accepted. The defaults are a Llama-shaped target of 336M parameters and a draft of 31M, in bfloat16. Before anything is
-timed, the log-probabilities of ours are compared with the eager model's. Ctrl-C ends the measurement and keeps whole
-rounds.
+at each pair of --n-particles and --lookahead. The table shows medians, ratios within a round, and the share of what
+the machine reads and multiplies at best. The weights say nothing about text: the target contains the draft, with noise
+added until --acceptance of the drafted tokens are accepted. The defaults are a Llama-shaped target of 336M parameters
+and a draft of 31M, in bfloat16. Before anything is timed, the log-probabilities of ours are compared with the eager
+model's. Ctrl-C ends the measurement and keeps whole rounds.
 
   smc-compile bench
   smc-compile bench --preset 0.5b-60m --acceptance 0.9 --n-particles 8 16 --lookahead 6 --json rows.json
@@ -53,12 +50,40 @@ rounds.
 """
 
 
-EAGER_TOKENS = 4  # a forward over the whole prompt for each
-
-
-# (target, ids [1, P], arguments, what a token must read and multiply) -> somebody else's loop on the target's weights
-Peer = Callable[[Llama, Tensor, argparse.Namespace, list[PassCost]], Contestant]
-Builder = Callable[[], Contestant]
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``bench``."""
+    add_pair_arguments(parser)
+    request = parser.add_argument_group("request")
+    request.add_argument("--prompt-length", type=int, default=128, metavar="P", help="tokens of the prompt")
+    request.add_argument("--new-tokens", type=int, default=256, metavar="T", help="tokens to generate")
+    request.add_argument("--temperature", type=float, default=0.8, metavar="T", help="temperature")
+    request.add_argument("--n-particles", type=int, nargs="+", default=[4, 2], metavar="N", help="particles")
+    request.add_argument(
+        "--lookahead", type=int, nargs="+", default=[8], metavar="K", help="draft tokens a cycle; one, or one per N"
+    )
+    request.add_argument(
+        "--chains", type=int, nargs="+", default=[1], metavar="N", help="chains of exact speculation, at each K"
+    )
+    peers = parser.add_argument_group("rows of others")
+    peers.add_argument(
+        "--assistant-tokens",
+        type=int,
+        nargs="+",
+        default=[2, 4, 8],
+        metavar="K",
+        help="draft tokens of assisted transformers; the fastest in a short pilot is timed",
+    )
+    peers.add_argument("--skip-eager", action="store_true", help="leave the eager loop out")
+    peers.add_argument("--skip-transformers", action="store_true", help="leave the loops of transformers out")
+    peers.add_argument("--skip-assisted", action="store_true", help="leave assisted transformers out")
+    peers.add_argument("--skip-speculative", action="store_true", help="leave exact speculation out")
+    run_ = parser.add_argument_group("measurement")
+    run_.add_argument("--repeats", type=int, default=3, metavar="R", help="timed rounds")
+    run_.add_argument(
+        "--compiler", choices=INDUCTORS, default=INDUCTORS[0], help="of ours; max-autotune times products first"
+    )
+    run_.add_argument("--threads", type=int, metavar="T", help="CPU threads (default: torch's choice)")
+    run_.add_argument("--json", metavar="FILE", help="write the rows to FILE")
 
 
 def run(arguments: argparse.Namespace, console: Console, further_peers: Mapping[str, Peer] | None = None) -> None:
@@ -106,6 +131,21 @@ def run(arguments: argparse.Namespace, console: Console, further_peers: Mapping[
         raise KeyboardInterrupt
 
 
+def pair_shapes(n_particles: list[int], lookahead: list[int]) -> list[tuple[int, int]]:
+    """(N, K) pairs; a single value on either side goes with every value on the other."""
+    if len(lookahead) == 1:
+        lookahead = lookahead * len(n_particles)
+    if len(n_particles) == 1:
+        n_particles = n_particles * len(lookahead)
+    if len(n_particles) != len(lookahead):
+        raise OptionError(
+            "--n-particles and --lookahead do not pair up.",
+            f"{len(n_particles)} values against {len(lookahead)}",
+            "give one value, or as many as the other has",
+        )
+    return list(zip(n_particles, lookahead, strict=True))
+
+
 def prepare(
     arguments: argparse.Namespace, lookahead: int, console: Console
 ) -> tuple[Llama, Llama, Tensor, Tuned | None]:
@@ -126,68 +166,6 @@ def prepare(
         target_config.vocab_size, arguments.prompt_length, target.embedding.weight.device, arguments.seed
     )
     return target, draft, ids, tuned
-
-
-def all_contestants(
-    target: Llama,
-    draft: Llama,
-    ids: Tensor,
-    arguments: argparse.Namespace,
-    shapes: list[tuple[int, int]],
-    console: Console,
-    further_peers: Mapping[str, Peer],
-) -> tuple[list[Contestant], dict[str, str]]:
-    """Everything that takes part, in the order of the table, and the peers that cannot, with the reason."""
-    sizes = costs(target, cache_numbers(target.config)), costs(draft, cache_numbers(draft.config))
-    lengths = sorted({k for _, k in shapes}, reverse=True)
-    ours = contest(
-        target,
-        draft,
-        ids,
-        max_new_tokens=arguments.new_tokens,
-        temperature=arguments.temperature,
-        shapes=shapes,
-        eager_tokens=None if arguments.skip_eager else min(EAGER_TOKENS, arguments.new_tokens),
-        speculative=[] if arguments.skip_speculative else [(n, k) for k in lengths for n in arguments.chains],
-        sizes=sizes,
-        compiler=arguments.compiler,
-    )
-    peers, missing = build_peers(peer_builders(target, draft, ids, arguments, sizes[0], further_peers), console)
-    first = 0 if arguments.skip_eager else 1
-    return [*ours[:first], *peers, *ours[first:]], missing
-
-
-def peer_builders(
-    target: Llama,
-    draft: Llama,
-    ids: Tensor,
-    arguments: argparse.Namespace,
-    size: ModelSize,
-    further_peers: Mapping[str, Peer],
-) -> dict[str, Builder]:
-    """How to build the loops of others that were asked for, by name."""
-    request = {"new_tokens": arguments.new_tokens, "temperature": arguments.temperature}
-    passes = loop_passes(size, ids.shape[1], arguments.new_tokens)
-    builders: dict[str, Builder] = {}
-    if not arguments.skip_transformers:
-        builders["transformers"] = lambda: library_loop(target, ids, **request, passes=passes)
-        if not arguments.skip_assisted:
-            tokens = arguments.assistant_tokens
-            builders["assisted"] = lambda: assisted_loop(target, draft, ids, **request, assistant_tokens=tokens)
-    return builders | {name: partial(peer, target, ids, arguments, passes) for name, peer in further_peers.items()}
-
-
-def build_peers(builders: dict[str, Builder], console: Console) -> tuple[list[Contestant], dict[str, str]]:
-    """The peers that could be built, and why the others could not."""
-    peers: list[Contestant] = []
-    missing: dict[str, str] = {}
-    for name, build in builders.items():
-        with console.status(f"preparing {name}"):
-            try:
-                peers.append(build())
-            except Exception as error:  # whatever somebody else's code raises
-                missing[name] = reason(error)
-    return peers, missing
 
 
 def show(
@@ -246,54 +224,3 @@ def footnotes(contestants: list[Contestant], rows: list[Row], arguments: argpars
         notes.append(f"peak: the most memory {held}, in a round")
     notes.append("random weights: this measures cost, not the quality of text")
     return notes
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``bench``."""
-    add_pair_arguments(parser)
-    request = parser.add_argument_group("request")
-    request.add_argument("--prompt-length", type=int, default=128, metavar="P", help="tokens of the prompt")
-    request.add_argument("--new-tokens", type=int, default=256, metavar="T", help="tokens to generate")
-    request.add_argument("--temperature", type=float, default=0.8, metavar="T", help="temperature")
-    request.add_argument("--n-particles", type=int, nargs="+", default=[4, 2], metavar="N", help="particles")
-    request.add_argument(
-        "--lookahead", type=int, nargs="+", default=[8], metavar="K", help="draft tokens a cycle; one, or one per N"
-    )
-    request.add_argument(
-        "--chains", type=int, nargs="+", default=[1], metavar="N", help="chains of exact speculation, at each K"
-    )
-    peers = parser.add_argument_group("rows of others")
-    peers.add_argument(
-        "--assistant-tokens",
-        type=int,
-        nargs="+",
-        default=[2, 4, 8],
-        metavar="K",
-        help="draft tokens of assisted transformers; the fastest in a short pilot is timed",
-    )
-    peers.add_argument("--skip-eager", action="store_true", help="leave the eager loop out")
-    peers.add_argument("--skip-transformers", action="store_true", help="leave the loops of transformers out")
-    peers.add_argument("--skip-assisted", action="store_true", help="leave assisted transformers out")
-    peers.add_argument("--skip-speculative", action="store_true", help="leave exact speculation out")
-    run_ = parser.add_argument_group("measurement")
-    run_.add_argument("--repeats", type=int, default=3, metavar="R", help="timed rounds")
-    run_.add_argument(
-        "--compiler", choices=INDUCTORS, default=INDUCTORS[0], help="of ours; max-autotune times products first"
-    )
-    run_.add_argument("--threads", type=int, metavar="T", help="CPU threads (default: torch's choice)")
-    run_.add_argument("--json", metavar="FILE", help="write the rows to FILE")
-
-
-def pair_shapes(n_particles: list[int], lookahead: list[int]) -> list[tuple[int, int]]:
-    """(N, K) pairs; a single value on either side goes with every value on the other."""
-    if len(lookahead) == 1:
-        lookahead = lookahead * len(n_particles)
-    if len(n_particles) == 1:
-        n_particles = n_particles * len(lookahead)
-    if len(n_particles) != len(lookahead):
-        raise OptionError(
-            "--n-particles and --lookahead do not pair up.",
-            f"{len(n_particles)} values against {len(lookahead)}",
-            "give one value, or as many as the other has",
-        )
-    return list(zip(n_particles, lookahead, strict=True))

@@ -34,8 +34,6 @@ particles descend from each other. Takes less than two minutes, compilation incl
   smc-compile demo --n-particles 32 --lookahead 6
   smc-compile demo --prompt 'class Stack:'
 """
-
-
 PROMPT = '''\
 def moving_average(values, window):
     """Return the average of each run of `window` consecutive values."""

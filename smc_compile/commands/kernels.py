@@ -55,8 +55,6 @@ The exit status is 1 if anything fails. Kernels depend on widths, not on the num
   smc-compile kernels --target sm_90 --preset bench --dtype bfloat16 --n-particles 8 --lookahead 6
   smc-compile kernels --device cuda --preset llama-8b --dtype bfloat16 --n-particles 8 --lookahead 8
 """
-
-
 RUNS = 12  # of each kernel written by hand
 
 

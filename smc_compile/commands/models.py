@@ -30,14 +30,10 @@ transformers knows, which takes a quarter of an hour.
   smc-compile models --only llama gemma2 --attention both
   smc-compile models --all --json models.json
 """
-
-
 COMMON = """
     llama mistral qwen2 qwen3 gemma2 gemma3_text phi3 gpt2 gpt_neo gptj falcon bloom opt starcoder2 olmo2 smollm3
     granite cohere2 stablelm gpt_oss mixtral qwen3_moe
 """
-
-
 ATTENTION = {"sdpa": (None,), "eager": ("eager",), "both": (None, "eager")}
 
 

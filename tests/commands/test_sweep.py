@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shlex
-from argparse import Namespace
 
 import pytest
-from rich.console import Console
 
 from smc_compile.__main__ import build_parser, main
 from smc_compile.bench import sweep_axes, sweep_points
-from smc_compile.bench.ceilings import Ceilings, ModelSize
-from smc_compile.bench.sweep_axes import SweepAxis, chosen_axes, grid, point_name
-from smc_compile.bench.sweep_figures import best_lookaheads, sweep_row
+from smc_compile.bench.ceilings import Ceilings
+from smc_compile.bench.sweep_figures import best_lookaheads
 from smc_compile.bench.sweep_points import PARTS, Point, Timing
-from smc_compile.bench.tables import sweep_table
 from smc_compile.commands import sweep
-from smc_compile.errors import OptionError
 
 TINY = shlex.split(
     "sweep --layers 2 --dim 32 --heads 4 --kv-heads 2 --hidden 48 --vocab 64 "
     "--draft-layers 1 --draft-dim 16 --draft-heads 2 --draft-kv-heads 2 --draft-hidden 24 "
     "--acceptance none --dtype float32 --prompt-length 6 --new-tokens 20 --lookahead 3 --n-particles 2 --cycles 1"
 )
-BASE = Point(n_particles=2, lookahead=3, prompt_length=100, new_tokens=20, requests=1)
 
 
 @pytest.fixture
@@ -35,63 +28,12 @@ def uncompiled(monkeypatch):
     monkeypatch.setattr(sweep, "measure_ceilings", lambda *_: Ceilings(1e10, 1e11))
 
 
-# ---- axes -----------------------------------------------------------------------------------------------------------
-
-
-def test_axes_take_their_own_values_or_those_given_in_order():
-    assert chosen_axes(["lookahead"], None) == [SweepAxis("lookahead", [1, 2, 4, 8, 12, 16])]
-    assert chosen_axes(["requests", "lookahead"], [[2, 1, 2], [3]]) == [
-        SweepAxis("requests", [1, 2]),
-        SweepAxis("lookahead", [3]),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("over", "values", "message"),
-    [
-        (["lookahead"] * 2, None, "two different ones"),
-        (["lookahead", "requests", "n_particles"], None, "two different ones"),
-        (["lookahead", "requests"], [[1]], "--values was given 1 times"),
-        (["lookahead"], [[1, 0]], "got 0 for lookahead"),
-    ],
-)
-def test_axes_that_make_no_sweep_are_refused(over, values, message):
-    with pytest.raises(OptionError, match=message):
-        chosen_axes(over, values)
-
-
-def test_a_grid_has_every_combination_and_the_base_point_elsewhere():
-    points = grid([SweepAxis("n_particles", [1, 4]), SweepAxis("lookahead", [2, 8])], Namespace(**BASE._asdict()))
-    assert [(p.n_particles, p.lookahead) for p in points] == [(1, 2), (1, 8), (4, 2), (4, 8)]
-    assert {p[2:] for p in points} == {BASE[2:]}
-    assert point_name(points[1], [SweepAxis("n_particles", []), SweepAxis("lookahead", [])]) == "N=1 K=8"
-    assert point_name(points[1].loop, [SweepAxis("n_particles", []), SweepAxis("requests", [])]) == "loop requests=1"
-
-
 # ---- figures --------------------------------------------------------------------------------------------------------
 
 
 def timing(seconds: float) -> Timing:
     parts = dict(zip(PARTS, (0.4 * seconds, 0.3 * seconds, 0.2 * seconds, 0.1 * seconds), strict=True))
     return Timing(seconds, parts, 2, 1, 5.0, 1000, 2000, 1.1 * seconds)
-
-
-def test_a_row_is_the_median_round_beside_what_a_cycle_must_read_and_multiply():
-    point = BASE._replace(requests=3)
-    target, draft = ModelSize(10**6, 4, 100), ModelSize(10**5, 4, 10)
-    rounds = [timing(s) for s in (0.3, 0.1, 0.2)]
-    row = sweep_row(point, {point: rounds, point.loop: [timing(0.06)]}, (target, draft), Ceilings(1e9, 1e15))
-    cached = 3 * (100 + 2 * 10)  # each prompt once, half of a suffix for each particle
-    read = 4 * 10**6 + 100 * cached + 3 * (4 * 10**5 + 10 * cached)
-    assert row["bytes_per_cycle"] == read
-    assert row["bound_ms_per_cycle"] == pytest.approx(1e3 * read / 1e9)
-    assert row["share_of_bound"] == pytest.approx(read / 1e9 / 0.2)
-    assert row["tokens_per_second"] == pytest.approx(3 * 4 / 0.2)
-    assert (row["tokens_per_second_min"], row["tokens_per_second_max"]) == pytest.approx((40, 120))
-    assert row["bound_tokens_per_second"] == pytest.approx(3 * 4 / (read / 1e9))
-    assert row["loop_tokens_per_second"] == pytest.approx(3 / 0.06)
-    assert sum(row[f"{part}_ms"] for part in PARTS) == pytest.approx(row["ms_per_cycle"]) == pytest.approx(200)
-    assert (row["repeats"], row["cycles"], row["resamplings_per_cycle"]) == (3, 2, 0.5)
 
 
 def test_predictions_stand_beside_what_was_measured():
@@ -106,19 +48,6 @@ def test_predictions_stand_beside_what_was_measured():
     line = sweep.prediction_line(rows)
     assert "off by 5% in the middle, 50% at most" in line
     assert line.endswith("predicted and measured: N=2 1 and 4, N=8 1 and 1")
-
-
-def test_the_table_fits_where_every_figure_is_wide():
-    row = sweep_row(
-        BASE, {BASE: [timing(12.3)]}, (ModelSize(10**12, 4, 10**8), ModelSize(10**9, 4, 10)), Ceilings(1e9, 1e12)
-    )
-    wide = row | {"loop_tokens_per_second": 0.001, "suffix_cache_bytes": 123_456e6, "prompt_cache_bytes": 123_456e6}
-    console = Console(file=io.StringIO(), width=100)
-    console.print(sweep_table([wide], {"prompt_length": "prompt", "new_tokens": "new"}))
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "…" not in text
-    assert len(text.splitlines()) == 3
-    assert max(map(len, text.splitlines())) <= 100
 
 
 # ---- the whole command ----------------------------------------------------------------------------------------------

@@ -21,8 +21,6 @@ from smc_compile.errors import SMCError
 from smc_compile.kernels.copy_rows import BLOCK, copy_group, gather_rows
 
 NAME = "copy_rows"
-
-
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

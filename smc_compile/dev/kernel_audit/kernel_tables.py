@@ -12,8 +12,6 @@ from smc_compile.dev.kernel_audit.time_regions import Timed
 from smc_compile.dev.kernel_audit.written_kernels import KernelCheck
 
 TIMED_NAME = 60  # columns of a kernel's name beside its time
-
-
 SHOWN = 0.01  # share of a region's time from which on a kernel has a line of its own
 
 

@@ -1,23 +1,19 @@
-"""The command line: arguments, tables, the JSON file, and errors without tracebacks."""
+"""``smc-compile bench``: arguments, peers, the JSON file, and errors without tracebacks."""
 
 from __future__ import annotations
 
-import io
 import json
 import shlex
-from argparse import Namespace
-from xml.etree import ElementTree
 
 import pytest
 import torch
 from helpers.fake_results import COLUMNS
-from rich.console import Console
 
 from smc_compile.__main__ import build_parser, main
-from smc_compile.bench import contestants, peer_transformers, setting, text_quality
+from smc_compile.bench import contestants, peer_transformers
 from smc_compile.bench.figures import PARTS
 from smc_compile.bench.measure import Contestant
-from smc_compile.commands import bench, demo
+from smc_compile.commands import bench
 from smc_compile.errors import OptionError
 from smc_compile.generate import generate
 from smc_compile.pairs.presets import configs, fill_in, weight_count
@@ -119,41 +115,11 @@ def test_acceptance_is_a_share_or_none(text, value):
     assert build_parser().parse_args(["bench", "--acceptance", text]).acceptance == value
 
 
-@pytest.mark.parametrize(("seconds", "warned"), [({"float32": 1.0, "bfloat16": 3.0}, True), ({"bfloat16": 0.5}, False)])
-def test_a_type_that_the_processor_emulates_is_named(seconds, warned, monkeypatch):
-    monkeypatch.setattr(setting, "product_seconds", lambda dtype, device: seconds.get(str(dtype)[6:], 1.0))
-    lines = setting.emulated_dtype(torch.bfloat16, torch.device("cpu"))
-    told = "this processor emulates bfloat16: torch's products take 3.0 times what float32 takes, ours do not"
-    assert [line.partition(" (")[0] for line in lines] == ([told] if warned else [])
-    assert setting.emulated_dtype(torch.float32, torch.device("cpu")) == []
-
-
 def test_pair_shapes():
     assert bench.pair_shapes([4], [2, 3]) == [(4, 2), (4, 3)]
     assert bench.pair_shapes([4, 5], [2, 3]) == [(4, 2), (5, 3)]
     with pytest.raises(OptionError):
         bench.pair_shapes([1, 2], [1, 2, 3])
-
-
-# ---- quality --------------------------------------------------------------------------------------------------------
-
-
-def test_log_probs_count_new_tokens_only_at_the_temperature():
-    table = torch.randn(7, 7, generator=torch.Generator().manual_seed(0))
-    sequences = torch.randint(0, 7, (20, 9), generator=torch.Generator().manual_seed(1))
-    got = text_quality.sequence_log_probs(lambda ids: table[ids], sequences, 4, 0.5)
-    log_p = (table / 0.5).log_softmax(-1)
-    expected = [sum(log_p[row[t - 1], row[t]].item() for t in range(4, 9)) / 5 for row in sequences.tolist()]
-    assert got.tolist() == pytest.approx(expected, rel=1e-5)
-
-
-def test_quality_lines_and_scores_in_rows():
-    scores = {"autoregressive": text_quality.Score(-2.0, 0.03, 9), "smc": text_quality.Score(-2.1, 0.04, 9)}
-    assert text_quality.summarise(torch.tensor([1.0, 2.0, 3.0])) == text_quality.Score(2.0, pytest.approx(3**-0.5), 3)
-    assert "-5.0% ± 2.50%" in " ".join(demo.quality_lines(scores))
-    rows = text_quality.add_scores([{"method": "eager", "mean_log_prob": None}, {"method": "smc"}], scores)
-    assert rows[0]["mean_log_prob"] is None
-    assert rows[1] == {"method": "smc", "mean_log_prob": -2.1, "mean_log_prob_stderr": 0.04}
 
 
 # ---- whole commands -------------------------------------------------------------------------------------------------
@@ -241,35 +207,3 @@ def test_bench_interrupted_shows_and_writes_whole_rounds(monkeypatch, tmp_path, 
     assert "interrupted: 1 of 2 rounds measured" in output.out
     assert "eager loop" in output.out
     assert "Traceback" not in output.err
-
-
-def test_demo_prints_texts_and_draws(tmp_path, capsys, uncompiled):
-    path, picture = tmp_path / "rows.json", tmp_path / "tree.svg"
-    options = f"--max-new-tokens 12 --n-particles 4 --lookahead 3 --repeats 1 --samples 3 --json {path}"
-    assert main(["demo", *options.split(), "--picture", str(picture), "--prompt", "def f(x):\n"]) == 0
-    output = capsys.readouterr().out
-    assert output.count("def f(x):") == 3
-    assert "true target samples" in output
-    rows = json.loads(path.read_text())["rows"]
-    assert [row["method"] for row in rows] == ["eager", "autoregressive", "smc"]
-    assert rows[0]["mean_log_prob"] is None
-    assert all(row["mean_log_prob"] < 0 for row in rows[1:])
-    assert ElementTree.parse(picture) is not None
-
-
-def test_errors_show_what_why_and_fix():
-    console = Console(file=io.StringIO(), width=100)
-    from smc_compile.__main__ import show_error
-
-    show_error(OptionError("What [x] happened.", "because", "do this"), console)
-    expected = "error: What [x] happened.\n  why: because\n  fix: do this\n"
-    assert console.file.getvalue() == expected  # type: ignore[attr-defined]
-
-
-def test_interrupt_exits_130(monkeypatch, capsys):
-    def interrupt(arguments: Namespace, console: Console) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(bench, "run", interrupt)
-    assert main(["bench"]) == 130
-    assert "Traceback" not in capsys.readouterr().err

@@ -1,0 +1,43 @@
+"""``smc-compile demo``: the texts, the picture, and how the text of SMC scores."""
+
+from __future__ import annotations
+
+import json
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from smc_compile.__main__ import main
+from smc_compile.bench import contestants, text_quality
+from smc_compile.commands import demo
+from smc_compile.generate import generate
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Regions run as they are: what the command does with the figures is tested, not Inductor."""
+    monkeypatch.setattr(contestants, "generate", lambda *a, **options: generate(*a, **{**options, "compiler": "eager"}))
+
+
+def test_quality_lines_and_scores_in_rows():
+    scores = {"autoregressive": text_quality.Score(-2.0, 0.03, 9), "smc": text_quality.Score(-2.1, 0.04, 9)}
+    assert text_quality.summarise(torch.tensor([1.0, 2.0, 3.0])) == text_quality.Score(2.0, pytest.approx(3**-0.5), 3)
+    assert "-5.0% ± 2.50%" in " ".join(demo.quality_lines(scores))
+    rows = text_quality.add_scores([{"method": "eager", "mean_log_prob": None}, {"method": "smc"}], scores)
+    assert rows[0]["mean_log_prob"] is None
+    assert rows[1] == {"method": "smc", "mean_log_prob": -2.1, "mean_log_prob_stderr": 0.04}
+
+
+def test_demo_prints_texts_and_draws(tmp_path, capsys, uncompiled):
+    path, picture = tmp_path / "rows.json", tmp_path / "tree.svg"
+    options = f"--max-new-tokens 12 --n-particles 4 --lookahead 3 --repeats 1 --samples 3 --json {path}"
+    assert main(["demo", *options.split(), "--picture", str(picture), "--prompt", "def f(x):\n"]) == 0
+    output = capsys.readouterr().out
+    assert output.count("def f(x):") == 3
+    assert "true target samples" in output
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["method"] for row in rows] == ["eager", "autoregressive", "smc"]
+    assert rows[0]["mean_log_prob"] is None
+    assert all(row["mean_log_prob"] < 0 for row in rows[1:])
+    assert ElementTree.parse(picture) is not None
