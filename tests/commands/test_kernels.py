@@ -97,6 +97,9 @@ def test_bad_options_are_told(options, told, capsys):
     assert told in capsys.readouterr().err
 
 
+NARROW = (130, (32, 4, 2, 48), (16, 2, 1, 32))  # kernels run in an interpreter: half the widths, a quarter of the words
+
+
 def ops(recorded: Recorded) -> set[str]:
     """What the region's graph calls."""
     return {str(node.target) for node in recorded.graph.graph.nodes if node.op in ("call_function", "call_method")}
@@ -112,6 +115,7 @@ def test_a_session_for_a_gpu_that_is_not_there(monkeypatch, capsys, tmp_path):
         return [recorded["score"], recorded["close"]]
 
     monkeypatch.setattr(list_kernels, "record_sessions", target_and_end)
+    monkeypatch.setitem(list_kernels.PRESETS, "small", NARROW)
     path = tmp_path / "rows.json"
     options = "--target sm_90 --lookahead 1 --layers 1 --sessions 1 --top-k 0 --top-p 1 --n-particles 2"
     status = main(["kernels", *options.split(), "--json", str(path)])
@@ -139,6 +143,7 @@ def test_a_session_on_a_device_that_is_there(monkeypatch, capsys, tmp_path):
         return [region for region in record_sessions(*arguments) if region.name == "weigh"]
 
     monkeypatch.setattr(list_kernels, "record_sessions", weigh_alone)
+    monkeypatch.setitem(list_kernels.PRESETS, "small", NARROW)
     monkeypatch.setattr(list_kernels, "WRITTEN_BY_HAND", ())
     monkeypatch.setattr(timing, "ROUNDS", 1)
     path = tmp_path / "rows.json"

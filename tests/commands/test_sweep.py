@@ -28,7 +28,7 @@ BASE = Point(n_particles=2, lookahead=3, prompt_length=100, new_tokens=20, reque
 
 
 @pytest.fixture
-def uncompiled(monkeypatch):
+def uncompiled(monkeypatch, interpreted):
     """Regions run as they are, and the machine's rates are given: neither Inductor nor the machine is tested."""
     monkeypatch.setattr(sweep_points, "COMPILER", "eager")
     monkeypatch.setattr(sweep, "measure_ceilings", lambda *_: Ceilings(1e10, 1e11))
