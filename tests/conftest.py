@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from collections.abc import Iterator
+
+# Read when torch is imported, by this process and those that tests start. Each core has a process of pytest already:
+# Inductor compiles in it, and starts no workers, which would import torch themselves.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest
 import torch
@@ -13,6 +19,24 @@ from smc_compile.runtime.execution import region as compiled
 
 # Models here are tiny: threads would only spin, and wait for cores that other processes use.
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: the garbage collector need not look at it again while graphs are traced."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one file with the same ``family`` run one after another: they share its trace within a process."""
+    first: dict[object, int] = {}
+
+    def place(item: pytest.Item) -> int:
+        family = getattr(item, "callspec", None) and item.callspec.params.get("family")  # type: ignore[attr-defined]
+        return first.setdefault((item.path, family) if family else item, len(first))
+
+    items.sort(key=place)
 
 
 @pytest.fixture

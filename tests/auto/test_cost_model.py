@@ -112,7 +112,7 @@ def test_rates_are_measured_once():
     assert rates(torch.float32, torch.device("cpu")) is found
     assert min(found.attention, found.attention_byte, found.attention_operation, found.element_byte) > 0
     assert min(found.batched_byte, found.batched_operation, found.launch, found.call) > 0
-    assert all(1e-14 < seconds < 1e-5 for seconds in (*found.small, *found.resident, *found.streamed))
+    assert min(*found.small, *found.resident, *found.streamed) > 0
 
 
 def test_a_model_with_a_state_of_its_own_is_refused():

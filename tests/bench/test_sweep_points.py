@@ -26,6 +26,7 @@ from smc_compile.pairs.llama import Llama, LlamaConfig, cache_numbers
 from smc_compile.pairs.random_weights import build_models
 from smc_compile.program.from_model import programs
 
+interpreted = pytest.mark.usefixtures("interpreted")
 TARGET = LlamaConfig(64, 32, 2, 4, 2, 48, 64)
 DRAFT = LlamaConfig(64, 16, 1, 2, 2, 24, 64)
 PER_TOKEN = 4 * (cache_numbers(TARGET) + cache_numbers(DRAFT))
@@ -41,7 +42,7 @@ def pair() -> tuple[Llama, Llama]:
 
 @pytest.fixture(autouse=True)
 def uncompiled(monkeypatch):
-    """Regions run as they are: Inductor is not what is tested."""
+    """Dynamo alone: Inductor is not what is tested."""
     monkeypatch.setattr(sweep_points, "COMPILER", "eager")
 
 
@@ -67,6 +68,7 @@ def test_too_few_new_tokens_are_refused_with_the_number_that_is_enough():
     assert middle(18, 5, 4)[1] == 1
 
 
+@interpreted
 @pytest.mark.parametrize("lookahead", [3, 0])
 def test_a_session_gives_the_same_tokens_cycle_by_cycle(pair, lookahead):
     session = program_of(BASE._replace(lookahead=lookahead), *pair).session
@@ -92,6 +94,7 @@ def test_a_timing_tells_where_the_time_of_a_cycle_goes(pair, point):
     assert timing.compile_seconds > 0  # before what is timed
 
 
+@interpreted
 def test_a_replayed_cycle_does_not_tell_where_its_time_goes(pair, monkeypatch):
     monkeypatch.setattr("smc_compile.program.build.recorder_for", lambda *_: lambda work: work)
     with programs.emptied():
@@ -100,6 +103,7 @@ def test_a_replayed_cycle_does_not_tell_where_its_time_goes(pair, monkeypatch):
     assert timing.parts == {}
 
 
+@interpreted
 def test_memory_grows_with_n_in_the_suffixes_alone(pair):
     time_point = point_timer(*pair, 1.0, cycles=1)
     many = BASE._replace(n_particles=3, requests=2)
@@ -135,6 +139,7 @@ def measured_with(time_point, count: int = 3, repeats: int = 2) -> tuple[list[Po
     return points, measure_points(points, [str(p.n_particles) for p in points], time_point, repeats, 0, QUIET)
 
 
+@interpreted
 def test_a_point_past_the_positions_is_named_and_the_rest_goes_on(pair):
     points = [BASE, BASE._replace(prompt_length=60)]
     measured = measure_points(points, ["short", "long"], point_timer(*pair, 1.0, 1), 2, 0, QUIET)

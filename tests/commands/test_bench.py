@@ -26,7 +26,7 @@ TINY = shlex.split(
 
 
 @pytest.fixture
-def uncompiled(monkeypatch):
+def uncompiled(monkeypatch, interpreted):
     """Regions run as they are: what the command does with the figures is tested, not Inductor."""
     monkeypatch.setattr(contestants, "generate", lambda *a, **options: generate(*a, **{**options, "compiler": "eager"}))
 

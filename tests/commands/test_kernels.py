@@ -15,6 +15,7 @@ from smc_compile.dev.kernel_audit.graph_recorder import RecordedGraph
 from smc_compile.dev.kernel_audit.machine_code import MachineCode
 from smc_compile.dev.kernel_audit.recorded_sessions import record_sessions
 from smc_compile.dev.kernel_audit.verdict import RegionVerdict
+from smc_compile.pairs.presets import Preset, Shape
 
 
 def region(**changes: object) -> AuditedRegion:
@@ -97,6 +98,10 @@ def test_bad_options_are_told(options, told, capsys):
     assert told in capsys.readouterr().err
 
 
+# Kernels run in an interpreter: half the widths, a quarter of the words.
+NARROW = Preset(130, target=Shape(2, 32, 4, 2, 48), draft=Shape(1, 16, 2, 1, 32))
+
+
 def ops(recorded: RecordedGraph) -> set[str]:
     """What the region's graph calls."""
     return {str(node.target) for node in recorded.graph.graph.nodes if node.op in ("call_function", "call_method")}
@@ -112,6 +117,7 @@ def test_a_session_for_a_gpu_that_is_not_there(monkeypatch, capsys, tmp_path):
         return [recorded["score"], recorded["weigh"]]
 
     monkeypatch.setattr(list_kernels, "record_sessions", target_and_end)
+    monkeypatch.setitem(list_kernels.PRESETS, "small", NARROW)
     path = tmp_path / "rows.json"
     options = "--target sm_90 --lookahead 1 --layers 1 --sessions 1 --top-k 0 --top-p 1 --n-particles 2"
     status = main(["kernels", *options.split(), "--json", str(path)])
@@ -139,6 +145,7 @@ def test_a_session_on_a_device_that_is_there(monkeypatch, capsys, tmp_path):
         return [region for region in record_sessions(*arguments) if region.name == "weigh"]
 
     monkeypatch.setattr(list_kernels, "record_sessions", weigh_alone)
+    monkeypatch.setitem(list_kernels.PRESETS, "small", NARROW)
     monkeypatch.setattr(list_kernels, "WRITTEN_BY_HAND", ())
     monkeypatch.setattr(time_regions, "ROUNDS", 1)
     path = tmp_path / "rows.json"

@@ -22,7 +22,7 @@ TINY = shlex.split(
 
 
 @pytest.fixture
-def uncompiled(monkeypatch):
+def uncompiled(monkeypatch, interpreted):
     """Regions run as they are, and the machine's rates are given: neither Inductor nor the machine is tested."""
     monkeypatch.setattr(sweep_points, "COMPILER", "eager")
     monkeypatch.setattr(sweep, "measure_ceilings", lambda *_: Ceilings(1e10, 1e11))

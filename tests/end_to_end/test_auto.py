@@ -15,6 +15,7 @@ from smc_compile.auto.choice import LOOKAHEADS, PARTICLES, choice_of, effective_
 from smc_compile.errors import OptionError
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+interpreted = pytest.mark.usefixtures("interpreted")
 MODEL = TinyTransformerLM()
 DRAFT = perturbed(MODEL)
 IDS = torch.tensor([[0, 1, 2], [3, 2, 0]])
@@ -44,6 +45,7 @@ def test_particles_and_lookahead_are_chosen_once_and_the_result_is_that_of_the_n
     assert choice_of(generate(MODEL, DRAFT, IDS[:, :1], max_new_tokens=25, **given).program) is choice
 
 
+@pytest.mark.usefixtures("untraced_regions")
 def test_a_time_budget_buys_particles_in_a_loop_of_ones_own():
     fast = decode(loop, draft=DRAFT, n_particles="auto", lookahead=3, time_budget=1e5, **OPTIONS)
     assert fast(MODEL, IDS, 8).shape == (2, 11)
@@ -56,6 +58,7 @@ def test_a_time_budget_buys_particles_in_a_loop_of_ones_own():
         slow(MODEL, IDS, 8)
 
 
+@interpreted
 def test_a_speculative_lookahead_follows_the_acceptance():
     """A draft that is the target is always accepted, but for the last cycle of the pilot, which the text cuts."""
     rates = []
@@ -87,15 +90,17 @@ def test_a_model_with_a_state_of_its_own_is_refused():
         generate(Stateful(), Stateful(), IDS, max_new_tokens=4, lookahead="auto", **OPTIONS)
 
 
+@interpreted
 def test_a_pilot_in_which_every_particle_dies_says_so():
     """Without resampling none of 32 particles keeps to a sampler that truncates, for five cycles."""
     torch.manual_seed(0)
-    target = CACHEABLE["llama"](vocab=11)
+    target = CACHEABLE["llama"](vocab=11, layers=1)
     draft = perturbed(target, 8.0)
     with pytest.raises(OptionError, match=r"the pilot .* broke off(.|\n)*weight zero(.|\n)*truncate less"):
         generate(target, draft, IDS, max_new_tokens=20, lookahead="auto", ess_floor=2.0, top_k=1, **OPTIONS)
 
 
+@interpreted
 def test_effective_particles_are_predicted():
     """From populations that run freely to the cycles of others that are resampled each time. That weights are
     log-normal is an approximation: here it says 13.4 where 15.1 are measured."""

@@ -27,7 +27,7 @@ def fresh_dynamo() -> None:
     torch._dynamo.reset()
 
 
-# --- samplers: logits [B, V] -> token [B, 1], and the logits [..., V] of their distribution -----------------------------------
+# --- samplers: logits [B, V] -> token [B, 1], and the logits [..., V] of their distribution -----------------------
 
 
 def keep_two(logits: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ def test_the_distribution_is_that_of_the_loop(sample):
 
 
 def test_lengths_and_prompts_share_one_program():
-    """Whatever n and the prompt are, the iteration is the same; only its weights and the options make another program."""
+    """The iteration is the same for every n and prompt; only other weights and options make another program."""
     compiled = torch.compile(loop_with(race), backend="smc", options={**OPTIONS, "seed": 123})
     before = set(programs)
     for ids, n in [(IDS, 4), (IDS, 2), (IDS, 7), (IDS.repeat(1, 2), 4), (IDS[:, :2], 3), (IDS.flip(0), 4)]:

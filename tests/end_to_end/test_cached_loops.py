@@ -172,6 +172,7 @@ def test_greedy_is_the_loop_as_it_was_written(loop):
     assert compiled.loop.cached is not None
 
 
+@untraced
 @pytest.mark.parametrize("loop", FORMS)
 def test_so_it_is_by_the_backend(loop):
     """Dynamo traces the first call for one prompt length only; the second is told that lengths differ."""
@@ -341,6 +342,7 @@ def test_registered_buffers_are_left_as_they_were():
     assert not any(block.keys.any() or block.values.any() for block in model.blocks)
 
 
+@untraced
 @pytest.mark.parametrize(
     ("loop", "told"),
     [
@@ -446,6 +448,7 @@ REFUSED = {
 }
 
 
+@untraced
 @pytest.mark.parametrize("loop", REFUSED)
 def test_what_is_refused(loop):
     make, reason = REFUSED[loop]

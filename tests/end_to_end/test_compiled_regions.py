@@ -83,6 +83,13 @@ def test_compiled_equals_plain(run, compiler):
     assert_same(result, plain(run))
 
 
+def test_compiled_speculation_draws_what_interpreted_speculation_draws(run):
+    options = {"n": 9, "method": "speculative", "temperature": 0.8, "seed": 7}
+    compiled, interpreted = run("inductor", **options), plain(run, **options)
+    assert torch.equal(compiled.sequences, interpreted.sequences)
+    torch.testing.assert_close(compiled.log_probs, interpreted.log_probs, atol=1e-9, rtol=0)
+
+
 @pytest.mark.parametrize("compiler", SESSIONS)
 def test_nothing_is_compiled_again(run, compiler):
     run(compiler)
@@ -158,7 +165,7 @@ def test_regions_count_their_compilations_and_seconds(run, pair):
     regions = {region.name: region for region in program.regions}
     assert set(regions) == SMC_REGIONS
     assert all(region.compilations >= 1 for region in regions.values())
-    assert all(region.compile_seconds > 0.01 for region in regions.values())
+    assert all(region.compile_seconds > 0 for region in regions.values())
     compiled = {name: (region.compilations, region.compile_seconds) for name, region in regions.items()}
     spent = {name: region.seconds for name, region in regions.items()}
 

@@ -106,6 +106,7 @@ def test_each_returned_sequence_is_an_independent_request(ours):
     assert len({tuple(row) for row in rows.tolist()}) == 3
 
 
+@interpreted
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_weights_compile_with_truncating_processors(dtype):
     """Rounding decides which token is the last that top-k keeps: that is no difference between the two models."""
@@ -217,6 +218,7 @@ def test_rotary_positions_beyond_the_configuration_are_told(target, ours, caplog
     assert ours(IDS, max_new_tokens=60, do_sample=True, return_dict_in_generate=True).stats.warnings == []
 
 
+@interpreted
 def test_scores_and_logits_are_those_of_the_library(target, ours):
     given = {"max_new_tokens": 5, "do_sample": False, "repetition_penalty": 1.4, "pad_token_id": 10}
     given |= {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}

@@ -172,7 +172,7 @@ def test_last_is_the_generation():
     assert compiled.last.stats.new_tokens == N
 
 
-# --- what counts the iterations -----------------------------------------------------------------------------------------
+# --- what counts the iterations ------------------------------------------------------------------------------------
 
 
 def test_a_wrong_name_is_refused():

@@ -43,7 +43,7 @@ def transformer_pair(scale: float = 0.3):
 PAIRS = {"table": table_pair, "transformer": transformer_pair}
 
 
-# --- toward the distribution as N grows -------------------------------------------------------------------------------------
+# --- toward the distribution as N grows ----------------------------------------------------------------------------
 
 RUNS = {1: 2**14, 4: 2**13, 16: 2**12, 64: 2**10, 256: 2**8}
 
@@ -52,8 +52,8 @@ RUNS = {1: 2**14, 4: 2**13, 16: 2**12, 64: 2**10, 256: 2**8}
 def test_the_distribution_approaches_the_target_as_particles_are_added(pair, n, temperature):
     """The bias starts where one particle must stand (0.21 and 0.28) and falls to sampling noise.
 
-    Two estimates of the distribution of the returned sequence: the sequences themselves, whose exact sampler would exceed
-    floor + 2.7 / sqrt(runs) less than once in a million (McDiarmid), and the weights, which have far less noise.
+    Two estimates of the distribution of the returned sequence: the sequences themselves, whose exact sampler would
+    exceed floor + 2.7 / sqrt(runs) less than once in a million (McDiarmid), and the weights, which have far less noise.
     """
     target, draft = PAIRS[pair]()
     distribution = sequence_distribution(target, PROMPT, n, VOCAB, temperature)
@@ -128,7 +128,7 @@ def test_one_particle_follows_the_draft_with_target_tokens_between(lookahead, eo
 
 
 def test_draft_temperature_changes_the_proposal():
-    """Chi-square at level 1e-3, with one particle; that it leaves the distribution alone is the case "temperatures" above."""
+    """Chi-square at level 1e-3, with one particle; the case "temperatures" above has the distribution itself."""
     target, draft = table_pair()
     options = {"n_particles": 1, "lookahead": 2, "temperature": 0.8}
     g = replicate(target, draft, PROMPT, 5, 2**13, draft_temperature=2.0, **options)

@@ -13,6 +13,7 @@ from smc_compile import decode, explain, generate
 from smc_compile.errors import CacheError, LoopError, OptionError
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+untraced = pytest.mark.usefixtures("untraced_regions")
 MODEL = TinyTransformerLM()
 DRAFT = perturbed(MODEL)
 IDS = torch.tensor([[0, 1, 2], [3, 2, 0]])
@@ -58,6 +59,7 @@ def test_a_report_tells_of_loop_sampler_caches_and_regions():
     assert names == {"draft_head", "draft_step", "score", "weigh"}
 
 
+@untraced
 @pytest.mark.parametrize(("learned", "told_as"), [(64, "no limit up to 32"), (20, "at most 20")])
 def test_the_end_of_learned_positions_is_told(learned, told_as):
     model = TinyTransformerLM(max_positions=learned)
@@ -65,6 +67,7 @@ def test_the_end_of_learned_positions_is_told(learned, told_as):
     assert f"positions: {told_as}" in told.sections["target"]
 
 
+@untraced
 def test_a_greedy_loop_says_what_its_draft_does():
     told = explain(greedy, MODEL, IDS, 5, **OPTIONS)
     assert told.sections["sampler"] == ["argmax (greedy): argmax, temperature 1"]
@@ -72,6 +75,7 @@ def test_a_greedy_loop_says_what_its_draft_does():
     assert told.sections["draft"]
 
 
+@untraced
 def test_a_greedy_loop_says_that_it_needs_no_draft():
     told = explain(greedy, MODEL, IDS, 5, **{**OPTIONS, "draft": None})
     assert told.sections["method"][0].startswith("autoregressive (the cached one-token loop; ")
@@ -80,6 +84,7 @@ def test_a_greedy_loop_says_that_it_needs_no_draft():
     assert told.sections["method"] == ["autoregressive"]
 
 
+@untraced
 def test_what_decode_has_compiled_can_be_explained():
     compiled = decode(greedy, **OPTIONS)
     compiled(MODEL, IDS, 5)

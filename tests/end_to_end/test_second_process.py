@@ -18,13 +18,13 @@ from torch._dynamo.utils import counters
 from torch._inductor.async_compile import AsyncCompile
 
 AsyncCompile.cpp_pybinding = lambda *_, **__: lambda *arguments: None
-from models import CACHEABLE
+from helpers.models import CACHEABLE
 from smc_compile import GenerationError, generate
 from smc_compile.kernels import skinny_linear as own_products, thresholds
-from smc_compile.passes import skinny_linear, outline_layers
+from smc_compile.passes.lower import outline_layers, skinny_products
 
 own_products.cpp_kernel = thresholds.cpp_kernel = lambda *_: None
-skinny_linear.SMALLEST[torch.float32] = 1
+skinny_products.SMALLEST[torch.float32] = 1
 outline_layers.MIN_REPEATS = 2
 model = CACHEABLE["llama"](vocab=17, layers=3)
 options = {"method": "autoregressive", "seed": 0, "temperature": 0.7, "top_k": 5, "validate": False}

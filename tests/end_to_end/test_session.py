@@ -1,5 +1,5 @@
-"""What a session promises besides the distribution: reproducible, independent of the batch, its state follows its tokens, and
-whatever breaks in the middle is reported with what was generated before."""
+"""What a session promises besides the distribution: it is reproducible, independent of the batch, its state follows its
+tokens, and whatever breaks in the middle is reported with what was generated before."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Speculative decoding by rejection is exact, whatever the draft: distributions against full enumeration, greedy loops token for
-token; requests advance by different counts and do not depend on each other.
+"""Speculative decoding by rejection is exact, whatever the draft: distributions against full enumeration, greedy loops
+token for token; requests advance by different counts and do not depend on each other.
 
 Seeds are fixed; the rate stated with a statistical test is that of a false alarm when the seed was chosen.
 """
@@ -46,7 +46,7 @@ def transformer_pair(scale: float = 0.5) -> tuple[nn.Module, nn.Module]:
     return target, perturbed(target, scale)
 
 
-def pair_of(kind: str, scale: float = 0.5, layers: int = 2) -> tuple[nn.Module, nn.Module]:
+def pair_of(kind: str, scale: float = 0.5, layers: int = 1) -> tuple[nn.Module, nn.Module]:
     target = CACHEABLE[kind](vocab=7, layers=layers).double()
     return target, perturbed(target, scale)
 
@@ -71,7 +71,7 @@ def compactions(monkeypatch) -> list[int]:
     return found
 
 
-# ---- the distribution ---------------------------------------------------------------------------------------------------------
+# ---- the distribution ------------------------------------------------------------------------------------------------
 
 
 def top_2(logits: Tensor) -> Tensor:
@@ -361,7 +361,7 @@ def test_what_is_accepted_is_settled_at_once():
 
 
 def test_nothing_recompiles_when_the_call_changes():
-    pair = pair_of("gpt", layers=1)
+    pair = pair_of("gpt")
     program = run(pair, n=6, temperature=0.8, top_p=0.9, eos_token_id=2).program
     before = {region.name: region.compilations for region in program.regions}
     assert before == {"draft_head": 1, "draft_step": 1, "score": 1, "accept": 1, "conclude": 1}
@@ -370,12 +370,3 @@ def test_nothing_recompiles_when_the_call_changes():
     run(pair, longer, n=17, top_p=0.3, eos_token_id=[[1], [1, 2, 3], [], [0]], seed=9)
     assert run(pair, n=7, top_p=0.3, attention_mask=MASK).program is program
     assert {region.name: region.compilations for region in program.regions} == before
-
-
-def test_compiled_regions_draw_what_interpreted_ones_draw():
-    pair = pair_of("gpt", layers=1)
-    compiled = run(pair, n=9, compiler="inductor", temperature=0.8)
-    with torch.compiler.set_stance("force_eager"):
-        interpreted = run(pair, n=9, temperature=0.8)
-    assert torch.equal(compiled.sequences, interpreted.sequences)
-    torch.testing.assert_close(compiled.log_probs, interpreted.log_probs, atol=1e-9, rtol=0)

@@ -31,7 +31,7 @@ def sequence_distribution(
     process: Callable | None = None,
     rows: int = 4096,
 ) -> Tensor:
-    """The probability of every continuation of `prompt` [P] by n tokens, as a tensor of n axes: `distribution[2, 0, 1]`.
+    """The probability of every continuation of `prompt` [P] by n tokens, as a tensor of n axes.
 
     Each step runs the model over every whole prefix, as the loop would. After `eos` only `eos` follows.
     """

@@ -464,7 +464,7 @@ def test_refuses_an_end_of_sequence_mask_in_place():
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_sum_that_is_carried_on_is_the_sum_of_all_tokens(dynamic):
-    """A loop that reads its newest token only: its first iteration is the step, and its other iterations agree with it."""
+    """A loop that reads its newest token only: its first iteration is the step, and its others agree with it."""
 
     def fn(ids):
         state = TABLE[ids].sum(1)
