@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -59,10 +60,15 @@ class Options:
     compiler: str = "inductor"
 
     @classmethod
+    def names(cls) -> list[str]:
+        """The names of all options."""
+        return [field.name for field in fields(cls)]
+
+    @classmethod
     def parse(cls, given: Mapping[str, Any] | None) -> Options:
         """Check and build. Raises OptionError with the list of valid names and the nearest one."""
         given = dict(given or {})
-        names = [field.name for field in fields(cls)]
+        names = cls.names()
         for key in given:
             if key not in names:
                 near = difflib.get_close_matches(str(key), names, 1)
@@ -130,6 +136,15 @@ class Options:
                 "fewer particles are always faster, and always worse",
                 "pass ess_floor=4 (effective particles at the end of a cycle) or time_budget=20 (milliseconds a token)",
             )
+
+
+def option_parameters(names: Mapping[str, str]) -> list[inspect.Parameter]:
+    """Options as keyword arguments of a function: ``names`` has those that are wanted, and how each is called there."""
+    return [
+        inspect.Parameter(names[f.name], inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+        for f in fields(Options)
+        if f.name in names
+    ]
 
 
 def is_stateful(model: Any) -> bool:
