@@ -13,7 +13,7 @@ from smc_compile.errors import OptionError
 from smc_compile.inputs.processors import sort_processors
 from smc_compile.inputs.prompts import prompts_of
 from smc_compile.inputs.requests import build_request, request_seeds, single_seed
-from smc_compile.inputs.sampling import Sampling
+from smc_compile.inputs.sampler_settings import Sampling
 from smc_compile.inputs.stopping import Stopping
 from smc_compile.inputs.streaming import Streaming
 from smc_compile.options import Options

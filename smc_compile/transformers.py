@@ -23,7 +23,7 @@ from smc_compile.inputs.generation_config import check_config, pad_of, split_eos
 from smc_compile.inputs.processors import sort_processors
 from smc_compile.inputs.prompts import prompts_of
 from smc_compile.inputs.requests import build_request, request_seeds, single_seed
-from smc_compile.inputs.sampling import Sampling
+from smc_compile.inputs.sampler_settings import Sampling
 from smc_compile.inputs.stopping import Stopping
 from smc_compile.inputs.streaming import Streaming
 from smc_compile.options import Options, option_parameters
