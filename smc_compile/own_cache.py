@@ -170,7 +170,8 @@ class OwnCache(nn.Module):
         expected = self(ids)
         tolerance = max(TOLERANCE.get(_dtype(self.model, expected), 1e-4), FINEST)
         singly = float("inf")
-        for self.positions in (True, False) if "position_ids" in _parameters(self.model) else (False,):
+        for given in (True, False) if "position_ids" in _parameters(self.model) else (False,):
+            self.positions = given
             singly = max(
                 relative_error(self._replay(ids, [length] + [1] * (total - length)), expected)
                 for length in (1, 2, PROMPT)
