@@ -27,7 +27,7 @@ class Options:
         draft: the draft model, ``ids [B, S] -> logits [B, S, V]``, or one that follows the step protocol.
         n_particles: N, particles per request; for "speculative" the chains that are drafted and tried in turn. "auto"
             chooses for "smc" when the program is first called, by the floors below (see ``smc_compile.auto.choice``).
-        lookahead: K, draft tokens per cycle; a cycle commits K+1 tokens ("speculative": 1 to K+1). "auto" chooses, too.
+        lookahead: K, draft tokens per cycle; a cycle commits K+1 tokens ("speculative": 1 to K+1). "auto" chooses it.
         ess_floor: for "auto": effective particles that must be left at the end of a cycle.
         time_budget: for "auto": milliseconds that a token of a request may take, prefill apart.
         ess_threshold: resample when the effective sample size falls below this share of N (0 never, 1 nearly always).
@@ -38,8 +38,8 @@ class Options:
         eos_token_id: a sequence ends after this token; later tokens repeat it. None: no end of sequence.
         seed: 64-bit seed; request b of a batch uses seed + b. None draws one from torch's generator at each call.
         validate: compare the cached model with the original when compiling.
-        cuda_graph: on a GPU, record a cycle ("speculative" apart) as one CUDA graph and replay it; cycles that rules or
-            stops of the host take part in run from the host, as all do with False.
+        cuda_graph: on a GPU, record a cycle ("speculative" apart) as one CUDA graph and replay it. Cycles in which text
+            processors or stops run on the host are not recorded; with False none is.
         compiler: what lowers the regions: "inductor"; "max-autotune", Inductor that times several kernels for each
             product and keeps the fastest (minutes of compilation); or "aot_eager" and "eager" for debugging.
     """

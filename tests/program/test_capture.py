@@ -33,11 +33,11 @@ def test_a_graph_is_kept_while_its_guards_hold(monkeypatch: pytest.MonkeyPatch) 
     first, again = capture.captured(X), capture.captured(X + 1)
     assert first is not None
     assert again is not None
-    assert again.graph is first.graph
+    assert again.finder is first.finder
     monkeypatch.setitem(globals(), "FACTOR", 3.0)
     other = capture.captured(X)
     assert other is not None
-    assert other.graph is not first.graph
+    assert other.finder is not first.finder
 
 
 def test_an_attribute_that_the_function_reads_is_guarded() -> None:
@@ -53,7 +53,7 @@ def test_an_attribute_that_the_function_reads_is_guarded() -> None:
     second = capture.captured(X)
     assert first is not None
     assert second is not None
-    assert first.graph is not second.graph
+    assert first.finder is not second.finder
 
 
 def test_what_is_written_behind_the_graph_is_written_once() -> None:
