@@ -116,7 +116,7 @@ def generate(
 
 
 def _with_config(model: Any, config: Any, beside: Mapping[str, Any], options: dict[str, Any]) -> Generation:
-    """A generation prepared by the model's own ``generate``; ``beside`` are the arguments of ours besides the config."""
+    """A generation that the model's own ``generate`` prepares; ``beside`` are our arguments besides the config."""
     refuse_beside_config(beside)
     if not callable(getattr(model, "generate", None)):
         raise OptionError(

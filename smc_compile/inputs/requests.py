@@ -34,7 +34,7 @@ def build_request(
     Args:
         new_tokens: an int, or one for each request.
         mask: [B, P], 0 where ``ids`` is padding in front of a shorter prompt.
-        eos_ids: tokens that end a sequence: None, an int, a list of ints for all, or a list of such lists, one a request.
+        eos_ids: tokens that end a sequence: None, an int, a list of ints for all, or a list of lists, one a request.
         pad: the token after an end, one or one for each request; by default the first of the request's eos ids, or 0.
         settings: what the distribution reads, [B] each (see ``settings_of``).
         text_processors: those that run on the host; compiled ones belong to the program.
