@@ -99,7 +99,7 @@ class CompiledLoop:
         short = self._with_value(traced, count.name, count.value(PROBE, prompt_length(traced)))
         with dynamo_errors():
             call = self._capture.captured(*short.args, **short.kwargs)
-        found = call.graph.loop_for(call.arguments) if call is not None else None
+        found = call.finder.loop_for(call.arguments) if call is not None else None
         if call is None or found is None:
             raise LoopError("the function holds no decode loop", "no token is drawn and fed back")
         program = program_for(found, call.arguments, self._options)
@@ -123,7 +123,7 @@ class CompiledLoop:
             try:
                 with dynamo_errors():
                     call = self._capture.captured(*changed.args, **changed.kwargs)
-                return call.graph.loop_for(call.arguments) if call is not None else None
+                return call.finder.loop_for(call.arguments) if call is not None else None
             except SMCError as error:
                 return error
             except Exception as error:  # the user's own code, perhaps since the argument does not count iterations

@@ -1,4 +1,4 @@
-"""What the compiler found in a decode loop, what it made of it, or why it cannot."""
+"""A report on a decode loop: what was found in it and built from it, or why it cannot be compiled."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Explanation:
 
 
 def explain(function: Callable[..., Any], *args: Any, trip_count: str | None = None, **options: Any) -> Explanation:
-    """Compile and run ``function(*args)`` once and tell what was found.
+    """Compile and run ``function(*args)`` once and report what was found.
 
     Args:
         function: a decode loop, as for ``smc_compile.decode`` (or one that it already compiled), or
@@ -127,7 +127,7 @@ def _describe(loop: CompiledLoop, seconds: float) -> Explanation:
 def _sections(
     found: dict[str, list[str]], program: Program, result: Generation, seconds: float
 ) -> dict[str, list[str]]:
-    """What was found, and then what was built from it and how long it took."""
+    """``found``, and then what was built from it and how long it took."""
     batch, _, length = result.particles.shape
     n, choice = program.rows, choice_of(program)
     return {
@@ -143,7 +143,7 @@ def _sections(
 
 
 def method_note(program: Program, result: Generation) -> str:
-    """What one would ask next about the method."""
+    """How much of the draft is accepted, or why a greedy loop runs without its draft."""
     greedy = program.target.distribution.kind == "greedy"
     if program.method == "speculative":
         accepted = f"{result.stats.accepted:.2f} of {program.options.lookahead} drafted tokens accepted a cycle"

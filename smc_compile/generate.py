@@ -9,30 +9,18 @@ from typing import Any
 from torch import Tensor
 
 from smc_compile.auto.choice import settled
-from smc_compile.errors import InputError, OptionError
+from smc_compile.errors import OptionError
 from smc_compile.inputs.processors import sort_processors
-from smc_compile.inputs.requests import (
-    build_request,
-    check_prompt,
-    checked_lag,
-    is_greedy,
-    repeated,
-    request_seeds,
-    settings_of,
-    single_seed,
-    spread,
-)
-from smc_compile.inputs.stopping import any_stop, criteria_stop, strings_stop
-from smc_compile.inputs.streaming import watch_for
+from smc_compile.inputs.prompts import prompts_of
+from smc_compile.inputs.requests import build_request, request_seeds, single_seed
+from smc_compile.inputs.sampler_settings import Sampling
+from smc_compile.inputs.stopping import Stopping
+from smc_compile.inputs.streaming import Streaming
 from smc_compile.options import Options
-from smc_compile.program.from_model import (
-    check_model,
-    program_for,
-    vocabulary,
-)
+from smc_compile.program.from_model import check_model, program_for, vocabulary
 from smc_compile.result import Generation
 
-# What a generation_config holds; the rest goes beside it.
+# Arguments of which a generation_config holds values of its own; the others go beside it.
 IN_CONFIG = ("temperature", "top_k", "top_p", "min_p", "eos_token_id", "pad_token_id", "num_return_sequences")
 
 
@@ -102,57 +90,52 @@ def generate(
     """
     check_model(model)
     if generation_config is not None:
-        given = {name: value for name, value in locals().items() if name not in ("model", "options")}
-        return _with_config(model, given, options)
+        beside = {
+            name: value for name, value in locals().items() if name not in ("model", "generation_config", "options")
+        }
+        return _with_config(model, generation_config, beside, options)
     parsed = Options.parse({"draft": draft, "seed": single_seed(seed), **options})
-    if not isinstance(input_ids, Tensor):
-        raise InputError("prompts must be ids [B, P] int64", f"got {type(input_ids).__name__}", "pass token ids")
-    check_prompt(input_ids)
-    ids, mask = repeated(num_return_sequences, input_ids, attention_mask)
-    batch = len(ids)
-
-    def each(value: Any) -> Any:
-        return spread(value, len(input_ids), num_return_sequences)
-
-    asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    values = settings_of(batch, **{name: each(value) for name, value in asked.items()})
-    greedy = is_greedy(values)
+    prompts = prompts_of(input_ids, attention_mask, num_return_sequences)
+    settings = Sampling(temperature, top_k, top_p, min_p).settings(prompts)
+    stopping = Stopping(max_new_tokens, eos_token_id, pad_token_id, stop_strings, tokenizer, stopping_criteria)
+    streaming = Streaming(streamer, stream, max_lag)
+    ids, greedy = prompts.ids, not settings
     vocab = vocabulary(model, logits_processor, parsed, ids)
-    processors = sort_processors(logits_processor, [] if greedy else list(values), vocab, device=ids.device)
+    processors = sort_processors(logits_processor, list(settings), vocab, device=ids.device)
     request = build_request(
         ids,
-        each(max_new_tokens),
-        request_seeds(seed, ids),
-        mask=mask,
-        eos_ids=each(eos_token_id) if eos_token_id is not None else parsed.eos_token_id,
-        pad=each(pad_token_id),
-        settings={} if greedy else values,
+        seeds=request_seeds(seed, ids),
+        mask=prompts.mask,
+        settings=settings,
         text_processors=processors.on_host,
-        stop=any_stop(
-            strings_stop(each(stop_strings), tokenizer, batch, ids.shape[1]), criteria_stop(stopping_criteria)
-        ),
-        max_lag=checked_lag(max_lag),
-        watch=watch_for(streamer, stream, ids),
+        **stopping.of(prompts),
+        **streaming.of(ids),
     )
     program = program_for(model, processors, greedy, parsed, ids)
     return settled(program, request).answer(request)
 
 
-def _with_config(model: Any, given: dict[str, Any], options: dict[str, Any]) -> Generation:
-    refuse_beside_config(given)
+def _with_config(model: Any, config: Any, beside: Mapping[str, Any], options: dict[str, Any]) -> Generation:
+    """A generation that the model's own ``generate`` prepares; ``beside`` are our arguments besides the config."""
+    refuse_beside_config(beside)
     if not callable(getattr(model, "generate", None)):
         raise OptionError(
             "generation_config needs a transformers model",
             f"{type(model).__name__} has no generate method to fill it in",
             "pass max_new_tokens, temperature, top_p, ... themselves",
         )
-    from smc_compile.transformers import generate_with_config
+    from smc_compile.transformers import generate_with_config  # it needs the transformers library, which is optional
 
-    return generate_with_config(model, given, options)
+    given = {name: value for name, value in beside.items() if name not in IN_CONFIG and value is not None}
+    return generate_with_config(model, config, given, options)
 
 
 def refuse_beside_config(given: Mapping[str, Any]) -> None:
-    """What a generation_config holds itself cannot be given beside it."""
+    """What a generation_config holds itself cannot be given beside it.
+
+    Raises:
+        OptionError: one of these arguments has another value than its default.
+    """
     for name in IN_CONFIG:
         default = inspect.signature(generate).parameters[name].default
         if given[name] is not default and given[name] != default:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -26,7 +27,7 @@ class Options:
         draft: the draft model, ``ids [B, S] -> logits [B, S, V]``, or one that follows the step protocol.
         n_particles: N, particles per request; for "speculative" the chains that are drafted and tried in turn. "auto"
             chooses for "smc" when the program is first called, by the floors below (see ``smc_compile.auto.choice``).
-        lookahead: K, draft tokens per cycle; a cycle commits K+1 tokens ("speculative": 1 to K+1). "auto" chooses, too.
+        lookahead: K, draft tokens per cycle; a cycle commits K+1 tokens ("speculative": 1 to K+1). "auto" chooses it.
         ess_floor: for "auto": effective particles that must be left at the end of a cycle.
         time_budget: for "auto": milliseconds that a token of a request may take, prefill apart.
         ess_threshold: resample when the effective sample size falls below this share of N (0 never, 1 nearly always).
@@ -37,8 +38,8 @@ class Options:
         eos_token_id: a sequence ends after this token; later tokens repeat it. None: no end of sequence.
         seed: 64-bit seed; request b of a batch uses seed + b. None draws one from torch's generator at each call.
         validate: compare the cached model with the original when compiling.
-        cuda_graph: on a GPU, record a cycle ("speculative" apart) as one CUDA graph and replay it; cycles that rules or
-            stops of the host take part in run from the host, as all do with False.
+        cuda_graph: on a GPU, record a cycle ("speculative" apart) as one CUDA graph and replay it. Cycles in which text
+            processors or stops run on the host are not recorded; with False none is.
         compiler: what lowers the regions: "inductor"; "max-autotune", Inductor that times several kernels for each
             product and keeps the fastest (minutes of compilation); or "aot_eager" and "eager" for debugging.
     """
@@ -59,10 +60,15 @@ class Options:
     compiler: str = "inductor"
 
     @classmethod
+    def names(cls) -> list[str]:
+        """The names of all options."""
+        return [field.name for field in fields(cls)]
+
+    @classmethod
     def parse(cls, given: Mapping[str, Any] | None) -> Options:
         """Check and build. Raises OptionError with the list of valid names and the nearest one."""
         given = dict(given or {})
-        names = [field.name for field in fields(cls)]
+        names = cls.names()
         for key in given:
             if key not in names:
                 near = difflib.get_close_matches(str(key), names, 1)
@@ -130,6 +136,15 @@ class Options:
                 "fewer particles are always faster, and always worse",
                 "pass ess_floor=4 (effective particles at the end of a cycle) or time_budget=20 (milliseconds a token)",
             )
+
+
+def option_parameters(names: Mapping[str, str]) -> list[inspect.Parameter]:
+    """Options as keyword arguments of a function: ``names`` has those that are wanted, and how each is called there."""
+    return [
+        inspect.Parameter(names[f.name], inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+        for f in fields(Options)
+        if f.name in names
+    ]
 
 
 def is_stateful(model: Any) -> bool:

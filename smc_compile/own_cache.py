@@ -34,7 +34,8 @@ class OwnCache(nn.Module):
     Attributes:
         model: the wrapped model; its weights are read at every call.
         cache_name: the parameter of its forward that takes the cache, and the field of its result that returns it.
-        positions: whether the forward is told the positions of its tokens (``position_ids``); some count from 0 if not.
+        positions: whether the forward is given the positions of its tokens (``position_ids``). Some models count from
+            0 at every call without them.
         blocks: whether several tokens may be fed at once to a cache that is not empty; else they go one by one.
         error: largest relative difference of the logits with and without the cache, measured at construction.
         traceable: a cache of Python objects is not traced, so the regions of a session leave the step to Python.
@@ -135,10 +136,10 @@ class OwnCache(nn.Module):
         ]
         return _Unpickler(io.BytesIO(rest[0].cpu().numpy().tobytes()), self._held, tensors).load()
 
-    # ---- what is found out at construction ------------------------------------------------------------------------
+    # ---- checked at construction -------------------------------------------------------------------------------------
 
     def _tokens(self, rows: int, length: int) -> Tensor:
-        """Random text; padding is none, and some models count positions by what is no padding."""
+        """Random text [rows, length] without padding tokens: some models count positions by what is no padding."""
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         one = torch.ones(1, 1, dtype=torch.int64, device=device)
         vocabulary = _logits(self.model(one, **self._options)).shape[-1]
@@ -169,8 +170,8 @@ class OwnCache(nn.Module):
         expected = self(ids)
         tolerance = max(TOLERANCE.get(_dtype(self.model, expected), 1e-4), FINEST)
         singly = float("inf")
-        for told in (True, False) if "position_ids" in _parameters(self.model) else (False,):
-            self.positions = told
+        for given in (True, False) if "position_ids" in _parameters(self.model) else (False,):
+            self.positions = given
             singly = max(
                 relative_error(self._replay(ids, [length] + [1] * (total - length)), expected)
                 for length in (1, 2, PROMPT)
@@ -213,7 +214,10 @@ class OwnCache(nn.Module):
         return torch.cat(logits, 1)
 
     def _check_rows(self, ids: Tensor, tolerance: float) -> float:
-        """The state is all there is: its rows exchanged, the logits are; and a step repeated gives the same."""
+        """Check that the model keeps nothing outside of the state; returns the largest relative difference.
+
+        A step that is repeated must give the same logits, and one whose state's rows are exchanged the exchanged ones.
+        """
         (rest, leaves), swapped = self.step(ids[:, :PROMPT], 0, self.initial_state(2))[1], ids.flip(0)
         later = ids[:, PROMPT : PROMPT + 1]
         first, _ = self.step(later, PROMPT, (rest, leaves))

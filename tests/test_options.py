@@ -158,5 +158,13 @@ def test_a_transformers_model_takes_every_option():
     """Under the library's names for the draft and for the end of a sequence."""
     from smc_compile.transformers import generate
 
-    ours = {field.name for field in fields(Options)} - {"draft", "eos_token_id"}
-    assert ours <= set(inspect.signature(generate).parameters)
+    shown = inspect.signature(generate).parameters
+    names = {**{field.name: field.name for field in fields(Options)}, "draft": "draft_model"}
+    del names["eos_token_id"]
+    assert {name: shown[name].default for name in names.values()} == {
+        shown_as: getattr(Options(), name) for name, shown_as in names.items()
+    }
+    assert all(shown[name].kind is inspect.Parameter.KEYWORD_ONLY for name in names.values())
+    own = ["model", "input_ids", "logits_processor", "stopping_criteria", "generation_config"]
+    later = ["token_streamer", "stream", "max_lag", "return_particles", "model_kwargs"]
+    assert list(shown) == [*own, *names.values(), *later]

@@ -1,4 +1,4 @@
-"""Choose N and K of a program for its first request: predicted costs against what a short pilot tells of the pair.
+"""Choose N and K of a program for its first request: predicted costs against what a short pilot shows of the pair.
 
 SMC: log weights of a cycle of K tokens from equal weights have variance K * sigma^2, where sigma^2 is that of one
 token's increment log p - log q. If they are normal, N particles are worth N / (1 + cv^2) = N * exp(-K * sigma^2)
@@ -139,15 +139,15 @@ def choose(program: Program, request: Request) -> Choice:
         rate = acceptance_rate(_pilot(program, request, program.rows).stats.accepted, PILOT_LOOKAHEAD)
         candidates = [_exact(costs, request, program.rows, k, rate) for k in LOOKAHEADS]
         chosen = fastest(candidates, options)
-        told = f"pilot: a drafted token is accepted with probability {rate:.2f}"
-        return Choice(tuple(candidates), chosen, _reason(options), told)
+        pilot = f"pilot: a drafted token is accepted with probability {rate:.2f}"
+        return Choice(tuple(candidates), chosen, _reason(options), pilot)
     spread = weight_variance(_pilot(program, request, PILOT_PARTICLES)) if options.ess_floor is not None else None
     counts = PARTICLES if options.n_particles == AUTO else (int(options.n_particles),)
     lookaheads = LOOKAHEADS if options.lookahead == AUTO else (int(options.lookahead),)
     candidates = [_weighted(costs, request, n, k, spread) for n in counts for k in lookaheads]
     chosen = fastest(candidates, options) if options.time_budget is None else best(candidates, options)
-    told = "" if spread is None else f"pilot: the log weight of a particle varies by {spread:.3f} a token"
-    return Choice(tuple(candidates), chosen, _reason(options), told)
+    pilot = "" if spread is None else f"pilot: the log weight of a particle varies by {spread:.3f} a token"
+    return Choice(tuple(candidates), chosen, _reason(options), pilot)
 
 
 def fastest(candidates: Sequence[Candidate], options: Options) -> Candidate:
@@ -173,17 +173,17 @@ def _within(candidates: Sequence[Candidate], options: Options) -> list[Candidate
     found = [candidate for candidate in candidates if candidate.meets(options)]
     if found:
         return found
-    told = []
+    nearest = []
     if options.time_budget is not None:
         c = min(candidates, key=lambda c: c.seconds_per_token)
         least = 1e3 * c.seconds_per_token
-        told.append(f"the fastest (N={c.n_particles}, K={c.lookahead}) takes {least:.2f} ms a token")
+        nearest.append(f"the fastest (N={c.n_particles}, K={c.lookahead}) takes {least:.2f} ms a token")
     if options.ess_floor is not None:
         c = max(candidates, key=lambda c: c.ess or 0.0)
-        told.append(f"the best (N={c.n_particles}, K={c.lookahead}) leaves {c.ess:.1f} effective particles")
+        nearest.append(f"the best (N={c.n_particles}, K={c.lookahead}) leaves {c.ess:.1f} effective particles")
     raise OptionError(
         "no n_particles and lookahead keep to the floors",
-        "; ".join(told),
+        "; ".join(nearest),
         "lower ess_floor, raise time_budget, or give n_particles and lookahead as numbers",
     )
 
@@ -262,7 +262,7 @@ def _pilot(program: Program, request: Request, n: int) -> Generation:
             return replace(program.under(concrete), record=None).session.run(short)
         except GenerationError as error:
             raise OptionError(
-                "the pilot that should tell how the weights spread broke off",
+                "the pilot that should show how the weights spread broke off",
                 f"{error.what}: {error.why}",
                 "give n_particles and lookahead as numbers, or truncate less",
             ) from error

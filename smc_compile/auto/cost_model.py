@@ -120,7 +120,7 @@ class CycleModel:
 
 
 def cycle_model(target: Any, draft: Any) -> CycleModel:
-    """The model of a compiled pair, the two sides of a ``smc_compile.program.program.Program``.
+    """The model of a compiled pair, the two sides of a program.
 
     Raises:
         OptionError: a side carries a state of its own (step protocol): there is no graph to count.
@@ -144,7 +144,7 @@ def cycle_model(target: Any, draft: Any) -> CycleModel:
 
 
 def _pass(model: Any, every_position: bool) -> Pass:
-    """Counted once for a graph and a distribution."""
+    """A region with ``model`` in it: counted once for a graph and a distribution."""
     cached: CachedLM = model.traced.cached
     known = _passes.setdefault(cached.score if every_position else cached.advance, {})
     if model.distribution not in known:

@@ -11,8 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+LARGE = 10_000  # entries of a container that is not taken apart
+
 
 def state_of(text_processor: Any) -> Any:
+    """The key of a text processor, or of the library's processor in it."""
     return fingerprint(getattr(text_processor, "processor", text_processor))
 
 
@@ -55,6 +58,3 @@ def fingerprint(value: Any, inside: tuple[int, ...] = ()) -> Any:
     if isinstance(value, (set, frozenset)) or not hasattr(value, "__dict__") or hasattr(type(value), "__slots__"):
         return Same(value)
     return type(value), fingerprint(vars(value), inside)
-
-
-LARGE = 10_000  # entries of a container that is not taken apart

@@ -34,8 +34,13 @@ def build_request(
     Args:
         new_tokens: an int, or one for each request.
         mask: [B, P], 0 where ``ids`` is padding in front of a shorter prompt.
-        ends: tokens that end a sequence: None, an int, a list of ints for all, or a list of such lists, one a request.
-        pad: the token after an end, one or one for each request; by default the first of the request's ends, or 0.
+        eos_ids: tokens that end a sequence: None, an int, a list of ints for all, or a list of lists, one a request.
+        pad: the token after an end, one or one for each request; by default the first of the request's eos ids, or 0.
+        settings: what the distribution reads, [B] each (see ``settings_of``).
+        text_processors: those that run on the host; compiled ones belong to the program.
+        stop: ends a sequence by its text.
+        max_lag: draw one ancestor for what is older than so many tokens; None never does.
+        watch: called with every ``Progress``.
 
     Raises:
         InputError, OptionError: when a value fits no request.
@@ -105,7 +110,12 @@ def settings_of(batch: int, **given: Any) -> dict[str, Tensor]:
     return found
 
 
-def is_greedy(settings: dict[str, Tensor]) -> bool:
+def is_greedy(settings: Mapping[str, Tensor]) -> bool:
+    """Whether all requests have temperature 0.
+
+    Raises:
+        OptionError: some have, and others have not.
+    """
     zero = settings["temperature"] == 0
     if bool(zero.any()) and not bool(zero.all()):
         raise OptionError(
@@ -114,29 +124,6 @@ def is_greedy(settings: dict[str, Tensor]) -> bool:
             "generate for the greedy requests in a call of their own",
         )
     return bool(zero.all())
-
-
-def checked_lag(max_lag: Any) -> int | None:
-    if max_lag is None:
-        return None
-    if isinstance(max_lag, bool) or not isinstance(max_lag, int) or max_lag < 0:
-        raise OptionError("max_lag must be a number of tokens of at least 0", f"got {max_lag!r}")
-    return max_lag
-
-
-def repeated(times: Any, ids: Tensor, mask: Any) -> tuple[Tensor, Any]:
-    """Each prompt ``times`` times over."""
-    if isinstance(times, bool) or not isinstance(times, int) or times < 1:
-        raise OptionError("num_return_sequences must be a positive integer", f"got {times!r}")
-    return ids.repeat_interleave(times, 0), mask.repeat_interleave(times, 0) if isinstance(mask, Tensor) else mask
-
-
-def spread(value: Any, batch: int, times: int) -> Any:
-    """One value for each prompt as one for each of its ``times`` requests; what is for all stays so."""
-    values = value.tolist() if isinstance(value, Tensor) and value.dim() else value
-    if times == 1 or not isinstance(values, (list, tuple)) or len(values) != batch:
-        return value
-    return [one for one in values for _ in range(times)]
 
 
 def counts(new_tokens: Any, batch: int) -> Tensor:

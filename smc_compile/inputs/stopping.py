@@ -1,15 +1,52 @@
-"""Ends of a sequence that depend on its text: stop strings and stopping criteria, asked on the host."""
+"""Where a sequence ends: its length, its eos ids, and what its text is: stop strings and stopping criteria."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from smc_compile.errors import OptionError
+from smc_compile.inputs.prompts import Prompts
 from smc_compile.runtime.state.request import Rows, Stop
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """Where sequences end, as a user says: each is one value for all requests or one for each prompt.
+
+    Attributes:
+        max_new_tokens: the most new tokens.
+        eos_ids: tokens that end a sequence, as for ``build_request``.
+        pad: the token after an end.
+        strings: strings that end a sequence, a list for all or a list of lists; they need a ``tokenizer``.
+        criteria: for all requests, ``(input_ids [R, L], scores=None) -> bool [R]``.
+    """
+
+    max_new_tokens: Any
+    eos_ids: Any = None
+    pad: Any = None
+    strings: Any = None
+    tokenizer: Any = None
+    criteria: Sequence[Any] = ()
+
+    def of(self, prompts: Prompts) -> dict[str, Any]:
+        """The arguments of ``build_request`` for these prompts.
+
+        Raises:
+            OptionError: stop strings without a tokenizer, or some that cannot occur.
+        """
+        each, width = prompts.each, prompts.ids.shape[1]
+        by_string = strings_stop(each(self.strings), self.tokenizer, prompts.batch, width)
+        return {
+            "new_tokens": each(self.max_new_tokens),
+            "eos_ids": each(self.eos_ids),
+            "pad": each(self.pad),
+            "stop": any_stop(by_string, criteria_stop(self.criteria)),
+        }
 
 
 class StopStrings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +12,31 @@ from smc_compile.errors import GenerationError, OptionError
 from smc_compile.runtime.state.settling import Progress
 
 STREAMS = ("settled", "leader")
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """What a user wants to see while a generation runs.
+
+    Attributes:
+        streamer, stream: see ``watch_for``.
+        max_lag: settle what is older than so many tokens by drawing one of the particles' pasts; None never does.
+    """
+
+    streamer: Any = None
+    stream: str = "settled"
+    max_lag: Any = None
+
+    def of(self, ids: Tensor) -> dict[str, Any]:
+        """The arguments of ``build_request`` for prompts ``ids`` [B, P].
+
+        Raises:
+            OptionError: streamer and stream do not fit each other or the batch, or ``max_lag`` is no number of tokens.
+        """
+        lag = self.max_lag
+        if lag is not None and (isinstance(lag, bool) or not isinstance(lag, int) or lag < 0):
+            raise OptionError("max_lag must be a number of tokens of at least 0", f"got {lag!r}")
+        return {"max_lag": lag, "watch": watch_for(self.streamer, self.stream, ids)}
 
 
 def watch_for(streamer: Any, stream: str, ids: Tensor) -> Callable[[Progress], None] | None:

@@ -1,4 +1,4 @@
-"""What a decode loop does with caches of its own, as far as it shows before the loop is traced."""
+"""Caches that a decode loop makes or is handed: found before the loop is traced, copied, and kept out of its result."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def names_a_cache(function: Callable[..., Any]) -> bool:
 
 
 def _codes(function: Any, depth: int) -> Iterator[types.CodeType]:
+    """The code of a function and of those that it calls, ``depth`` calls deep."""
     if not isinstance(function, types.FunctionType) or depth == 0:
         return
     yield function.__code__
@@ -42,7 +43,7 @@ def _words(code: types.CodeType) -> Iterator[str]:
 
 
 def own_copy(value: Any) -> Any:
-    """A cache, or a container, that may be written to in the place of the user's; tensors are shared."""
+    """A copy of a cache or container, which may be written to in the place of the user's; tensors are shared."""
     if isinstance(value, list | tuple | dict) or hasattr(value, "get_seq_length"):
         return _copied(value, {})
     return value

@@ -20,11 +20,11 @@ class CapturedCall:
     """One call of a captured function.
 
     Attributes:
-        graph: what Dynamo made of the function; the same object as long as Dynamo's guards say that it fits.
+        finder: holds the graph that Dynamo made of the function. Calls whose graph is the same share it.
         arguments: what Dynamo hands to the graph in this call: tensors, and integers for sizes.
     """
 
-    graph: LoopFinder
+    finder: LoopFinder
     arguments: Sequence[Any]
 
 
@@ -68,11 +68,11 @@ class Capture:
             self._outputs = None
 
     def _backend(self, gm: fx.GraphModule, _: Any) -> Callable[..., Any]:
-        graph = LoopFinder(gm)
+        finder = LoopFinder(gm)
 
         def stand_in(*arguments: Any) -> Sequence[Any]:
             if self._outputs is None:
-                raise _Captured(CapturedCall(graph, arguments))
+                raise _Captured(CapturedCall(finder, arguments))
             return self._outputs
 
         return stand_in

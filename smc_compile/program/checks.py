@@ -1,4 +1,4 @@
-"""Whether target, draft and request fit each other, asked before anything runs."""
+"""Check before anything runs whether target, draft and request fit each other."""
 
 from __future__ import annotations
 
@@ -50,7 +50,11 @@ def shared_vocabulary(target: Model, draft: Model) -> int | None:
 
 
 def check_request(request: Request, target: Model, draft: Model | None) -> None:
-    """Prompts, ends and lengths, against the models."""
+    """Check devices, tokens and lengths of a request against the models.
+
+    Raises:
+        InputError: one of them does not fit.
+    """
     ids = request.ids
     place = target.placement
     if place and place[0] != ids.device:

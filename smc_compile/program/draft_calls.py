@@ -74,7 +74,7 @@ def _captured(loop: Callable[..., Tensor], model: nn.Module, ids: Tensor) -> tup
         call = Capture(loop).captured(model, ids)
     except (torch._dynamo.exc.TorchDynamoException, TypeError) as error:
         raise _uncallable(second, str(error).strip().splitlines()[0]) from error
-    found = call.graph.loop_for(call.arguments) if call is not None else None
+    found = call.finder.loop_for(call.arguments) if call is not None else None
     if call is None or found is None:
         raise _uncallable(second, "called so, it draws no tokens one after the other")
     return found, call.arguments

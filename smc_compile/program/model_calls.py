@@ -14,7 +14,7 @@ from smc_compile.errors import InputError
 def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
     """``model(ids [B, S])`` as logits [B, S, V]: the result itself, or its ``logits`` attribute.
 
-    A forward that names a parameter ``use_cache`` is told not to make a cache.
+    A forward that names a parameter ``use_cache`` is called with False there.
 
     Raises:
         InputError: when what comes back is not logits [B, S, V].

@@ -11,6 +11,7 @@ from helpers.enumeration import chi_square_p_value
 
 import smc_compile
 from smc_compile.errors import InputError, OptionError
+from smc_compile.inputs.generation_config import OURS, PREPARED, check_config
 from smc_compile.pairs.shipped import load_pair
 from smc_compile.program.from_model import programs
 
@@ -258,14 +259,14 @@ def test_padding_stands_in_front(ours, mask, message):
 
 def test_no_field_of_the_config_is_ignored():
     """A field is acted on by the loop, by what the library prepares, or refused with its name."""
-    known = {*smc_compile.transformers.OURS, *smc_compile.transformers.PREPARED}
+    known = {*OURS, *PREPARED}
     for name in vars(transformers.GenerationConfig()):
         if name in known or name.startswith("_"):
             continue
         config = transformers.GenerationConfig()
         setattr(config, name, "asked for")
         with pytest.raises(OptionError, match=f"{name}='asked for' is not supported"):
-            smc_compile.transformers.check_config(config)
+            check_config(config)
 
 
 @interpreted

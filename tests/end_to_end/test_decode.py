@@ -259,6 +259,55 @@ def test_another_model_is_another_result():
     assert torch.equal(compiled(MODEL, IDS, N), greedy(MODEL, IDS, N))
 
 
+def test_a_global_that_has_changed_is_seen(monkeypatch):
+    compiled = decode(of_the_global_model, **OPTIONS)
+    for model in (MODEL, TableLM(V, seed=7), TableLM(V, seed=8)):
+        monkeypatch.setitem(globals(), "GLOBAL_MODEL", model)
+        assert torch.equal(compiled(IDS, N), greedy(model, IDS, N))
+
+
+GLOBAL_MODEL = MODEL
+
+
+def of_the_global_model(ids: Tensor, n: int) -> Tensor:
+    return greedy(GLOBAL_MODEL, ids, n)
+
+
+def test_an_attribute_that_the_loop_reads_may_change():
+    model, compiled = copy.deepcopy(MODEL), decode(with_a_sign, **OPTIONS)
+    for model.sign in (1, -1, 1):
+        assert torch.equal(compiled(model, IDS, N), with_a_sign(model, IDS, N))
+
+
+def with_a_sign(model: nn.Module, ids: Tensor, n: int) -> Tensor:
+    for _ in range(n):
+        ids = torch.cat([ids, (model.sign * model(ids)[:, -1]).argmax(-1, keepdim=True)], 1)
+    return ids
+
+
+def test_what_a_loop_writes_elsewhere_is_written_once_a_call():
+    calls: list[str] = []
+
+    def counted(model, ids, n):
+        calls.append("called")
+        return greedy(model, ids, n)
+
+    compiled = decode(counted, **OPTIONS)
+    compiled(MODEL, IDS, N)
+    compiled(MODEL, IDS, 2)
+    assert calls == ["called"] * 2
+
+
+def test_a_result_may_have_any_structure():
+    def in_a_dictionary(model, ids, n):
+        longer = greedy(model, ids, n)
+        return {"ids": longer, "shapes": (n, [longer[:, ids.shape[1] :]])}
+
+    result = decode(in_a_dictionary, **OPTIONS)(MODEL, IDS, N)
+    assert torch.equal(result["ids"], greedy(MODEL, IDS, N))
+    assert torch.equal(result["shapes"][1][0], greedy(MODEL, IDS, N)[:, 3:])
+
+
 def test_other_prompts_of_other_lengths_and_batches():
     compiled = decode(greedy, **OPTIONS)
     for ids in (IDS, IDS.repeat(1, 3), IDS[:1], IDS[:, :1], IDS.repeat(3, 2)):

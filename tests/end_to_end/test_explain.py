@@ -137,5 +137,5 @@ def test_generate_is_explained_with_its_rules():
     ]
     assert "rules" in {line.split(":")[0] for line in told.sections["regions"]}
     told = explain(generate, target, perturbed(target), ids, logits_processor=[on_host], **options)
-    assert told.sections["rules on the text"] == ["by_hand: on the host, once a position, on target and draft"]
+    assert told.sections["rules on the text"] == ["on_host: on the host, once a position, on target and draft"]
     assert calls

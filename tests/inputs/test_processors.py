@@ -12,7 +12,8 @@ from torch import nn
 
 from smc_compile.errors import OptionError
 from smc_compile.inputs.fingerprint import fingerprint
-from smc_compile.inputs.processors import reads_text, sort_processors
+from smc_compile.inputs.processor_trials import reads_text
+from smc_compile.inputs.processors import sort_processors
 
 VOCAB = 12
 
