@@ -64,3 +64,12 @@ def test_what_does_not_fit_is_refused_with_what_would(monkeypatch):
 def test_where_the_system_does_not_tell_nothing_is_refused(monkeypatch):
     monkeypatch.setattr(presets, "free_bytes", lambda device: None)
     check_memory(10**15, DTYPES["float32"], CPU)
+
+
+def test_short_names_stand_for_presets_and_every_draft_fits():
+    assert find_preset("bench") is PRESETS["336m-31m"]
+    assert find_preset("llama-8b") is PRESETS["llama-8b-1b"]
+    for name in PRESETS:
+        filled = arguments(name)
+        fill_in(filled)
+        check_fits(*configs(filled, 1))
