@@ -111,7 +111,7 @@ def measure(
     keeps what has been measured.
 
     Args:
-        check: compares a generation of ours, given its contestant's name, with the eager model before anything is timed.
+        check: compares a generation of ours, given its name, with the eager model before anything is timed.
             It raises where the generation is wrong.
     """
     first: dict[int, TimedCall] = {}
