@@ -1,4 +1,4 @@
-"""Everything that only a GPU can tell, in one go: results, times of kernels, speed of whole generations.
+"""Measure everything that needs a GPU, in one go: results, times of kernels, speed of whole generations.
 
     python examples/benchmarks/on_a_gpu.py FOLDER [--minutes 9]
 

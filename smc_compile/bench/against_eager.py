@@ -1,7 +1,6 @@
-"""Whether compiled generation computes what the model does: its log-probabilities beside one eager pass over the text.
+"""Whether compiled generation computes what the model does: log-probabilities beside those of an eager pass.
 
-Whatever goes wrong on the way - a cache, a copy of rows, a recorded graph, a kernel - ends in the log-probability of
-some later token.
+An error in a cache, a copy of rows, a recorded graph or a kernel changes the log-probability of some later token.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ class Agreement(NamedTuple):
 
 
 def difference(model: Callable[[Tensor], Tensor], generation: Generation, temperature: float) -> Agreement:
-    """Of the new tokens of some particles up to their ends, whose log-probabilities are the model's at ``temperature``.
+    """How far reported log-probabilities are from the model's at ``temperature``, on new tokens of some particles.
 
     model: ids [1, S] -> logits [1, S, V]. Prompts without padding.
     """
-    told = generation.particle_log_probs[:, :LOOKED_AT].flatten(0, 1)  # [R, n]
+    reported = generation.particle_log_probs[:, :LOOKED_AT].flatten(0, 1)  # [R, n]
     texts = generation.particles[:, :LOOKED_AT].flatten(0, 1)  # [R, P+n]
-    new = told.shape[1]
+    new = reported.shape[1]
     found = []
     with torch.no_grad():
         for text in texts:
@@ -42,15 +41,15 @@ def difference(model: Callable[[Tensor], Tensor], generation: Generation, temper
             found.append(log_p.gather(1, text[-new:, None])[:, 0].double())
     lengths = generation.particle_lengths[:, :LOOKED_AT].flatten()
     counts = torch.arange(new, device=lengths.device) < lengths[:, None]
-    error = (torch.stack(found) - told).abs()[counts]
+    error = (torch.stack(found) - reported).abs()[counts]
     return Agreement(float(error.mean()), float(error.max()))
 
 
 def checked(name: str, agreement: Agreement, dtype: torch.dtype) -> Agreement:
-    """The same, if it is a matter of rounding in ``dtype``.
+    """Return ``agreement`` if rounding in ``dtype`` explains it.
 
     Raises:
-        SMCError: if it is not, or not a number.
+        SMCError: if it does not, or a difference is not a number.
     """
     if agreement.mean <= ALLOWED[dtype]:
         return agreement

@@ -28,7 +28,7 @@ class Ceilings:
     operations_per_second: float
 
     def better(self, other: Ceilings) -> Ceilings:
-        """The higher of each rate: what has been reached once is possible."""
+        """The higher of each rate: a rate that was reached once is possible."""
         return Ceilings(
             max(self.bytes_per_second, other.bytes_per_second),
             max(self.operations_per_second, other.operations_per_second),
@@ -37,7 +37,7 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """One model: numbers in its weights, bytes of one number, bytes of its cache for a token."""
+    """The size of a model: numbers in its weights, bytes of a number, bytes that a token takes in its cache."""
 
     weights: int
     itemsize: int
@@ -52,7 +52,7 @@ def measure_ceilings(dtype: torch.dtype, device: torch.device) -> Ceilings:
 
 
 def reading_seconds(device: torch.device) -> float:
-    """By the fastest of what reads everything once: a sum, and products of a row and of two."""
+    """Seconds to read READ bytes once: the fastest of a sum, a product with one row, and a product with two."""
     side = PRODUCT[device.type][1]
     values = torch.ones(READ[device.type] // (4 * side), side, device=device)
     row, rows = torch.ones(1, side, device=device), torch.ones(2, side, device=device)
@@ -61,6 +61,7 @@ def reading_seconds(device: torch.device) -> float:
 
 
 def product_seconds(dtype: torch.dtype, device: torch.device) -> float:
+    """Seconds of a product of PRODUCT's size in ``dtype``."""
     height, side = PRODUCT[device.type]
     rows, weight = (
         torch.ones(height, side, dtype=dtype, device=device),

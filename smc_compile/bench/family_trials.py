@@ -28,8 +28,8 @@ class FamilyTrial:
 
     ``status`` is "compiled", "own cache" (refused, with our reason, but the model's own cache serves), "refused",
     "failed" (an error of another kind: a defect of ours), "no decoder" (positions read later ones) or "not built" (no
-    tiny model that maps tokens to logits came out of the configuration). What follows ``reason`` is None unless
-    compiled; the own cache has an ``error``, too.
+    tiny model that maps tokens to logits came out of the configuration). Fields after ``reason`` are None unless
+    compiled, but that an own cache has an ``error`` too.
     """
 
     family: str

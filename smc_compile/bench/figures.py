@@ -12,7 +12,7 @@ from smc_compile.result import Generation
 
 Row = dict[str, Any]
 PARTS = ("prefill", "draft", "score", "resample", "host")
-PARTS_OF = {  # what a method spends time on
+PARTS_OF = {  # the parts that a method spends time on
     "autoregressive": ("prefill", "score", "host"),
     "speculative": ("prefill", "draft", "score", "host"),
     "smc": PARTS,
@@ -89,14 +89,14 @@ def speedup(result: Result, results: Sequence[Result], over: str) -> float | Non
 
 
 def step_seconds(run: TimedCall) -> float:
-    """Seconds of one step, without prefill where that is told apart."""
+    """Seconds of one step, without prefill where that is timed apart."""
     prefill = run.generation.stats.prefill_seconds if run.generation else 0.0
     return (run.seconds - prefill) / run.steps
 
 
 def median_share(generations: Sequence[Generation], part: str, method: str) -> float | None:
-    """Share of ``part`` in the time of a generation; None where a method has no such part or does not tell, and
-    of cycles that were replayed."""
+    """Share of ``part`` in the time of a generation; None where a method has no such part or does not time it, and
+    where cycles were replayed."""
     if not generations or part not in PARTS_OF[method] or any(g.stats.replayed for g in generations):
         return None
     return median(getattr(g.stats, f"{part}_seconds") / max(g.stats.seconds, 1e-12) for g in generations)

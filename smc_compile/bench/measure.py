@@ -44,7 +44,7 @@ class Contestant:
     warm_up: Callable[[int], Answer] | None = None  # a shorter first call than ``run``
     batch: int = 1
     passes: Sequence[PassCost] | None = None  # what a step reads and multiplies at least
-    steps: Callable[[], int] | None = None  # of the last run, where a step is not a token and no Generation tells
+    steps: Callable[[], int] | None = None  # of the last run, where a step is no token and ``run`` gives no Generation
     peer: bool = False  # somebody else's code: where it fails, the others go on
 
     @property
@@ -107,9 +107,12 @@ def measure(
 ) -> Measurement:
     """Warm every contestant up, then run all of them in turn, ``repeats`` rounds.
 
-    SMC is warmed up first: a bad N or K is then reported before anything slow has run. ``check`` looks at what each of
-    ours gave, by its name, before anything is timed; it raises where that is wrong. Ctrl-C ends the measurement and
-    keeps what there is.
+    SMC is warmed up first: a bad N or K is then reported before anything slow has run. Ctrl-C ends the measurement and
+    keeps what has been measured.
+
+    Args:
+        check: compares a generation of ours, given its name, with the eager model before anything is timed.
+            It raises where the generation is wrong.
     """
     first: dict[int, TimedCall] = {}
     runs: dict[int, list[TimedCall]] = {index: [] for index in range(len(contestants))}
@@ -174,7 +177,7 @@ def attempted(contestant: Contestant, seed: int, device: torch.device) -> TimedC
 
 
 def reason(error: Exception) -> str:
-    """One line about what somebody else's code raised."""
+    """One line about an error, such as one of somebody else's code."""
     if isinstance(error, SMCError):
         return f"{error.what} {error.why}".strip()
     lines = str(error).strip().splitlines()

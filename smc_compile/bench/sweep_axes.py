@@ -88,7 +88,7 @@ def widest(points: Sequence[Point], arguments: argparse.Namespace) -> tuple[argp
 
 
 def point_name(point: Point, axes: Sequence[SweepAxis]) -> str:
-    """What tells a point from the others."""
+    """The values of a point on the axes: "N=4 K=8", or "loop" for the one-token loop."""
     names = [axis.name for axis in axes if point.lookahead or axis.name not in ("n_particles", "lookahead")]
     words = [f"{LETTERS[name]}={getattr(point, name)}" for name in names]
     return " ".join(words if point.lookahead else ["loop", *words])

@@ -40,7 +40,7 @@ REGIONS = {"draft": ("draft_head", "draft_step"), "score": ("score", "target_ste
 
 
 class Point(NamedTuple):
-    """What is asked for. K = 0 is the one-token loop, whose cycle is a token."""
+    """The settings that a sweep moves. K = 0 is the one-token loop, whose cycle is a token."""
 
     n_particles: int
     lookahead: int
@@ -59,7 +59,7 @@ class Timing:
     """Seconds of a cycle in one round, and bytes that its caches hold."""
 
     seconds: float
-    parts: dict[str, float]  # of PARTS; they sum to ``seconds``. Empty where cycles were replayed: none tells
+    parts: dict[str, float]  # of PARTS; they sum to ``seconds``. Empty where cycles were replayed: parts are not timed
     cycles: int  # how many were timed
     resamplings: int  # of a request, in these cycles
     compile_seconds: float
@@ -107,7 +107,7 @@ def measure_points(
 
 
 def time_or_refuse(point: Point, time_point: TimePoint, seed: int, measured: Measured) -> None:
-    """One timing more of a point that has not failed, or why it fails."""
+    """Time a point that has not failed once more, or note why it fails."""
     if point in measured.failures:
         return
     try:
@@ -154,7 +154,7 @@ def point_timer(target: Llama, draft: Llama, temperature: float, cycles: int) ->
 
 
 def predictor(model: CycleModel, point: Point) -> Callable[[float, float], float]:
-    """Slots of a suffix, and those that hold something, to seconds of a cycle."""
+    """(slots of a suffix, slots that are filled) -> predicted seconds of a cycle."""
     return lambda slots, held: model.seconds_at(
         point.n_particles, point.lookahead, point.prompt_length, slots, held, point.requests
     )
@@ -171,8 +171,10 @@ def program_of(point: Point, target: Llama, draft: Llama) -> Program:
 
 
 def middle(new_tokens: int, width: int, cycles: int) -> tuple[int, int]:
-    """Where to begin, in tokens made, and how many cycles of ``width`` tokens to time, so that these and two before
-    them, in which the suffixes grow, lie around the middle and none is the first or the last.
+    """After how many tokens to begin, and how many cycles of ``width`` tokens to time.
+
+    These cycles, and two before them in which the suffixes grow, lie around the middle of the new tokens; none is the
+    first or the last.
 
     Raises:
         InputError: where not even one fits.
@@ -194,7 +196,7 @@ def time_cycles(
     timed: int,
     predict: Callable[[float, float], float] | None,
 ) -> Timing:
-    """Prefill, go to ``begin`` tokens made, run two cycles, which compile what is not yet, and time the next."""
+    """Prefill, go to where ``begin`` tokens are generated, run two cycles, which compile, and time those after."""
     compiled = sum(region.compile_seconds for region in session.regions)
     running = session.cycles(request)
     run = next(running)
@@ -223,7 +225,7 @@ def time_cycles(
 
 
 def spent(session: SMCSession | AutoregressiveSession, run: Run) -> dict[str, float]:
-    """Seconds that each part but the host has taken so far, and compilation."""
+    """Seconds so far of each part but the host, and of compilation."""
     regions = session.regions
     found = {part: sum(r.seconds for r in regions if r.name in names) for part, names in REGIONS.items()}
     found["resample"] += run.clock.resample_seconds
@@ -231,7 +233,7 @@ def spent(session: SMCSession | AutoregressiveSession, run: Run) -> dict[str, fl
 
 
 def now(request: Request) -> float:
-    """Seconds, once the device has done what it was given."""
+    """The clock in seconds, after the device has finished its work."""
     if request.ids.device.type == "cuda":
         torch.cuda.synchronize(request.ids.device)
     return time.perf_counter()

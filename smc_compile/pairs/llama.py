@@ -1,6 +1,6 @@
 """A plain Llama-shaped model: RMSNorm, rotary positions, grouped-query attention, SwiGLU, tied embeddings, no cache.
 
-It is what the shipped pair and the benchmark are made of. Nothing in the compiler knows it.
+The shipped pair and the pairs of the benchmarks are such models. Nothing in the compiler knows this file.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Llama(nn.Module):
         return self.head(self.trunk(ids))
 
     def trunk(self, ids: Tensor) -> Tensor:
-        """ids [B, S] -> what the layers leave [B, S, D]."""
+        """ids [B, S] -> hidden states after the last layer [B, S, D]."""
         s = ids.shape[1]
         x: Tensor = self.embedding(ids)
         for layer in self.layers:

@@ -38,7 +38,7 @@ MOST_NOISE = 64.0  # s is looked for below it; noise of s = 1 is as large as the
 
 @dataclass(frozen=True)
 class Tuned:
-    """What was reached: mean acceptance and entropy in nats, over random contexts, and the size s of the noise."""
+    """What tuning reached: mean acceptance and entropy in nats, over random contexts, and the size s of the noise."""
 
     acceptance: float
     entropy: float
@@ -148,7 +148,7 @@ def row_places(heads: list[int], target: LlamaConfig, draft: LlamaConfig) -> Ten
 
 
 def init_draft(draft: Llama, generator: torch.Generator) -> None:
-    """Every layer adds about as much as there is."""
+    """Random weights at which every layer adds about as much as its input holds."""
     fill(draft.embedding.weight, EMBEDDING_STD, generator)
     for parameter in draft.layers.parameters():
         fill_by_width(parameter, generator)
@@ -178,8 +178,10 @@ def init_target(target: Llama, draft: Llama, generator: torch.Generator) -> None
 
 @torch.no_grad()
 def embed_attention(block: Block, inner: Block, target: LlamaConfig, draft: LlamaConfig) -> None:
-    """Heads of ``inner`` at their places; narrower heads are divided by the root of a smaller width, so queries make it
-    good."""
+    """Write the heads of ``inner`` at their places.
+
+    Attention divides scores by the root of a head's width, smaller in the draft: queries are scaled to match.
+    """
     heads = head_places(target, draft)
     sources = [
         kv for kv in range(draft.n_kv_heads) for _ in range(kv_copies(target, draft))

@@ -14,6 +14,7 @@ from smc_compile.runtime.execution.memory import free_bytes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DEFAULT = "336m-31m"
+WORTH_TIMING = 10**8  # bytes of weights: smaller presets show nothing about speed
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def check_memory(numbers: int, dtype: torch.dtype, device: torch.device) -> None
     if free is None or needed <= free:
         return
     sizes = {name: preset_count(preset) * dtype.itemsize for name, preset in PRESETS.items()}
-    fits = [f"--preset {name} ({size / 1e9:.1f} GB)" for name, size in sizes.items() if size <= free]
+    fits = [f"--preset {name} ({size / 1e9:.1f} GB)" for name, size in sizes.items() if WORTH_TIMING <= size <= free]
     if numbers * 2 <= free < needed:
         fits.insert(0, "--dtype bfloat16")
     raise OptionError(

@@ -22,7 +22,7 @@ def build_models(
     acceptance: float | None,
     temperature: float,
 ) -> tuple[Llama, Llama, Tuned | None]:
-    """Both models, and what their acceptance rate came to; unrelated random weights where ``acceptance`` is None.
+    """Both models, and the acceptance rate that was reached; unrelated random weights where ``acceptance`` is None.
 
     Raises:
         OptionError: where the draft does not fit inside the target, or the rate cannot be reached.
@@ -36,7 +36,7 @@ def build_models(
 
 
 def build(config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> Llama:
-    """Made in its own type on its own device: large weights never exist in another."""
+    """A model of random weights, created in ``dtype`` on ``device``: large weights never exist in another type."""
     with device, default_dtype(dtype):
         model = Llama(config)
     return model.to(dtype).eval().requires_grad_(False)  # the rotary table was made in float32
@@ -50,6 +50,7 @@ def random_prompt(vocab: int, length: int, device: torch.device, seed: int) -> T
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, new tensors are of ``dtype``."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -160,7 +160,7 @@ def _layers_for_all_kinds(config: Any) -> int | None:
     for name in derived:
         try:
             kinds = getattr(config, name)
-        except Exception:  # a property that fails on defaults tells nothing
+        except Exception:  # a property that fails on defaults is ignored
             continue
         if isinstance(kinds, (list, tuple)) and len(kinds) == total and len(set(map(str, kinds))) > 1:
             needed = max(needed, *(list(kinds).index(kind) + 1 for kind in kinds))

@@ -86,13 +86,13 @@ def test_the_returned_lineage_follows_the_ancestors():
 def test_the_returned_lineage_is_drawn_connected(tmp_path):
     path = draw_ancestry(random_generation(seed=2), tmp_path / "a.svg")
     data = re.findall(r'class="(?:link|root) returned" d="([^"]*)"', path.read_text())
-    eos_ids = {}
+    ends = {}
     for piece in data:
         numbers = [float(number) for number in re.findall(r"[\d.]+", piece)]
-        eos_ids[numbers[0], numbers[1]] = (numbers[2], numbers[1]) if "H" in piece else (numbers[-2], numbers[-1])
-    point, steps = min(eos_ids), 0
-    while point in eos_ids:
-        point, steps = eos_ids[point], steps + 1
+        ends[numbers[0], numbers[1]] = (numbers[2], numbers[1]) if "H" in piece else (numbers[-2], numbers[-1])
+    point, steps = min(ends), 0
+    while point in ends:
+        point, steps = ends[point], steps + 1
     assert steps == len(data) == 10
 
 

@@ -59,8 +59,18 @@ def test_what_does_not_fit_is_refused_with_what_would(monkeypatch):
     assert "1000M numbers of 4 bytes need 4.0 GB, and 3.0 GB of cpu are free" in raised.value.why
     assert "--dtype bfloat16, --preset 336m-31m (1.5 GB), --preset 0.5b-60m (2.2 GB)" in raised.value.fix
     assert "llama-8b-1b" not in raised.value.fix
+    assert "small" not in raised.value.fix, "it is nothing to time"
 
 
 def test_where_the_system_does_not_tell_nothing_is_refused(monkeypatch):
     monkeypatch.setattr(presets, "free_bytes", lambda device: None)
     check_memory(10**15, DTYPES["float32"], CPU)
+
+
+def test_short_names_stand_for_presets_and_every_draft_fits():
+    assert find_preset("bench") is PRESETS["336m-31m"]
+    assert find_preset("llama-8b") is PRESETS["llama-8b-1b"]
+    for name in PRESETS:
+        filled = arguments(name)
+        fill_in(filled)
+        check_fits(*configs(filled, 1))

@@ -1,4 +1,4 @@
-"""Pretending that a GPU is there: all of it in this file, and all of it taken back.
+"""Pretend that a GPU is there: everything that is replaced for it is in this file, and is put back afterwards.
 
 Inductor asks the device for its properties and Triton a driver for its target before they generate any code. Here the
 answers come from a table. Nothing can run on the device that is pretended.
@@ -64,7 +64,7 @@ def target_named(name: str) -> Target:
 
 @contextmanager
 def absent_device(target: Target) -> Iterator[None]:
-    """Code for ``target`` can be generated inside, on any machine.
+    """Inside, code for ``target`` can be generated on any machine.
 
     Raises:
         SMCError: when this version of torch or triton keeps elsewhere what must be replaced.
@@ -128,7 +128,7 @@ def _always(answer: Any) -> Callable[..., Any]:
 
 
 def _forget(stack: ExitStack) -> None:
-    """What was remembered about devices is asked again, inside and afterwards."""
+    """Clear what compilers remember about devices, now and on leaving."""
     import torch._inductor.utils
     import torch.utils._triton
     from torch._inductor.codecache import CacheBase
@@ -148,7 +148,7 @@ def _cached_functions(module: ModuleType) -> list[Any]:
 
 @contextmanager
 def _driver(target: Target) -> Iterator[None]:
-    """Triton's active driver, as far as compiling asks it."""
+    """A stand-in for Triton's active driver, with what compiling asks of it."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
@@ -163,9 +163,9 @@ def _driver(target: Target) -> Iterator[None]:
 
 @contextmanager
 def device_memory_on_the_host() -> Iterator[None]:
-    """Inductor's Python for a GPU runs inside: its buffers are on the CPU, streams and devices mean nothing.
+    """Inside, Inductor's Python for a GPU runs with buffers on the CPU; streams and devices do nothing.
 
-    Only for kernels that are interpreted.
+    For kernels that are interpreted only.
     """
     from torch._C import _dynamo
 

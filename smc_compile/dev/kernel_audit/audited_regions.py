@@ -1,4 +1,4 @@
-"""From a recorded region to the rows of the table."""
+"""A recorded region examined: its kernels generated, run, compared with eager and compiled to machine code."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class AuditedKernel:
 
 @dataclass
 class AuditedRegion:
-    """All of one region: its kernels, the calls of libraries a cycle, and whether it does what eager does."""
+    """One region: its kernels, its calls of libraries, and whether its results are those of eager."""
 
     name: str
     calls: int  # a cycle
@@ -55,7 +55,7 @@ class AuditedRegion:
 def examine(
     recorded: RecordedGraph, target: Target | None, interpreter: Interpreter, dtype: torch.dtype
 ) -> AuditedRegion:
-    """Generate, run and compare, compile to machine code."""
+    """Generate the region's code, compare it with eager, and compile each kernel to machine code for the target."""
     observed = Observed(interpreter)
     code, compiled = lower(recorded, target, observed)
     verdict = compare(recorded, compiled, dtype, observed.verdict)

@@ -1,4 +1,4 @@
-"""What a session's regions are: graphs as Dynamo hands them to a compiler, with the arguments that they met."""
+"""Record the regions of sessions: graphs as Dynamo hands them to a compiler, and arguments of some calls."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ class RecordedGraph:
     """One graph of a region.
 
     Attributes:
-        inputs: its fake inputs, with symbols for the sizes that vary.
+        name: of the region, with a number from its second graph on.
+        inputs: fake inputs, with symbols for the sizes that vary.
         calls: the arguments of one call in each session that ran.
-        a_cycle: how often the last whole cycle called it.
+        a_cycle: how often the last whole cycle of the last session called it.
     """
 
     name: str
@@ -44,11 +45,11 @@ class GraphRecorder:
         self._seen: dict[int, int] = {}
 
     def new_session(self) -> None:
-        """What is called from here on belongs to another session."""
+        """Begin another session: calls are counted and kept anew."""
         self._log, self._seen = [], {}
 
     def add(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        """The graph, with its calls noted; one that another program met already counts as the same."""
+        """The graph as a function that notes its calls; the same graph of another program counts as one."""
         # What Dynamo hands over are real tensors; the sizes that may vary stand on the graph's own placeholders.
         places = graph.graph.find_nodes(op="placeholder")
         fakes = [node.meta.get("example_value", given) for node, given in zip(places, inputs, strict=True)]
@@ -68,14 +69,14 @@ class GraphRecorder:
 
     def end_session(self) -> None:
         """Count the calls of the last whole cycle."""
-        eos_ids = [i for i, n in enumerate(self._log) if self.found[n].name.partition(" ")[0] in END_OF_CYCLE]
-        if len(eos_ids) > 1:
-            last = self._log[eos_ids[-2] + 1 : eos_ids[-1] + 1]
+        ends = [i for i, n in enumerate(self._log) if self.found[n].name.partition(" ")[0] in END_OF_CYCLE]
+        if len(ends) > 1:
+            last = self._log[ends[-2] + 1 : ends[-1] + 1]
             for number, recorded in enumerate(self.found):
                 recorded.a_cycle = last.count(number)
 
     def _keep(self, number: int, arguments: Sequence[Any]) -> None:
-        """Each call of a session is as likely as any other to be the one that is kept."""
+        """Keep one call of each session, each with the same probability (reservoir sampling)."""
         calls, count = self.found[number].calls, self._seen.get(number, 0) + 1
         self._seen[number] = count
         if int(torch.randint(count, (), generator=self._random)):
@@ -91,14 +92,14 @@ def alike(recorded: RecordedGraph, graph: fx.GraphModule, inputs: Sequence[Any])
 
 
 def _kind(value: Any) -> tuple[str, ...]:
-    """Of an input of a graph; sizes may be symbols."""
+    """Type, sizes and strides of an input; sizes may be symbols."""
     if isinstance(value, Tensor):
         return str(value.dtype), str(tuple(value.shape)), str(value.stride())
     return (str(value),)
 
 
 def copy_of(value: Any) -> Any:
-    """A tensor's copy; weights, which nothing changes, as they are."""
+    """A copy of a tensor; weights, which nothing changes, and other values are returned as they are."""
     return value.clone() if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) else value
 
 

@@ -1,4 +1,4 @@
-"""Run generated code on the CPU, in a process of its own: what is for a GPU kernel by kernel in Triton's interpreter.
+"""Run generated code on the CPU, in a process of its own; kernels for a GPU run one by one in Triton's interpreter.
 
 The interpreter is chosen when triton is imported, and a kernel that leaves its buffers can end the process: both are
 reasons for a second one. Products and other ops of libraries run as their ATen twins on the CPU.
@@ -32,14 +32,14 @@ from smc_compile.errors import SMCError
 
 @dataclass(frozen=True)
 class Ran:
-    """What one run of generated code gave.
+    """The result of running generated code.
 
     Attributes:
-        outputs: of the code.
-        changed: arguments that it changed, by their places, with their new values.
+        outputs: what the code returned.
+        changed: new values of the arguments that it changed, by position.
         launches: of each kernel.
-        unused: kernels that were left out one at a time without any change of outputs, of arguments, and of what a
-            kernel that is used writes, whether zeros or ones stood in fresh memory.
+        unused: kernels without effect. Each was left out once, with zeros and with ones in fresh memory, and neither
+            outputs, nor arguments, nor what a used kernel writes changed.
     """
 
     outputs: list[Any]
@@ -49,7 +49,7 @@ class Ran:
 
 
 class Interpreter:
-    """The other process, started when it is first asked."""
+    """The other process, started by the first ``run``."""
 
     def __init__(self, target: Target | None) -> None:
         self._target = target

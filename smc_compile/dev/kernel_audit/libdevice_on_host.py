@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-# Functions of floating numbers. What is not here raises by its name, and is told in the table.
+# Functions of floating numbers. A function that is missing raises by its name, which the table shows.
 FLOATING: dict[str, Callable[..., Any]] = {
     "exp": np.exp,
     "exp2": np.exp2,

@@ -20,7 +20,9 @@ LOADS, STORES = re.compile(r"\bLDG\b"), re.compile(r"\b(?:STG|RED|REDG|ATOMG|ATO
 
 @dataclass(frozen=True)
 class MachineCode:
-    """Of the configuration with most registers, where autotuning on the device chooses among several.
+    """What a compiled kernel uses.
+
+    Where autotuning would choose among configurations: the one that spills most, then the one with most registers.
 
     Attributes:
         registers: of a thread.

@@ -1,4 +1,4 @@
-"""Sessions on a random pair, run to see which regions there are and what they are called with."""
+"""Run sessions on a random pair, and record their regions with arguments that they are called with."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TIED = 16  # tokens whose logits are nearly equal, in the session of near ties
 
 @dataclass(frozen=True)
 class AuditedPair:
-    """What is compiled: the models' shapes, the method, the distribution and the request."""
+    """What is audited: shapes of both models, method, distribution and request."""
 
     target: LlamaConfig
     draft: LlamaConfig

@@ -1,4 +1,4 @@
-"""What it takes to copy rows of caches after resampling: the kernel beside its twin, eager and by Inductor."""
+"""How long copying rows of caches after resampling takes: the kernel beside its twin, eager and by Inductor."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WRITTEN = SLOTS - 128
 
 
 def time_copy_rows(pair: AuditedPair, device: torch.device) -> Timed:
-    """Half of the particles die, each of which shares all but a quarter of its text with its ancestor."""
+    """Time one copy in which half of the particles are replaced; each shares three quarters of its text already."""
     timed = Timed("copy_rows, written by hand", 1, RegionVerdict(), False)
     with attempt(timed, device):
         _time(timed, pair, device)

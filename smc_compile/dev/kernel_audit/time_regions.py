@@ -1,7 +1,7 @@
-"""What a region takes on a device that is there: in eager PyTorch, as plain Inductor makes it, and as sessions run it.
+"""How long a region takes on a device that is there: in eager PyTorch, by plain Inductor, and as sessions run it.
 
 Plain Inductor and eager PyTorch get the graph with our kernels' ops in tensor code. All three take turns, and before
-each call whatever caches hold is overwritten: in a cycle, too, weights have passed by since the last call. On a GPU
+each call the processor's caches are overwritten, as the weights of other regions do in a cycle. On a GPU
 each is recorded as a CUDA graph first, so that none waits for the host, as cycles of SMC do not.
 """
 
@@ -69,8 +69,8 @@ class Timed:
 def time_region(recorded: RecordedGraph, device: torch.device, dtype: torch.dtype, compiler: str = "inductor") -> Timed:
     """Compile the region, compare it with eager on the arguments that it met, and time it on the last of them.
 
-    ``compiler`` is what ``Options`` calls so, "inductor" or "max-autotune", and means ours alone. Whatever a compiler
-    or a device raises is the verdict's problem: other regions go on.
+    ``compiler`` is the option of that name, "inductor" or "max-autotune", and concerns ours alone. An error of a
+    compiler or a device becomes the problem of the verdict, so that other regions go on.
     """
     timed = Timed(recorded.name, recorded.a_cycle, RegionVerdict(), False)
     with attempt(timed, device):
@@ -80,7 +80,7 @@ def time_region(recorded: RecordedGraph, device: torch.device, dtype: torch.dtyp
 
 @contextmanager
 def attempt(timed: Timed, device: torch.device) -> Iterator[None]:
-    """What is raised inside is the verdict's problem."""
+    """An error raised inside becomes the problem of the verdict."""
     try:
         with torch.no_grad(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             yield
@@ -125,7 +125,7 @@ def compiled(graph: fx.GraphModule, recorded: RecordedGraph, compiler: str) -> C
 
 
 def prepared(function: Callable[..., Any], arguments: list[Any], device: torch.device) -> Call:
-    """A call of it on copies of the arguments; on a GPU a replay of it."""
+    """A call of ``function`` on copies of the arguments; on a GPU the replay of a recorded call."""
     own = [copy_of(a) for a in arguments]
 
     def call() -> None:
@@ -151,7 +151,7 @@ def in_turn(calls: list[Call], device: torch.device) -> list[float]:
 
 
 def flusher(device: torch.device) -> Call:
-    """Writes to more memory than the caches hold."""
+    """A function that writes to more memory than the caches hold."""
     if device.type == "cuda":
         return torch.empty(FLUSHED, dtype=torch.int8, device=device).zero_
     buffer = torch.empty(FLUSHED, dtype=torch.int8).numpy()  # numpy, so that the profiler does not see it
@@ -159,7 +159,7 @@ def flusher(device: torch.device) -> Call:
 
 
 def seconds_of(call: Call, device: torch.device) -> float:
-    """Of one call; on a GPU between two events around it."""
+    """Seconds of one call; on a GPU between two events around it."""
     if device.type != "cuda":
         start = time.perf_counter()
         call()
@@ -174,7 +174,7 @@ def seconds_of(call: Call, device: torch.device) -> float:
 
 def kernel_times(call: Call, device: torch.device) -> dict[str, float]:
     """Microseconds a call of each kernel and of each op that it calls, the longest first."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # it tells of its own beginning and end otherwise
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # otherwise it prints its own beginning and end
     on_gpu, flush = device.type == "cuda", flusher(device)
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as found:
         for _ in range(ROUNDS):

@@ -30,15 +30,15 @@ UNIFORMS = "l_u_"  # as Dynamo calls the argument u
 
 @dataclass
 class RegionVerdict:
-    """What came of comparing.
+    """What came of comparing a region with eager PyTorch.
 
     Attributes:
-        runs: of how many sessions arguments were tried.
+        runs: how many recorded calls were compared.
         error: largest difference of floating entries, relative to the largest entry of their tensor.
         beyond: largest share of a tensor's entries that differ beyond its tolerance; integers must be equal.
         launches: of each kernel in one call.
         unused: kernels whose absence changed nothing in any run.
-        problem: why the region could not be run.
+        problem: why the region could not be run; empty if it could.
     """
 
     runs: int = 0
@@ -49,15 +49,16 @@ class RegionVerdict:
     problem: str = ""
 
     def agrees(self, dtype: torch.dtype) -> bool:
-        """Whether results do; ``dtype`` is the type of the weights."""
+        """Whether all results are the same up to rounding; ``dtype`` is the type of the weights."""
         return self.runs > 0 and not self.problem and self.beyond <= (NARROW_SHARE if dtype.itemsize < 4 else 0)
 
     def used(self, kernel: str) -> bool:
+        """Whether the kernel was launched and its output mattered."""
         return self.launches.get(kernel, 0) > 0 and kernel not in self.unused
 
 
 class Observed:
-    """Executes generated code in ``interpreter`` and keeps what is seen of its kernels."""
+    """Executes generated code in ``interpreter``; ``verdict`` counts launches and names the kernels without effect."""
 
     def __init__(self, interpreter: Interpreter) -> None:
         self.verdict = RegionVerdict()
@@ -82,7 +83,7 @@ def compare(
     reference: Callable[..., Any] | None = None,
 ) -> RegionVerdict:
     """Run ``compiled`` and ``reference``, which is the graph unless it is given, on the arguments of each recorded
-    call, and add what is seen to ``verdict``."""
+    call, and add the differences to ``verdict``."""
     verdict, reference = verdict or RegionVerdict(), reference or recorded.graph
     narrow = dtype.itemsize < 4 and uniforms_place(recorded) is not None
     for call in recorded.calls:
@@ -94,24 +95,27 @@ def compare(
         want = results(reference, call)
         nearby = [results(reference, moved(recorded, call, by)) for by in (-NEARBY, NEARBY)] if narrow else [want, want]
         turned = turns(got, want) if narrow else {}
-        for a, b, *eos_ids in zip(got, want, *nearby, strict=True):
+        for a, b, *bounds in zip(got, want, *nearby, strict=True):
             if isinstance(a, Tensor) and a.numel():
                 if a.shape in turned and a.is_floating_point():
                     a = torch.where(turned[a.shape], b, a)
-                largest, share = difference(a, b, dtype, *eos_ids)
+                largest, share = difference(a, b, dtype, *bounds)
                 verdict.error, verdict.beyond = max(verdict.error, largest), max(verdict.beyond, share)
         verdict.runs += 1
     return verdict
 
 
 def results(function: Callable[..., Any], arguments: Sequence[Any]) -> list[Any]:
-    """All that comes of a call: what it returns, and its arguments, which it may have changed."""
+    """What a call returns, and after that its arguments, which it may have changed."""
     own = [copy_of(a) for a in arguments]
     return [*pytree.tree_leaves(function(*own)), *own]
 
 
 def turns(got: Sequence[Any], want: Sequence[Any]) -> dict[torch.Size, Tensor]:
-    """Where integers differ, by their shape: what is told of a token in a tensor of that shape differs with it."""
+    """Where integers differ, by the shape of their tensor.
+
+    Floating entries at the same places of tensors of that shape belong to the tokens that differ, and differ with them.
+    """
     found: dict[torch.Size, Tensor] = {}
     for a, b in zip(got, want, strict=True):
         if isinstance(a, Tensor) and a.dtype == torch.int64 and a.shape == b.shape:
@@ -126,7 +130,7 @@ def uniforms_place(recorded: RecordedGraph) -> int | None:
 
 
 def moved(recorded: RecordedGraph, call: Sequence[Any], by: float) -> list[Any]:
-    """The arguments with all uniforms greater by so much."""
+    """The arguments of ``call`` with ``by`` added to all uniforms, kept in [0, 1)."""
     place = uniforms_place(recorded)
     return [(a + by).clamp(0, 1 - 1e-6) if i == place else a for i, a in enumerate(call)]
 

@@ -21,13 +21,14 @@ class WrittenKernel:
     """One kernel.
 
     Attributes:
-        name: of its op.
+        name: the name of its op.
         op: the kernel.
-        twin: what it is in tensor code, which Inductor generates kernels for.
-        exact: what it is compared with, in float64.
-        operands: at sizes drawn from a generator; in the kernel's own type.
-        typical, where: operands at which it is timed, and what these are.
-        allowed: the largest error beside the largest entry: rounding; 0 where it must be exact.
+        twin: the same in tensor code, for which Inductor generates kernels.
+        exact: the reference, called on operands in float64.
+        operands: random operands of random sizes, in the kernel's own type.
+        typical: operands on which it is timed.
+        where: the sizes of ``typical`` in words.
+        allowed: the largest error relative to the largest entry; 0 where the kernel must be exact.
     """
 
     name: str
@@ -42,7 +43,7 @@ class WrittenKernel:
 
 @dataclass(frozen=True)
 class KernelCheck:
-    """What came of one kernel: the largest error over ``runs``, and microseconds beside the compiled twin's."""
+    """The check of one kernel: its largest error in ``runs`` runs, and microseconds beside the compiled twin's."""
 
     name: str
     runs: int
@@ -69,7 +70,7 @@ def check_by_hand(entry: WrittenKernel, runs: int, seed: int, compiler: str = "i
 
 
 def error_of(entry: WrittenKernel, given: Operands) -> float:
-    """The largest, beside the largest entry of the exact result."""
+    """The largest error, relative to the largest entry of the exact result."""
     wide = [x.double() if x.is_floating_point() else x for x in given]
     result, wanted = entry.op(*given).double(), entry.exact(*wide)
     return float((result - wanted).abs().max() / wanted.abs().max())
