@@ -1,7 +1,7 @@
-"""The step beside the loop as it was written: both are run on random tokens, and what tokens are drawn from is compared.
+"""The step beside the loop as it was written: both run on random tokens, and what tokens are drawn from is compared.
 
-What the passes assume of a model and do not prove is measured here, on real weights: that a padded buffer is read causally,
-and that a loop keeps its cache.
+What the passes assume of a model and do not prove is measured here, on real weights: that a padded buffer is read
+causally, and that a loop keeps its cache.
 """
 
 from __future__ import annotations
@@ -151,8 +151,8 @@ class CachedIterations:
             return error
         raise LoopError(
             "The loop with its cache does not compute what the model computes on all tokens so far.",
-            f"what token {iteration} is drawn from, at {describe(self.tokens[iteration])}, differs from the first call's "
-            f"on prompt + {iteration} tokens by {error:.1e} of its spread, allowed {allowed_error(dtype):.0e}",
+            f"what token {iteration} is drawn from, at {describe(self.tokens[iteration])}, differs from the first "
+            f"call's on prompt + {iteration} tokens by {error:.1e} of its spread, allowed {allowed_error(dtype):.0e}",
             "keep the whole cache from iteration to iteration (no cropping, no reset, one model, positions that go on "
             "counting); or write the loop without a cache, model(ids)[:, -1]: the compiler makes its own",
         )
@@ -177,7 +177,7 @@ def cached_iterations(
 
 @dataclass(frozen=True)
 class Draw:
-    """How an iteration draws its token: the nodes from the first that is random, or picks the token, to the token."""
+    """How an iteration draws its token: the nodes from the first that is random, or picks it, to the token."""
 
     nodes: tuple[fx.Node, ...]
     token: fx.Node

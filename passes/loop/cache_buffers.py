@@ -1,12 +1,12 @@
-"""The first iteration of a loop with a cache, without the cache: keys and values themselves instead of a buffer they fill.
+"""The first iteration of a loop with a cache, without the cache: keys and values, not a buffer that they fill.
 
     buffer[:, :, 0:S] = k        attention over `buffer` [B, H, M, d], masked behind S
     becomes                      attention over `k` [B, H, S, d]
 
-S is the length that the iteration reads, M that of the buffer. Values that had an axis of M now have one of S; a mask of M
-columns that meets them loses its columns behind S. An empty cache that `k` is concatenated to goes as well. The step is
-run on fake tensors at a length S that is no other size of the model, so what S and M mean is read off the shapes. That
-the result is the same is not proved here but measured on all iterations: see `cached_loop`.
+S is the length of the text that the iteration reads, M that of the buffer. Values that had an axis of M now have one of
+S; a mask of M columns that meets them loses its columns behind S. A concatenation of `k` with an empty cache becomes
+`k`. The step is run on fake tensors at a length S that is no other size of the model, so that shapes tell S and M from
+all other sizes. That the result is the same is not proved but measured: see `as_written.CachedIterations`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from smc_compile.errors import LoopError
 from smc_compile.passes.fx_tools import call_node, describe, erase_dead_code, mutated_inputs, op_name
+from smc_compile.passes.loop.buffer_writes import as_write, index_per_axis
 from smc_compile.passes.loop.draws import is_random
 from smc_compile.passes.loop.leaves import flatten, replace_leaves
 from smc_compile.passes.loop.lengths import LENGTH, numbers_in, quiet_shapes, readings, same_but_for_length, shape_of
@@ -51,6 +52,7 @@ class BufferFree:
     """The step without buffers.
 
     Attributes:
+        step: ``forward(ids [B, S], *inputs)`` with the inputs that are kept.
         kept: for each placeholder after the ids, whether the step still reads it.
         buffers: what was replaced.
         grown: concatenations with an empty cache that were removed.
@@ -77,6 +79,8 @@ def without_buffers(
 
 
 class _Rewriter:
+    """Runs a step twice: as it was written, to find its buffers, and without them, to write the new graph."""
+
     def __init__(
         self,
         step: fx.GraphModule,
@@ -119,6 +123,7 @@ class _Rewriter:
             self.old[node] = self.start(node) if node.op in ("placeholder", "get_attr") else self.run(node, self.old)
 
     def start(self, node: fx.Node) -> Any:
+        """The value of an input, of a parameter or of a constant."""
         if node is self.ids:
             return self.fake((self.batch, self.length), torch.int64)
         if node in self.known:
@@ -147,6 +152,7 @@ class _Rewriter:
             ) from error
 
     def call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        """What a call returns: real integers if all operands are real or none is a tensor, else a fake tensor."""
         args, kwargs = on_cpu(args), {key: "cpu" if key == "device" else on_cpu(v) for key, v in kwargs.items()}
         tensors = [v for v in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
         if tensors and all(type(v) is torch.Tensor for v in tensors):
@@ -158,12 +164,12 @@ class _Rewriter:
 
     def buffer_of(self, node: fx.Node) -> Buffer | None:
         """What a write fills: [0, S) of one axis, all or the first rows of the others; None for other writes."""
-        write = _as_write(node)
-        target = self.old.get(write[0]) if write is not None else None
+        write = as_write(node)
+        target = self.old.get(write.target) if write is not None else None
         if write is None or not isinstance(target, torch.Tensor):
             return None
-        value = self.old.get(write[2]) if isinstance(write[2], fx.Node) else None
-        index = _per_axis(fx.map_arg(write[1], self.old.__getitem__), target.dim())
+        value = self.old.get(write.value) if isinstance(write.value, fx.Node) else None
+        index = index_per_axis(fx.map_arg(write.index, self.old.__getitem__), target.dim())
         if index is None or not isinstance(value, torch.Tensor):
             return None
         filling = [axis for axis, item in enumerate(index) if self.is_prefix(item)]
@@ -186,7 +192,7 @@ class _Rewriter:
         return torch.equal(item.long(), torch.arange(self.length))
 
     def refuse_written_input(self, node: fx.Node) -> None:
-        """A write to an input that fills no cache would be lost."""
+        """Refuse a write to an input that fills no cache: it would be lost."""
         places = {_place(self.old[source])[0]: source for source in self.inputs if self.is_tensor(source)}
         for target in mutated_inputs(node):
             storage = _place(self.old[target])[0] if self.is_tensor(target) else None
@@ -199,7 +205,7 @@ class _Rewriter:
                 )
 
     def refuse_filled_cache(self, node: fx.Node) -> None:
-        """Keys of an earlier text stand before those of the prompt."""
+        """Refuse keys of an earlier text before those of the prompt."""
         operands = node.args[0] if op_name(node) in ("cat", "concat", "concatenate") and node.args else ()
         for source in operands if isinstance(operands, tuple | list) else ():
             if source in self.given and self.is_tensor(source) and self.old[source].dim() > 2:
@@ -216,6 +222,7 @@ class _Rewriter:
     # ---- without buffers ---------------------------------------------------------------------------------------
 
     def rewrite(self) -> BufferFree:
+        """Writes the new graph, in which the values that fill a buffer stand for the buffer."""
         for node in self.step.graph.nodes:
             if node.op == "output":
                 self.graph.output(fx.map_arg(node.args[0], self.copies.__getitem__))
@@ -240,18 +247,18 @@ class _Rewriter:
 
     def fill(self, node: fx.Node) -> None:
         """The value that a write puts into a buffer stands for the buffer from here on."""
-        write = _as_write(node)
+        write = as_write(node)
         assert write is not None
-        target, _, source = write
-        copy, value = self.read(source)
-        if value.dtype != self.old[target].dtype:
-            copy, value = self.emit("to", copy, self.old[target].dtype), value.to(self.old[target].dtype)
+        dtype = self.old[write.target].dtype
+        copy, value = self.read(write.value)
+        if value.dtype != dtype:
+            copy, value = self.emit("to", copy, dtype), value.to(dtype)
         buffer = self.buffers[node]
         self.filled[buffer.place] = (buffer, copy, value)
         self.copies[node], self.new[node] = copy, value
 
     def read(self, source: fx.Node) -> tuple[Any, Any]:
-        """The copy and the value of a node; those of the tokens' own keys for a buffer that they fill."""
+        """The copy and the value of a node; for a buffer, those of the keys that fill it."""
         old = self.old[source]
         if isinstance(old, torch.Tensor) and self.filled and (found := self.filled.get(_place(old))) is not None:
             buffer, copy, value = found
@@ -270,6 +277,11 @@ class _Rewriter:
         return full[0] if same else None  # type: ignore[return-value]
 
     def copy(self, node: fx.Node) -> None:
+        """Copies a call. If an operand has S where it had M, the first reading of the call's sizes that fits is taken.
+
+        Raises:
+            LoopError: none fits.
+        """
         read = {source: self.read(source) for source in node.all_input_nodes}
         inputs = {source: copy for source, (copy, _) in read.items()}
         values = {source: value for source, (_, value) in read.items()}
@@ -301,11 +313,13 @@ class _Rewriter:
         )
 
     def is_filled(self, node: fx.Node) -> bool:
+        """Whether a value lies in a buffer."""
         old = self.old[node]
         storages = {buffer.place[0] for buffer in self.buffers.values()}
         return isinstance(old, torch.Tensor) and _place(old)[0] in storages
 
     def lengths(self) -> list[int]:
+        """M of every buffer."""
         return sorted({buffer.length for buffer in self.buffers.values()})
 
     def readings(self, node: fx.Node) -> Iterator[dict[int, int]]:
@@ -317,7 +331,7 @@ class _Rewriter:
             yield {at: affine.at(self.length) for (_, at), affine in reading}
 
     def masks(self, node: fx.Node, shrunk: Sequence[fx.Node], values: dict[fx.Node, Any]) -> Iterator[list[fx.Node]]:
-        """Operands to cut behind the tokens: the mask of an attention, or what meets values cut already, if need be."""
+        """Choices of operands to cut behind S: the mask of an attention; else none, or all that have M columns."""
         wide = [
             source
             for source, value in values.items()
@@ -333,12 +347,14 @@ class _Rewriter:
             yield wide
 
     def size(self) -> fx.Node:
+        """S in the new graph."""
         return self.emit("size", self.copies[self.ids], 1)
 
     def emit(self, method: str, *args: Any) -> fx.Node:
         return self.graph.call_method(method, args)
 
     def emit_copy(self, node: fx.Node, inputs: dict[fx.Node, Any], leaves: Iterable[int]) -> None:
+        """Copies a call with other inputs; the leaves of these numbers become S."""
         numbers: dict[int, Any] = dict.fromkeys(leaves, self.size()) if leaves else {}
         for at, leaf in enumerate(flatten(node)):
             if at in numbers and isinstance(leaf, fx.Node):
@@ -349,47 +365,6 @@ class _Rewriter:
         self.copies[node] = copy
 
 
-# ---- writes --------------------------------------------------------------------------------------------------------
-
-
-def _as_write(node: fx.Node) -> tuple[fx.Node, Any, Any] | None:
-    """(tensor, index, value) of ``tensor[index] = value``, however it is written."""
-    name, args = op_name(node), node.args
-    if name == "setitem" and len(args) == 3:
-        return args[0], args[1], args[2]  # type: ignore[return-value]
-    if name == "index_put_" and len(args) == 3:
-        return args[0], args[1], args[2]  # type: ignore[return-value]
-    if name == "index_copy_":
-        given = {**dict(zip(("dim", "index", "source"), args[1:], strict=False)), **node.kwargs}
-        return args[0], _on_axis(given["dim"], given["index"]), given["source"]  # type: ignore[return-value]
-    if name == "copy_" and isinstance(args[0], fx.Node):
-        view = args[0]
-        if op_name(view) == "getitem":
-            return view.args[0], view.args[1], args[1]  # type: ignore[return-value]
-        if op_name(view) == "narrow" and len(view.args) == 4:
-            dim, start, length = view.args[1:]
-            if start == 0:
-                return view.args[0], _on_axis(dim, slice(0, length)), args[1]  # type: ignore[return-value]
-    return None
-
-
-def _on_axis(dim: Any, item: Any) -> Any:
-    return (*(slice(None),) * dim, item) if dim >= 0 else (Ellipsis, item, *(slice(None),) * (-dim - 1))
-
-
-def _per_axis(index: Any, dim: int) -> list[Any] | None:
-    """One item for each axis; None for indices that are not plain."""
-    items = list(index) if isinstance(index, tuple | list) else [index]
-    if any(item is None or isinstance(item, bool) for item in items):
-        return None
-    dots = [at for at, item in enumerate(items) if item is Ellipsis]
-    missing = [slice(None)] * (dim - len(items) + len(dots))
-    at = dots[0] if dots else len(items)
-    full = items[:at] + missing + items[at + 1 :]
-    plain = all(isinstance(item, int | slice | torch.Tensor) for item in full)
-    mixed = any(isinstance(item, int) for item in full) and any(isinstance(item, torch.Tensor) for item in full)
-    return full if plain and not mixed and len(full) == dim and len(dots) < 2 else None
-
-
 def _place(value: torch.Tensor) -> Place:
+    """Where a tensor lies: views of the same cells of a buffer have the same place."""
     return value.untyped_storage()._cdata, int(value.storage_offset()), tuple(value.stride())

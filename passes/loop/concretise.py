@@ -23,9 +23,9 @@ class Concrete:
     """A graph of concrete sizes; nodes know their ``meta["tensor"]``.
 
     Attributes:
-        fixed_floats: (placeholder, value) of the lifted floats that became constants.
+        fixed_floats: (number of the placeholder, value) of the Python floats that became constants.
         unrolled: iterations of a while_loop that are in the graph; their nodes know ``meta["iteration"]``.
-        remaining: iterations of that while_loop that are not; they are proved to be like those that are.
+        remaining: iterations of that while_loop that are not in the graph; they are proved to be like those that are.
     """
 
     graph: fx.Graph
@@ -88,6 +88,8 @@ class _Sizes:
 
 
 class _Copier:
+    """Copies a graph node by node: sizes are computed, while_loops unrolled, all else is copied."""
+
     def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
         self.gm, self.sizes, self.graph = gm, _Sizes(gm, example_inputs), fx.Graph()
         self.placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]

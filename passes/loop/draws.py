@@ -1,4 +1,4 @@
-"""TODO."""
+"""Which calls draw random numbers or pick a token."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from torch import fx
 from smc_compile.passes.fx_tools import op_name
 
 _FILLED_IN_PLACE = ("bernoulli", "cauchy", "exponential", "geometric", "log_normal", "normal", "random", "uniform")
-
-
 _RANDOM = frozenset(
     {"multinomial", "rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "randperm"}
     | {"poisson", "gumbel_softmax", "bernoulli", "normal"}
@@ -17,12 +15,12 @@ _RANDOM = frozenset(
 
 
 def is_random(node: fx.Node) -> bool:
-    """True for calls that draw random numbers (active dropout is told apart by the caller)."""
+    """Whether a call draws random numbers. Dropout is not among them: see `refusals.refuse_other_randomness`."""
     return op_name(node) in _RANDOM
 
 
 def is_draw(node: fx.Node) -> bool:
-    """True for calls that may pick a token."""
+    """Whether a call may pick a token: it draws random numbers, or the largest of several values."""
     return is_random(node) or _is_argmax(node)
 
 

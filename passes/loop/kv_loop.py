@@ -3,10 +3,10 @@
     model(prompt) --> token 0     model(token 0, cache) --> token 1     model(token 1, cache) --> token 2 ...
     `---- iteration 0 ----'       `------ iteration 1 -------'          `------ iteration 2 -------'
 
-Whatever later iterations keep, and whatever they keep it in, the first iteration computes it from tokens alone. So the step
-is the first iteration for a prompt of any length (`lengths_in_prompt`), without the buffers that it fills
-(`cache_buffers`). The later iterations are not read as code: `CachedIterations.check` runs the loop as it was written, on
-random tokens, and compares what every token is drawn from with the step on all tokens so far.
+Whatever later iterations keep, and whatever they keep it in, the first iteration computes it from tokens alone. So the
+step is the first iteration for a prompt of any length (`lengths_in_prompt`), without the buffers that it fills
+(`cache_buffers`). The later iterations are not read as code: `as_written.CachedIterations` runs the loop as it was
+written, on random tokens, and compares what every token is drawn from with the step on all tokens so far.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class ShortPrompt(LoopError):
 
 
 def carries_cache(layouts: Layouts, tokens: Sequence[fx.Node]) -> bool:
-    """Whether the first iteration reads the prompt as a whole, and the second the token before it alone."""
+    """Whether iteration 0 reads the whole prompt, and iteration 1 of all tokens only token 0."""
     iterations = Iterations(layouts, tokens, cached=True)
     try:
         first = iteration_nodes(iterations, 0)

@@ -12,7 +12,10 @@ Leaf = tuple[fx.Node, int]  # a call and the number of one of its leaves
 
 
 def flatten(node: fx.Node) -> list[Any]:
-    """The leaves of a call's arguments in order; words such as "slice" and "sequence of 2" among them tell the nesting."""
+    """The leaves of a call's arguments, in order.
+
+    Words among them describe the nesting: ``x[1:]`` is ``"sequence of 2", x, "slice", "sequence of 3", 1, None, None``.
+    """
     leaves: list[Any] = []
     _flatten(node.args, leaves)
     _flatten(dict(node.kwargs), leaves)
@@ -35,7 +38,12 @@ def _flatten(arg: Any, leaves: list[Any]) -> None:
 
 
 def replace_leaves(node: fx.Node, leaves: Mapping[int, Any], inputs: Mapping[fx.Node, Any]) -> tuple[Any, Any]:
-    """(args, kwargs) of a call in which every node is replaced by ``inputs`` and the leaves of these numbers by ``leaves``."""
+    """(args, kwargs) of a call with other values.
+
+    Args:
+        leaves: number of a leaf, as `flatten` counts -> its value.
+        inputs: node -> its value, for every node among the arguments.
+    """
     numbers = itertools.count()
     return _replace(node.args, numbers, leaves, inputs), _replace(dict(node.kwargs), numbers, leaves, inputs)
 

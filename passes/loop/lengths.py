@@ -3,9 +3,11 @@
 A graph is traced at one length, so its sizes and positions are plain numbers. They are generalised in two ways:
 
 - `fit_all`: from the values that an integer takes at several lengths, which must lie on a line.
-- `solve_lengths`: from a graph of one length L alone. Numbers that may be sizes are read as multiples of S, and the graph
-  is run on fake tensors at three other lengths. A reading fits if every call runs, and if every axis of every value changes
-  evenly with the length. Exactly one choice of readings must fit.
+- `solve_lengths`: from a graph of one length L alone. Numbers that may be sizes are read as multiples of S, and the
+  graph is run on fake tensors at three other lengths. A reading fits if every call runs, and if every axis of every
+  value changes evenly with the length. Exactly one choice of readings must fit.
+
+`longest_text` says up to which length a trace holds.
 """
 
 from __future__ import annotations

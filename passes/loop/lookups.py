@@ -9,7 +9,7 @@ from torch import fx
 
 from smc_compile.passes.fx_tools import op_name
 from smc_compile.passes.loop.tensor_info import tensor_info
-from smc_compile.passes.loop.token_labels import LOOKUPS, Layouts, Place
+from smc_compile.passes.loop.token_labels import LOOKUPS, Layouts, LookupIndex
 
 
 def simplify_lookups(layouts: Layouts) -> int:
@@ -55,7 +55,7 @@ def _along_axis(layouts: Layouts, node: fx.Node) -> tuple[slice, ...] | None:
 def _in_brackets(layouts: Layouts, node: fx.Node) -> tuple[Any, ...] | None:
     """``x[:, i]`` for a tensor i of one element, and ``x[arange(B), i]``."""
     index = node.args[1] if isinstance(node.args[1], tuple | list) else (node.args[1],)
-    places: dict[int, Place] = {}
+    places: dict[int, LookupIndex] = {}
     for at, item in enumerate(index):
         if isinstance(item, fx.Node):
             if (node, item) not in layouts.places:

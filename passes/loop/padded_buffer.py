@@ -1,9 +1,9 @@
 """A model that reads a padded buffer, ``model(buf)[:, i - 1]``: the same step on the text alone.
 
 The buffer has L columns: the text, then constants. A causal model gives at the text's last position what it gives there
-for the text alone. So the step reads the text [B, S], and every size that is L becomes S (`lengths.solve_lengths`). If two
-readings of a number fit, the loop is refused. That the model is causal is not proved but measured: `PaddedIteration.check`
-compares the step with the iteration as it was written, on real weights.
+for the text alone. So the step reads the text [B, S], and every size that is L becomes S (`lengths.solve_lengths`). If
+two readings of a number fit, the loop is refused. That the model is causal is not proved but measured:
+`as_written.PaddedIteration` compares the step with the iteration as it was written, on real weights.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ from smc_compile.passes.loop.tensor_info import tensor_info
 
 
 def padded_length(iterations: Iterations, closure: Sequence[fx.Node]) -> int | None:
-    """L, if the first iteration reads the history in a buffer of L columns with padding."""
+    """L, if iteration 0 reads its text in a buffer of L columns with padding; None if it reads the text alone.
+
+    Raises:
+        LoopError: it reads buffers of several lengths.
+    """
     pairs = ((node, source) for node in closure for source in node.all_input_nodes)
     lengths = {iterations.read_length(node, source, 0) for node, source in pairs} - {None, iterations.length(0)}
     if len(lengths) > 1:
@@ -94,7 +98,7 @@ def unclear_in_words(error: UnclearLengths, length: int) -> str:
 
 
 def last_positions(closure: Sequence[fx.Node], growing: Lengths) -> dict[Leaf, int | None]:
-    """Constants that stand for the last position: ``x[:, S - 1]`` is ``x[:, -1]``, ``x[:, S - 1 : S]`` is ``x[:, -1:]``."""
+    """Integers that become constants: ``x[:, S - 1]`` is ``x[:, -1]``, and ``x[:, S - 1 : S]`` is ``x[:, -1:]``."""
     fixed: dict[Leaf, int | None] = {}
     for node in closure:
         name, leaves = op_name(node), flatten(node)

@@ -1,7 +1,7 @@
 """The decode loop as data: its tokens, and the loop that is put together from what the passes found.
 
-The passes run in `smc_compile.passes.pipeline.recover_loop`. A recovered loop holds for one batch size and one prompt length;
-its `step` takes a text of any length.
+The passes run in `smc_compile.passes.pipeline.recover_loop`. A recovered loop holds for one batch size and one prompt
+length; its `step` takes a text of any length.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def find_tokens(nodes: Sequence[fx.Node]) -> tuple[Layouts, list[fx.Node]] | Non
 
 
 def _tokens_behind(layouts: Layouts) -> list[fx.Node]:
-    """The tokens of the longest history that is read."""
+    """The tokens that follow the prompt in the longest text that some node reads."""
     history = layouts.history(())
     longest: tuple[int, ...] = ()
     for reading in layouts.readings.values():
@@ -124,7 +124,7 @@ def _tokens_behind(layouts: Layouts) -> list[fx.Node]:
 
 
 def _tokens_returned(layouts: Layouts, tokens: Sequence[fx.Node]) -> list[fx.Node]:
-    """The tokens among the outputs that are drawn after those that are read in a history."""
+    """The tokens among the outputs that come after those that some node reads: nothing reads the last token."""
     last = layouts.order[tokens[-1]] if tokens else -1
     fresh = {
         layouts.source(column)
@@ -170,7 +170,7 @@ def _layout_of(iterations: Iterations, output: Any, remaining: int) -> OutputLay
 
 
 def _is_state(iterations: Iterations, output: Any) -> bool:
-    """Whether an output holds neither prompt nor tokens: Dynamo also returns the caller's cache as the loop leaves it."""
+    """Whether an output holds neither prompt nor tokens: Dynamo also returns the caller's cache after the loop."""
     labels = iterations.layouts.outputs.get(output) if isinstance(output, fx.Node) else None
     sources = set() if labels is None else {iterations.layouts.source(label) for label in labels.flatten().tolist()}
     return not sources & iterations.carriers

@@ -25,9 +25,9 @@ FROM_IDS = "make masks and positions inside of the function, torch.ones_like(ids
 
 
 def refuse_unrecognised_feedback(nodes: Sequence[fx.Node]) -> None:
-    """Refuses a loop in which tokens are looked up again, though not as a sequence that starts with the prompt."""
+    """Refuse a loop in which drawn tokens are looked up, though not in a sequence that starts with the prompt."""
     if not any(may_be_prompt(node) or is_random(node) for node in nodes):
-        return  # codebooks are looked up by argmax too
+        return  # no text: an argmax that is looked up in a codebook
     drawn: set[fx.Node] = set()  # depends on a draw
     looked_up: set[fx.Node] = set()  # depends on a look-up of something drawn
     writers: dict[int, fx.Node] = {}
@@ -63,7 +63,7 @@ def _is_float(node: fx.Node) -> bool:
 
 
 def refuse_uncounted_tokens(concrete: Concrete, tokens: Sequence[fx.Node]) -> None:
-    """Each iteration of a while_loop must append one token: iterations that were not unrolled are counted as tokens."""
+    """Each iteration of a while_loop must append one token: others count as one each."""
     found = [token.meta.get("iteration") for token in tokens]
     if concrete.unrolled and found != list(range(concrete.unrolled)):
         raise LoopError(

@@ -1,4 +1,4 @@
-"""The graph of one iteration: a copy of its nodes in which what grows with the text is computed from ``ids.size(1)``."""
+"""The graph of one iteration: a copy of its nodes that computes what grows with the text from ``ids.size(1)``."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ def build_step(
     seen: Sequence[fx.Node] = (),
     padded: bool = False,
 ) -> tuple[fx.GraphModule, list[fx.Node]]:
-    """The graph ``forward(ids, *invariants) -> token`` of one iteration, and the placeholders behind the invariants.
+    """The graph ``forward(ids [B, S], *invariants) -> token``, and the placeholders behind the invariants.
 
     Args:
+        nodes: those of iteration 0.
         growing: integers that become a*S + b.
         fixed: integers that become other constants.
         seen: nodes whose values are returned too.
@@ -63,7 +64,7 @@ def build_step(
 def _as_read(
     graph: fx.Graph, ids: fx.Node, length: fx.Node | None, iterations: Iterations, node: fx.Node, source: fx.Node
 ) -> fx.Node | None:
-    """The token ids in the shape in which a node reads the history; None if it reads something else."""
+    """The text in the shape in which a node reads it, [B, S] or [S]; None if the node reads something else."""
     columns = iterations.read_length(node, source, 0)
     if columns is None:
         return None

@@ -1,4 +1,4 @@
-"""TODO."""
+"""What is known of the tensor behind a node, written to ``node.meta["tensor"]`` by `concretise`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TOKEN_DTYPES = (torch.int64, torch.int32)
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a node's tensor: its concrete shape, its dtype, and which storage it lives in."""
+    """A node's tensor: its concrete shape, its dtype, and a number that it shares with all tensors of its storage."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -25,6 +25,7 @@ class TensorInfo:
 
 
 def tensor_info(node: fx.Node) -> TensorInfo | None:
+    """What is known of a node's tensor; None for nodes that are no tensors."""
     return node.meta.get("tensor")
 
 

@@ -9,7 +9,7 @@ ordinary constants and are folded. So no style of writing a loop is known here, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,27 +17,47 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from smc_compile.passes.fx_tools import mutated_inputs, op_name
+from smc_compile.passes.fx_tools import call_node, mutated_inputs, op_name
 from smc_compile.passes.loop.draws import is_random
 from smc_compile.passes.loop.tensor_info import TOKEN_DTYPES, TensorInfo, plain_tensor, tensor_info
 
 # A label: flag, source (number of the node), row, column. Anything below the flag is a constant.
 _FLAG = 1 << 62
-
-
 _SOURCE_SHIFT, _ROW_SHIFT = 38, 24
-
-
 _SOURCES, _ROWS, _COLUMNS = 1 << 24, 1 << 14, 1 << 24
-
-
 _ROW_MASK = (_ROWS - 1) << _ROW_SHIFT
 
-
 _TRACKED_DTYPES = (*TOKEN_DTYPES, torch.bool)
-
-
 _FOLD_LIMIT = 4096  # constants larger than this, and than a few token buffers, cannot be positions in one
+
+LOOKUPS = frozenset(["index_select", "gather", "take_along_dim", "getitem"])
+_CASTS = frozenset(["to", "long", "int", "type", "type_as", "cuda", "cpu"])
+_CREATES = frozenset(
+    f"{prefix}{name}{suffix}"
+    for name in ("zeros", "ones", "full", "empty", "arange", "tensor", "as_tensor", "scalar_tensor")
+    for prefix, suffix in (("", ""), ("new_", ""), ("", "_like"))
+)
+
+# Operators that move cells: op -> the numbers of the arguments that say *where* cells go, which must be known.
+_NOWHERE: frozenset[int] = frozenset()
+_MOVES: dict[str, frozenset[int]] = {
+    **dict.fromkeys(["cat", "concat", "concatenate", "stack", "hstack", "vstack", "column_stack"], _NOWHERE),
+    **dict.fromkeys(["unsqueeze", "squeeze", "unsqueeze_", "squeeze_", "flatten", "unflatten", "ravel"], _NOWHERE),
+    **dict.fromkeys(["view", "view_as", "reshape", "reshape_as", "expand", "expand_as", "repeat", "tile"], _NOWHERE),
+    **dict.fromkeys(["transpose", "t", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "getattr"], _NOWHERE),
+    **dict.fromkeys(["chunk", "split", "unbind", "roll", "flip", "diagonal", "pad"], _NOWHERE),
+    **dict.fromkeys(["clone", "contiguous", "detach", "alias", "copy_", "fill_", "zero_"], _NOWHERE),
+    **dict.fromkeys(["slice_scatter", "select_scatter"], _NOWHERE),
+    **dict.fromkeys(["getitem", "setitem"], frozenset([1])),
+    **dict.fromkeys(["select", "index_select", "gather"], frozenset([1, 2])),
+    "narrow": frozenset([1, 2, 3]),
+    **dict.fromkeys(["scatter", "scatter_", "index_copy", "index_copy_"], frozenset([1, 2])),
+    **dict.fromkeys(["index_fill", "index_fill_"], frozenset([1, 2])),
+    **dict.fromkeys(["take_along_dim", "masked_fill", "masked_fill_", "masked_scatter"], frozenset([1])),
+    **dict.fromkeys(["masked_scatter_", "index_put", "index_put_"], frozenset([1])),
+    "where": frozenset([0]),
+}
+_WHERE_NAMES = frozenset(["index", "indices", "mask", "condition", "dim", "start", "length"])  # the same by keyword
 
 
 @dataclass(frozen=True)
@@ -48,6 +68,7 @@ class Reading:
         columns: one entry per column, or None if the cells do not form columns over the batch.
         sources: the nodes that the cells come from.
         exact: the value has shape [B, columns] (or [columns] for a batch of one), each column in batch order.
+        ndim: how many axes the value has.
     """
 
     columns: tuple[int, ...] | None
@@ -57,8 +78,14 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Place:
-    """A constant that says where a look-up reads: the one index it holds (None: several), or 0, 1, 2, ..."""
+class LookupIndex:
+    """A constant by which a look-up reads.
+
+    Attributes:
+        shape: of the index tensor.
+        index: the one number that all its cells hold, or None.
+        counts: whether it is 0, 1, 2, ...
+    """
 
     shape: tuple[int, ...]
     index: int | None
@@ -67,14 +94,22 @@ class Place:
 
 @dataclass(frozen=True)
 class Layouts:
-    """The result of `interpret`."""
+    """Where the tokens of a graph stand.
+
+    Attributes:
+        prompt: the placeholder of the prompt, [B, P] or [P].
+        readings: (node, source) -> the labels that the node finds in the source.
+        places: (look-up, source) -> the constant by which it reads.
+        outputs: the labels of each integer output.
+        nodes, order: the nodes of the graph, and the number of each.
+    """
 
     prompt: fx.Node
     batch: int
     prompt_length: int
     readings: dict[tuple[fx.Node, fx.Node], Reading]
-    places: dict[tuple[fx.Node, fx.Node], Place]  # constants that look-ups read by
-    outputs: dict[fx.Node, torch.Tensor]  # labels of each output that is tracked
+    places: dict[tuple[fx.Node, fx.Node], LookupIndex]
+    outputs: dict[fx.Node, torch.Tensor]
     nodes: tuple[fx.Node, ...]
     order: dict[fx.Node, int]
 
@@ -99,28 +134,6 @@ class Layouts:
         return columns[:, : self.prompt_length], columns[:, self.prompt_length :]
 
 
-_NOWHERE: frozenset[int] = frozenset()
-
-
-_MOVES: dict[str, frozenset[int]] = {
-    **dict.fromkeys(["cat", "concat", "concatenate", "stack", "hstack", "vstack", "column_stack"], _NOWHERE),
-    **dict.fromkeys(["unsqueeze", "squeeze", "unsqueeze_", "squeeze_", "flatten", "unflatten", "ravel"], _NOWHERE),
-    **dict.fromkeys(["view", "view_as", "reshape", "reshape_as", "expand", "expand_as", "repeat", "tile"], _NOWHERE),
-    **dict.fromkeys(["transpose", "t", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "getattr"], _NOWHERE),
-    **dict.fromkeys(["chunk", "split", "unbind", "roll", "flip", "diagonal", "pad"], _NOWHERE),
-    **dict.fromkeys(["clone", "contiguous", "detach", "alias", "copy_", "fill_", "zero_"], _NOWHERE),
-    **dict.fromkeys(["slice_scatter", "select_scatter"], _NOWHERE),
-    **dict.fromkeys(["getitem", "setitem"], frozenset([1])),
-    **dict.fromkeys(["select", "index_select", "gather"], frozenset([1, 2])),
-    "narrow": frozenset([1, 2, 3]),
-    **dict.fromkeys(["scatter", "scatter_", "index_copy", "index_copy_"], frozenset([1, 2])),
-    **dict.fromkeys(["index_fill", "index_fill_"], frozenset([1, 2])),
-    **dict.fromkeys(["take_along_dim", "masked_fill", "masked_fill_", "masked_scatter"], frozenset([1])),
-    **dict.fromkeys(["masked_scatter_", "index_put", "index_put_"], frozenset([1])),
-    "where": frozenset([0]),
-}
-
-
 def may_be_prompt(node: fx.Node) -> bool:
     """Whether an input holds token ids [B, P] or [P] that something reads."""
     info = tensor_info(node)
@@ -130,7 +143,7 @@ def may_be_prompt(node: fx.Node) -> bool:
 
 
 def interpret(nodes: Sequence[fx.Node], prompt: fx.Node) -> Layouts:
-    """Runs the moving of cells through a graph of concrete shapes, with `prompt` ([B, P] or [P]) as the token input."""
+    """Label the cells of all integer values of a graph of concrete shapes, in which `prompt` is [B, P] or [P]."""
     info = tensor_info(prompt)
     assert info is not None
     rows, length = (1, info.shape[0]) if len(info.shape) == 1 else (info.shape[0], info.shape[1])
@@ -142,14 +155,16 @@ def interpret(nodes: Sequence[fx.Node], prompt: fx.Node) -> Layouts:
 
 
 class _Interpreter:
+    """Runs a graph on labels; a value that it does not know is a source of labels of its own."""
+
     def __init__(self, nodes: Sequence[fx.Node], prompt: fx.Node, batch: int, length: int) -> None:
         self.nodes, self.prompt, self.batch, self.length = nodes, prompt, batch, length
         self.order = {node: i for i, node in enumerate(nodes)}
         self.values: dict[fx.Node, Any] = {}
         self.readings: dict[tuple[fx.Node, fx.Node], Reading] = {}
-        self.places: dict[tuple[fx.Node, fx.Node], Place] = {}
+        self.places: dict[tuple[fx.Node, fx.Node], LookupIndex] = {}
         self.outputs: dict[fx.Node, torch.Tensor] = {}
-        self.lost: list[torch.Tensor] = []  # written with something that no label can express
+        self.lost: list[torch.Tensor] = []  # truth values that such a write may have changed
         self.fold_limit = max(_FOLD_LIMIT, 4 * batch * (length + len(nodes)))
 
     def run(self) -> None:
@@ -206,7 +221,10 @@ class _Interpreter:
         return self.execute(node, materialise=moves)
 
     def operands_known(self, node: fx.Node, moves: bool, where: frozenset[int], mutates: bool) -> bool:
-        """Places must be constants. Cells that move may be labels; anything computed with must be constants too."""
+        """Whether a call can be run on labels.
+
+        Arguments that say where cells go must be constants, and so must all operands of a call that computes.
+        """
         several = len(node.all_input_nodes) > 1 or mutates
         for source, is_place in _operands(node, where):
             value = self.value(source)
@@ -226,12 +244,9 @@ class _Interpreter:
 
         args = on_cpu(fx.map_arg(node.args, operand))
         kwargs = on_cpu(fx.map_arg(dict(node.kwargs), operand))
-        target: Callable[..., Any] = (
-            getattr(torch.Tensor, str(node.target)) if node.op == "call_method" else node.target  # type: ignore[assignment]
-        )
         try:
-            result = target(*args, **kwargs)
-        except Exception:
+            result = call_node(node, args, kwargs)
+        except Exception:  # labels are no values that this op takes
             return False, None
         if isinstance(result, torch.Tensor):
             result = result.to(torch.int64) if result.dtype == torch.int32 else result
@@ -251,7 +266,7 @@ class _Interpreter:
         return self.execute(node, materialise=False)
 
     def filled(self, node: fx.Node, name: str, info: TensorInfo) -> torch.Tensor | None:
-        """``zeros_like(x)`` and its kin: only the shape of x matters."""
+        """``zeros_like(x)``, ``x.new_ones(...)`` and the like: of x only the shape matters."""
         dtype = torch.bool if info.dtype == torch.bool else torch.int64
         fill: Any = {"zeros": 0, "ones": 1}.get(name.removeprefix("new_").removesuffix("_like"))
         if fill is None:
@@ -277,7 +292,7 @@ class _Interpreter:
             self.values[node] = value.to("cpu", torch.bool if value.dtype == torch.bool else torch.int64, copy=True)
 
     def value(self, node: fx.Node, materialise: bool = False) -> Any:
-        """The tracked value of a node; labels of its own are made for an untracked one if asked for."""
+        """The labels or constants of a node, or None; with ``materialise`` a node of integers gets its own labels."""
         value = self.values.get(node)
         if isinstance(value, torch.Tensor) and self.is_lost(value):
             return None
@@ -300,7 +315,7 @@ class _Interpreter:
         return codes.reshape(shape)
 
     def poison(self, node: fx.Node, target: fx.Node) -> None:
-        """A write that is not understood: every cell it may have reached now comes from the writing node."""
+        """After a write that is not understood, every cell of its target comes from the writing node."""
         value = self.value(target, materialise=True)
         if not isinstance(value, torch.Tensor):
             return
@@ -327,10 +342,10 @@ class _Interpreter:
                 flat = value.flatten()
                 index = int(flat[0]) if len(flat) and bool((flat == flat[0]).all()) else None
                 counts = value.ndim == 1 and torch.equal(flat, torch.arange(len(flat)))
-                self.places[node, source] = Place(tuple(value.shape), index, counts)
+                self.places[node, source] = LookupIndex(tuple(value.shape), index, counts)
 
     def read_columns(self, value: torch.Tensor) -> Reading:
-        """Sees an integer tensor as columns over the batch, if it is made of such."""
+        """An integer tensor as columns over the batch, if it consists of such."""
         batch = self.batch
         by_row = (value.ndim == 2 and value.shape[0] == batch) or (value.ndim == 1 and batch == 1)
         if by_row:
@@ -373,7 +388,7 @@ def _operands(node: fx.Node, where: frozenset[int]) -> Iterator[tuple[fx.Node, b
 
 
 def on_cpu(args: Any) -> Any:
-    """Label tensors live on the CPU as int64, whatever device and width the program asked for."""
+    """The arguments of a call with int64 for int32 and the CPU for any device: that is where label tensors live."""
     if isinstance(args, torch.device):
         return torch.device("cpu")
     if args is torch.int32:
@@ -385,20 +400,3 @@ def on_cpu(args: Any) -> Any:
     if type(args) in (tuple, list, fx.immutable_collections.immutable_list):
         return (tuple if isinstance(args, tuple) else list)(on_cpu(item) for item in args)
     return args
-
-
-# Operators that move cells. The set holds the positions (or names) of arguments that say *where*, which must be known.
-_WHERE_NAMES = frozenset(["index", "indices", "mask", "condition", "dim", "start", "length"])
-
-
-LOOKUPS = frozenset(["index_select", "gather", "take_along_dim", "getitem"])
-
-
-_CASTS = frozenset(["to", "long", "int", "type", "type_as", "cuda", "cpu"])
-
-
-_CREATES = frozenset(
-    f"{prefix}{name}{suffix}"
-    for name in ("zeros", "ones", "full", "empty", "arange", "tensor", "as_tensor", "scalar_tensor")
-    for prefix, suffix in (("", ""), ("new_", ""), ("", "_like"))
-)

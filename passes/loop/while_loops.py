@@ -1,4 +1,4 @@
-"""``torch.while_loop`` as a counted loop: which values count, how many iterations there are, that they go on evenly."""
+"""``torch.while_loop`` as a counted loop: which values count, how many iterations there are, and that all are alike."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from smc_compile.errors import LoopError
-from smc_compile.passes.fx_tools import describe, op_name
+from smc_compile.passes.fx_tools import call_node, describe, op_name
 from smc_compile.passes.loop.draws import is_draw
 from smc_compile.passes.loop.tensor_info import tensor_info
 from smc_compile.passes.loop.token_labels import on_cpu
 
 _FOLDED_DTYPES = (torch.int64, torch.int32, torch.bool)
 _FOLD_LIMIT = 1 << 16
-_MOST_TRIPS = 1 << 20
+_MOST_ITERATIONS = 1 << 20
 
 
 def decode_body(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
@@ -64,10 +64,9 @@ def _evaluate(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         return None
     args = on_cpu(fx.map_arg(node.args, values.__getitem__))
     kwargs = on_cpu(fx.map_arg(dict(node.kwargs), values.__getitem__))
-    target: Any = getattr(torch.Tensor, str(node.target)) if node.op == "call_method" else node.target
     try:
-        result = target(*args, **kwargs)
-    except Exception:
+        result = call_node(node, args, kwargs)
+    except Exception:  # the values of an example need not suit the op
         return None
     folded = isinstance(result, torch.Tensor) and result.dtype in _FOLDED_DTYPES
     return result if folded or isinstance(result, int) else None
@@ -99,11 +98,13 @@ class Counted:
         return evaluate_constants(nodes, {self.inputs[k]: v for k, v in {**counters, **self.fixed}.items()})
 
     def after(self, counters: dict[int, Any]) -> dict[int, Any]:
+        """The counters after one iteration; None for one that does not follow from the counters."""
         values = self.run(counters, self.body.graph.nodes)
         results = {k: self.results[k] for k in counters}
         return {k: values.get(r) if isinstance(r, fx.Node) else r for k, r in results.items()}
 
     def goes_on(self, counters: dict[int, Any]) -> bool:
+        """Whether there is an iteration with these counters."""
         known = {self.cond_inputs[k]: v for k, v in {**counters, **self.fixed}.items()}
         result = next(iter(reversed(self.cond.graph.nodes))).args[0]
         value = evaluate_constants(self.cond.graph.nodes, known).get(result) if isinstance(result, fx.Node) else result
@@ -117,7 +118,11 @@ class Counted:
         return bool(value)
 
     def iterations(self) -> int:
-        """How many iterations there are; refuses a loop in which what depends on the counters does not change evenly."""
+        """How many iterations there are.
+
+        Raises:
+            LoopError: the condition is no count, or what depends on the counters does not change evenly.
+        """
         counters, count = dict(self.first), 0
         varying = self.varying()
         recent: deque[dict[fx.Node, Any]] = deque(maxlen=4)
@@ -129,7 +134,7 @@ class Counted:
             results = {k: self.results[k] for k in counters}
             counters = {k: values.get(r, counters[k]) if isinstance(r, fx.Node) else r for k, r in results.items()}
             count += 1
-            if count > _MOST_TRIPS:
+            if count > _MOST_ITERATIONS:
                 raise LoopError(
                     "torch.while_loop does not end.",
                     f"{describe(self.node)} has made {count} iterations by its counter",
@@ -138,7 +143,7 @@ class Counted:
         return count
 
     def varying(self) -> list[fx.Node]:
-        """Constants of the body that depend on a counter, and what they need."""
+        """The constants of the body that depend on a counter, and the nodes from which they follow."""
         values = self.run(self.first, self.body.graph.nodes)
         moving = {self.inputs[k] for k in self.first}
         for node in self.body.graph.nodes:
@@ -151,7 +156,7 @@ class Counted:
         return [node for node in self.body.graph.nodes if node in needed and node.op != "placeholder"]
 
     def check_even(self, node: fx.Node, window: Sequence[torch.Tensor]) -> None:
-        """Integers must change by the same step; of truth values, the places that change must move by the same step."""
+        """Refuse integers that do not change by one step, and truth values whose changes do not move by one step."""
         if window[0].dtype == torch.bool:
             window = [(a ^ b).nonzero() for a, b in pairwise(window)]
         even = all(a.shape == b.shape for a, b in pairwise(window))

@@ -10,7 +10,6 @@ from torch import Tensor, fx, nn
 from smc_compile.errors import LoopError
 from smc_compile.passes.fx_tools import op_name
 from smc_compile.passes.loop.cache_buffers import BufferFree, without_buffers
-from smc_compile.passes.loop.ones_masks import drop_ones_masks
 from smc_compile.passes.loop.tensor_info import TensorInfo
 
 B, H, M, D, V = 2, 2, 16, 4, 11
@@ -152,34 +151,3 @@ def test_an_empty_cache_goes():
     free, _ = rewritten(behind)
     assert free.grown == 1
     assert "cat" not in {op_name(node) for node in free.step.graph.nodes}
-
-
-# ---- masks of ones -------------------------------------------------------------------------------------------------
-
-
-def count(function) -> tuple[int, fx.GraphModule]:
-    gm = fx.symbolic_trace(function)
-    return drop_ones_masks(gm), gm
-
-
-def test_a_mask_of_ones_is_dropped():
-    def masked(ids, mask):
-        padding = torch.cat([torch.ones_like(ids), torch.ones_like(ids)], 1).bool()
-        return mask & padding[:, None, None, : ids.shape[1]]
-
-    dropped, gm = count(masked)
-    assert dropped == 1
-    ids, mask = torch.zeros(2, 3, dtype=torch.int64), torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
-    assert torch.equal(gm(ids, mask).expand(2, 1, 3, 3), masked(ids, mask))
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda ids, mask: mask & (ids > 0)[:, None, None],
-        lambda ids, mask: mask | torch.ones_like(ids).bool()[:, None, None],
-        lambda ids, mask: mask & torch.ones_like(ids).bool().index_fill_(1, torch.tensor([0]), False)[:, None, None],
-    ],
-)
-def test_other_masks_are_left_alone(function):
-    assert count(function)[0] == 0

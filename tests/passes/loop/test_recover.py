@@ -183,9 +183,9 @@ def capture(fn: Any, *args: Any, dynamic: bool = False) -> tuple[DecodeLoop | No
     return found[0]
 
 
-def refusal(fn: Any, *args: Any) -> LoopError:
+def refusal(fn: Any, *args: Any, dynamic: bool = False) -> LoopError:
     with pytest.raises(LoopError) as caught:
-        capture(fn, *args)
+        capture(fn, *args, dynamic=dynamic)
     assert caught.value.fix
     assert caught.value.why
     return caught.value
@@ -257,7 +257,7 @@ def test_every_sampler(sample, dynamic):
 
 @pytest.mark.parametrize("loop", [growing_cat, buffer_by_index, list_of_tokens])
 @pytest.mark.parametrize(("batch", "n"), [(1, 2), (3, 7)])
-def test_batches_and_trip_counts(loop, batch, n):
+def test_batches_and_iteration_counts(loop, batch, n):
     fn = bind(loop, MODEL, gumbel, n)
     found, inputs = capture(fn, prompt(batch))
     assert found.iterations == n
@@ -464,7 +464,7 @@ def test_refuses_an_end_of_sequence_mask_in_place():
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_sum_that_is_carried_on_is_the_sum_of_all_tokens(dynamic):
-    """A loop that reads its newest token only: its first iteration is the step, and its others agree with it."""
+    """A loop that reads its newest token only: its first iteration is the step, and the others agree with it."""
 
     def fn(ids):
         state = TABLE[ids].sum(1)
@@ -479,6 +479,22 @@ def test_a_sum_that_is_carried_on_is_the_sum_of_all_tokens(dynamic):
     assert found.iterations == 3
     check_step(found, inputs, lambda ids: torch.multinomial(torch.softmax(TABLE[ids].sum(1), -1), 1))
     found.check(inputs)
+
+
+def test_refuses_a_size_that_grows_with_every_second_token_of_the_prompt():
+    def fn(ids):
+        state = TABLE[ids].sum(1) + torch.zeros(ids.shape[1] // 2, V).sum(0)
+        tokens = []
+        for _ in range(3):
+            token = torch.multinomial(torch.softmax(state, -1), 1)
+            state = state + TABLE[token[:, 0]]
+            tokens.append(token)
+        return torch.cat(tokens, 1)
+
+    for ids, sizes in ((prompt(), "2, 2 and 3"), (torch.cat([prompt(), prompt()[:, :1]], 1), "2, 3 and 3")):
+        error = refusal(fn, ids, dynamic=True)
+        assert "does not grow evenly with the prompt" in error.what
+        assert f"uses {sizes} for prompts" in error.why
 
 
 def test_a_state_that_forgets_is_not_the_step():

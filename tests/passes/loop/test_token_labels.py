@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import fx
 
-from smc_compile.passes.fx_tools import mutated_inputs
 from smc_compile.passes.loop.concretise import concretise
-from smc_compile.passes.loop.outputs import OutputLayout
 from smc_compile.passes.loop.token_labels import Layouts, interpret
 
 B, P = 2, 3
@@ -167,31 +164,3 @@ def test_a_reading_is_taken_when_the_reader_runs():
 
 def test_float_results_carry_no_labels():
     assert columns(layouts_of(lambda ids, x: x.exp())) is None
-
-
-def test_mutated_inputs():
-    graph = fx.Graph()
-    x = graph.placeholder("x")
-    assert mutated_inputs(graph.call_method("add_", (x, 1))) == [x]
-    assert mutated_inputs(graph.call_method("__add__", (x, 1))) == []
-    assert mutated_inputs(graph.call_function(torch.nn.functional.relu, (x,), {"inplace": True})) == [x]
-    assert mutated_inputs(graph.call_function(torch.add, (1, 2), {"out": x})) == [x]
-    assert mutated_inputs(graph.call_function(torch.ops.aten.add_.Tensor, (x, x))) == [x]
-    assert mutated_inputs(graph.call_function(torch.ops.aten.add.Tensor, (x, x))) == []
-
-
-@pytest.mark.parametrize(
-    ("layout", "shape", "first"),
-    [
-        (OutputLayout(("prompt", "tokens")), (2, 5), [0, 1, 2, 10, 11]),
-        (OutputLayout(("tokens",), ("time", "batch")), (2, 2), [10, 20]),
-        (OutputLayout(("tokens",), ("batch", "time", "one"), dtype=torch.int32), (2, 2, 1), [10, 11]),
-        (OutputLayout(("tokens",), padding=(7, 8)), (2, 4), [10, 11, 7, 8]),
-    ],
-)
-def test_build(layout, shape, first):
-    prompt, tokens = torch.tensor([[0, 1, 2], [3, 4, 5]]), torch.tensor([[10, 11], [20, 21]])
-    built = layout.build(prompt, tokens)
-    assert built.shape == shape
-    assert built.dtype == layout.dtype
-    assert built[0].flatten().tolist() == first
