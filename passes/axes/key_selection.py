@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, fx
 
 from smc_compile.passes.axes.axis_types import CHOSEN, Atom, Axes, Axis, K, Q, Typing, expression, refuse
-from smc_compile.passes.axes.helpers import arguments, axis_index, merge_axis, op_name, operand_axes, settle, tensors
+from smc_compile.passes.axes.helpers import axis_index, merge_axis, operand_axes, settle, tensors
+from smc_compile.passes.fx_tools import arguments, op_name, reachable
 
 # Ops that hand numbers of keys on as they are. A reshape is none of them: how many are chosen depends on the region.
 HANDED_ON = {"_to_copy", "to", "clone", "contiguous", "detach", "alias", "unsqueeze", "squeeze", "transpose", "permute"}
@@ -30,36 +31,17 @@ def choose_keys(scores: Tensor, count: int, dim: int, in_order: bool) -> tuple[T
     return values, slots
 
 
-def choose_at_most_all(graph: fx.Graph) -> None:
-    """Let each ``topk`` of a fixed number along the sequence choose all entries where there are fewer, in place.
-
-    ``if S > k: scores.topk(k)`` leaves the ``topk`` in a trace of a longer sequence.
-    """
-    for node in list(graph.nodes):
-        if node.target is not torch.ops.aten.topk.default:
-            continue
-        bound = arguments(node)
-        size = bound["self"].meta["val"].shape[bound["dim"]]
-        if isinstance(size, int) or not isinstance(bound["k"], int):
-            continue
-        with graph.inserting_before(node):
-            length = graph.call_function(torch.ops.aten.sym_size.int, (bound["self"], bound["dim"]))
-            least = graph.call_function(torch.sym_min, (length, bound["k"]))
-        length.meta["val"], least.meta["val"] = size, bound["k"]
-        node.args = (bound["self"], least, *node.args[2:])
-
-
 def is_over_keys(typing: Typing, node: fx.Node) -> bool:
     """Whether a ``topk`` runs along the positions that attention reads."""
     bound = arguments(node)
-    axes = typing.of(bound["self"])
+    axes = typing.of(bound["input"])
     return axes[axis_index(bound["dim"], len(axes))] == (K,)
 
 
 def choice(typing: Typing, node: fx.Node) -> list[Axes]:
     """Axes of a ``topk`` over keys: values and numbers of keys along an axis of their own."""
     bound = arguments(node)
-    scores = bound["self"]
+    scores = bound["input"]
     if not bound["largest"]:
         raise refuse(node, "the keys with the least scores are chosen, but hidden keys have the least", "negate them")
     if not _is_masked(typing, scores):
@@ -91,17 +73,8 @@ def _count(typing: Typing, node: fx.Node, k: sympy.Expr) -> int:
 
 def _is_masked(typing: Typing, scores: fx.Node) -> bool:
     """Whether something on the way from the products to the scores combines them with a table over [Q, K]."""
-    seen: set[fx.Node] = set()
-    stack = [scores]
-    while stack:
-        node = stack.pop()
-        if node in seen or not _has_keys(typing, node):
-            continue
-        seen.add(node)
-        if any(_is_table(typing, source) for source in node.all_input_nodes):
-            return True
-        stack.extend(node.all_input_nodes)
-    return False
+    over_keys = reachable([scores], lambda node: [s for s in node.all_input_nodes if _has_keys(typing, s)])
+    return any(_is_table(typing, source) for node in over_keys for source in node.all_input_nodes)
 
 
 def _has_keys(typing: Typing, node: fx.Node) -> bool:
@@ -150,7 +123,7 @@ def refuse_numbers_of_keys(node: fx.Node) -> None:
 def scatter_over_keys(typing: Typing, node: fx.Node) -> Axes:
     """Axes of ``x [..., Q, K].scatter(dim, chosen, value)``: a mark on each chosen key, rows as in ``x``."""
     bound = arguments(node)
-    source, d = bound["self"], axis_index(bound["dim"], node.meta["val"].dim())
+    source, d = bound["input"], axis_index(bound["dim"], node.meta["val"].dim())
     sizes = [expression(size) for size in node.meta["val"].shape]
     written = tensors([bound["index"], bound.get("src")])
     axes = operand_axes(typing, source)

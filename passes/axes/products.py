@@ -21,8 +21,8 @@ from smc_compile.passes.axes.axis_types import (
     expression,
     refuse,
 )
-from smc_compile.passes.axes.helpers import arguments, merge_axis, op_name, outline, plain, require_plain, rule
-from smc_compile.passes.ir import user_line
+from smc_compile.passes.axes.helpers import merge_axis, outline, plain, require_plain, rule
+from smc_compile.passes.fx_tools import arguments, describe, op_name
 
 
 @rule("linear")
@@ -110,7 +110,7 @@ def attention(typing: Typing, node: fx.Node) -> Axes:
     bound = arguments(node)
     query, key, value = (_matrix_axes(typing, bound[name]) for name in ("query", "key", "value"))
     if bound["dropout_p"]:
-        raise CacheError("the model is in training mode with dropout", user_line(node), "call model.eval() first")
+        raise CacheError("the model is in training mode with dropout", describe(node), "call model.eval() first")
     if query[-2] != (Q,) or key[-2] != (Q,) or value[-2] != (Q,):
         raise refuse(node, "attention does not run over the positions of the sequence")
     if typing.is_dependent(bound["attn_mask"]):

@@ -14,7 +14,8 @@ import torch
 from torch import fx
 from torch._dynamo.utils import counters
 
-from smc_compile.passes.ir import CachedLM, output_values
+from smc_compile.passes.fx_tools import output_values
+from smc_compile.passes.ir import CachedLM
 
 aten = torch.ops.aten
 # Element by element, with nothing beside the tensor that has axes of its own.
@@ -24,7 +25,7 @@ UNARY: frozenset[Callable[..., Any]] = frozenset(
 SCALED: frozenset[Callable[..., Any]] = frozenset([aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor])
 
 
-def early_choice(cached: CachedLM) -> CachedLM:
+def early_head(cached: CachedLM) -> CachedLM:
     """The same model; ``prefill`` and ``advance`` multiply fewer rows with the head."""
     return replace(cached, prefill=choose_early(cached.prefill), advance=choose_early(cached.advance))
 
