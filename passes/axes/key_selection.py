@@ -1,11 +1,12 @@
 """Sparse attention: a query chooses the keys it attends to, by a ``topk`` over its scores.
 
-What ``topk`` returns are numbers of keys. In the cached form the keys are the P+S slots of a cache, so there they are
-numbers of slots: right where they mark those same keys in a mask over them (``scatter``), wrong as numbers of anything
-else. Slots that a query does not see (of later tokens, of padding, not yet written) must not take the place of others:
-the scores hide them before the choice, which is checked on values (:mod:`verify`). Where fewer than k are seen, hidden
-ones fill up the k, as later positions do in the original; whatever masks these, masks those. Of equal scores ``topk``
-takes any, in the original as here: only there may the two choose differently.
+``topk`` returns numbers of keys. In the cached form the keys are the P+S slots of a cache, so these are numbers of
+slots. They are right where they mark the same keys in a mask over slots (``scatter``), and wrong as any other number.
+
+Slots that a query does not see (later tokens, padding, not yet written) must not displace others. So the scores must
+hide them before the choice; ``validate.check_hidden`` checks that on values. Where a query sees fewer than k keys,
+hidden slots fill up the k, as later positions do in the original, and the same mask hides both. Of equal scores
+``topk`` may take any: only then may the two forms choose differently.
 """
 
 from __future__ import annotations
