@@ -1,6 +1,7 @@
 """Rewrites of single ops: the registry, the one driver, and the rewrites that need no file of their own.
 
-To add one, write below a function of a node that gives its replacement, or None to leave it as it is::
+To add one, write below a function of a node that gives its replacement (a new node, or one that is there already), or
+None to leave the node as it is::
 
     @rewrite(aten.square.default)
     def square_as_product(node: fx.Node) -> fx.Node:
@@ -68,7 +69,8 @@ def rewrite_cached(cached: CachedLM) -> CachedLM:
 def rewrite_ops(graph: fx.Graph, stage: Rewrites) -> None:
     """Run the rewrites of a stage over a graph, in place, in program order."""
     counted = Counter[str]()
-    for node in list(graph.nodes):
+    nodes = dict.fromkeys(graph.nodes)
+    for node in nodes:
         function = stage.get(node.target) if node.op == "call_function" else None
         if function is None:
             continue
@@ -76,7 +78,8 @@ def rewrite_ops(graph: fx.Graph, stage: Rewrites) -> None:
             replacement = function(node)
         if replacement is None:
             continue
-        replacement.meta = {**node.meta}
+        if replacement not in nodes:  # an older node, as in x * 1 -> x, keeps its own
+            replacement.meta = {**node.meta}
         node.replace_all_uses_with(replacement)
         graph.erase_node(node)
         counted[function.__name__] += 1

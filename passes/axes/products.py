@@ -1,4 +1,4 @@
-"""Axes through products: linear layers, matmul, attention."""
+"""Axes through products: linear layers, matrix products, attention."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def contract(typing: Typing, node: fx.Node, left: Any, right: Any) -> Axes:
 
 
 def _require_one_sequence(node: fx.Node, batch: Axes, rows: Axis) -> None:
-    """The queries stand along the rows of a product, or alone on an axis in front of them: once, in any case."""
+    """Refuse a product unless positions stand on one axis of it: its rows, or an axis of their own before the rows."""
     positions = [axis for axis in (*batch, rows) for atom in axis if atom.kind in (QUERY, KEY)]
     if len(positions) != 1 or (rows not in positions and positions != [(Q,)]):
         raise refuse(node, "attention runs over the positions of the sequence once for each position")

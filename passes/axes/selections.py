@@ -85,7 +85,7 @@ def select(typing: Typing, node: fx.Node) -> Axes:
 @rule("cat", "concat", "concatenate")
 def cat(typing: Typing, node: fx.Node) -> Axes:
     bound = arguments(node)
-    operands = [x for x in bound["tensors"] if tuple(x.meta["val"].shape) != (0,)]  # nothing, allowed beside any rank
+    operands = [x for x in bound["tensors"] if tuple(x.meta["val"].shape) != (0,)]  # cat allows an empty one
     d = axis_index(bound["dim"], node.meta["val"].dim())
     if len(operands) == 1:
         return tuple(operand_axes(typing, operands[0]))  # type: ignore[arg-type]

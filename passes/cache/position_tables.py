@@ -1,4 +1,4 @@
-"""What depends on positions and not on tokens: rotary angles, position embeddings, masks, evaluated once as tables."""
+"""Values that depend on positions and not on tokens (rotary angles, position embeddings, masks), computed as tables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from smc_compile.passes.axes.axis_types import K, Typing, expression, refuse
 from smc_compile.passes.axes.helpers import axis_index
 from smc_compile.passes.fx_tools import ancestors, arguments, op_name, output_values, reachable
 
-HIDDEN = -3e4  # what hides a key is at most this: no score comes near, and float16 still holds it
+HIDDEN = -3e4  # a mask adds at most this to the score of a hidden key: no score comes near, and float16 holds it
 
 
 def is_over_positions(node: fx.Node) -> bool:
@@ -86,7 +86,7 @@ def _is_softmax_over_keys(typing: Typing, node: fx.Node) -> bool:
 
 
 def _keeps_a_shift(node: fx.Node, source: fx.Node) -> bool:
-    """Whether a number added to all of ``source`` is added to all of the result, what is hidden apart."""
+    """Whether a number added to all of ``source`` is added to all of the result, except to entries that are hidden."""
     name, bound = op_name(node), arguments(node) if isinstance(node.target, torch._ops.OpOverload) else {}
     if name in ("add", "sub"):
         return True
@@ -142,12 +142,12 @@ def affine(graph: fx.Graph, length: Any, size: Any, typing: Typing) -> Any:
 
 
 def multiply(x: int, y: int) -> int:
-    """A size inside an emitted graph."""
+    """A product of sizes, as a node of an emitted graph."""
     return x * y
 
 
 def add(x: int, y: int) -> int:
-    """A size inside an emitted graph."""
+    """A sum of sizes, as a node of an emitted graph."""
     return x + y
 
 

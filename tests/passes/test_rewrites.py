@@ -74,6 +74,21 @@ def test_a_node_stays_when_its_rewrite_declines_and_graphs_without_values_are_re
     assert "val" not in graph.output_node().args[0].meta
 
 
+def test_a_replacement_that_was_there_already_keeps_its_own_metadata():
+    stage: Rewrites = {}
+
+    @rewrite(aten.square.default, stage=stage)
+    def no_square(node):
+        return node.args[0]
+
+    graph = squared()
+    _, before, _, after, _ = graph.nodes
+    before.meta["stack_trace"] = "elsewhere"
+    rewrite_ops(graph, stage)
+    assert after.args == (before,)
+    assert before.meta["stack_trace"] == "elsewhere"
+
+
 def test_a_topk_of_a_fixed_number_is_left_alone_along_an_axis_of_fixed_size():
     graph = fx.Graph()
     x = graph.placeholder("x")

@@ -127,7 +127,7 @@ def test_a_model_that_reads_later_positions_is_refused_by_op(name: str, op: str)
     lm, owned = capture(Last(REFUSED[name][0]()), torch.zeros(2, 2, dtype=torch.long))
     with pytest.raises(CacheError, match="not causal") as caught:
         validate(lm, synthesize_cache(lm), owned())
-    assert f"the first op that leaks is {op}" in caught.value.why
+    assert f"the first op that leaks is `{op}" in caught.value.why
     assert "models.py:" in caught.value.why
 
 
