@@ -105,6 +105,7 @@ def ops(recorded: Recorded) -> set[str]:
     return {str(node.target) for node in recorded.graph.graph.nodes if node.op in ("call_function", "call_method")}
 
 
+@pytest.mark.slow
 def test_a_session_for_a_gpu_that_is_not_there(monkeypatch, capsys, tmp_path):
     """The whole command, on the shortest cycle without truncation. The draft's regions are recorded only: what they
     call, a pass of a model and a draw, the target's region calls too. A GPU replays all cycles but the first."""
