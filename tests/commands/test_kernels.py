@@ -97,7 +97,7 @@ def test_bad_options_are_told(options, told, capsys):
     assert told in capsys.readouterr().err
 
 
-NARROW = (130, (32, 4, 2, 48), (16, 2, 1, 32))  # kernels run in an interpreter: half the widths, a quarter of the words
+NARROW = (130, (64, 4, 2, 64), (32, 2, 1, 32))  # kernels run in an interpreter: a quarter of the words
 
 
 def ops(recorded: Recorded) -> set[str]:
