@@ -12,6 +12,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest
 import torch
+from helpers.shared_traces import trace_structure_once
 
 from smc_compile.program import from_loop, from_model
 from smc_compile.runtime.execution import incremental as models
@@ -40,11 +41,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def interpreted() -> Iterator[None]:
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Regions run as they are written, untraced: tests of distributions and states then start in a third of the time.
 
-    That compiled regions give the same is the subject of test_compiled_regions.py.
+    That compiled regions give the same is the subject of test_compiled_regions.py. Models of one structure are traced
+    once: what a trace must hold is the subject of tests/passes.
     """
+    monkeypatch.setattr("smc_compile.program.model.trace_model", trace_structure_once)
     with torch.compiler.set_stance("force_eager"):
         yield
 

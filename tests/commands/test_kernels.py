@@ -98,8 +98,8 @@ def test_bad_options_are_told(options, told, capsys):
     assert told in capsys.readouterr().err
 
 
-# Kernels run in an interpreter: half the widths, a quarter of the words.
-NARROW = Preset(130, target=Shape(2, 32, 4, 2, 48), draft=Shape(1, 16, 2, 1, 32))
+# Kernels run in an interpreter: a quarter of the words.
+NARROW = Preset(130, target=Shape(2, 64, 4, 2, 64), draft=Shape(1, 32, 2, 1, 32))
 
 
 def ops(recorded: RecordedGraph) -> set[str]:
@@ -107,6 +107,7 @@ def ops(recorded: RecordedGraph) -> set[str]:
     return {str(node.target) for node in recorded.graph.graph.nodes if node.op in ("call_function", "call_method")}
 
 
+@pytest.mark.slow
 def test_a_session_for_a_gpu_that_is_not_there(monkeypatch, capsys, tmp_path):
     """The whole command, on the shortest cycle without truncation. The draft's regions are recorded only: what they
     call, a pass of a model and a draw, the target's region calls too. A GPU replays all cycles but the first."""

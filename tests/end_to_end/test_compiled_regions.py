@@ -76,6 +76,7 @@ VARIATIONS = {
 SESSIONS = [name for name in COMPILERS if name != "max-autotune"]  # which is Inductor with one setting more
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", SESSIONS)
 def test_compiled_equals_plain(run, compiler):
     result = run(compiler)
@@ -83,6 +84,7 @@ def test_compiled_equals_plain(run, compiler):
     assert_same(result, plain(run))
 
 
+@pytest.mark.slow
 def test_compiled_speculation_draws_what_interpreted_speculation_draws(run):
     options = {"n": 9, "method": "speculative", "temperature": 0.8, "seed": 7}
     compiled, interpreted = run("inductor", **options), plain(run, **options)

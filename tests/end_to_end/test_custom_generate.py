@@ -66,7 +66,7 @@ def test_greedy_stops_pads_and_cuts_as_the_library_does(target, ours):
     assert ended > 0
 
 
-LAWS = [
+DISTRIBUTIONS = [
     {"temperature": 0.7, "top_k": 0},
     {"top_k": 4},
     {"top_k": 0, "top_p": 0.7},
@@ -76,7 +76,7 @@ LAWS = [
 ]
 
 
-@pytest.mark.parametrize("settings", LAWS, ids=str)
+@pytest.mark.parametrize("settings", DISTRIBUTIONS, ids=str)
 def test_processors_give_the_librarys_distribution(target, ours, settings):
     """The first token of 4096 draws: chi-square at level 1e-4 each, against the library's own processed scores."""
     own = target.generate(
@@ -156,7 +156,7 @@ def test_greedy_with_processors_equals_the_library(target, ours, settings, padde
     assert torch.equal(ours(**given), expected)
 
 
-def test_compiled_rules_equal_the_library(target, ours):
+def test_compiled_processors_equal_the_library(target, ours):
     given = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 10, **HISTORY[-1]}
     assert torch.equal(ours(**given), target.generate(IDS, **given))
 

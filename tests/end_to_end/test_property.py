@@ -137,6 +137,7 @@ def assert_valid(case: Case, model: nn.Module, ids: Tensor, result: Tensor) -> N
     assert (probs.gather(-1, result[:, -N:, None]) > 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("untraced_regions")
 @settings(max_examples=5, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(cases())

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 # Repeated layers, so that a layer is compiled apart; products by our own op, and a threshold by another one. The C++
 # that Inductor writes is not built, which would take a minute: so the one step that runs computes nothing, and its
 # tokens mean nothing. What is asked is whether the graphs are known.
@@ -46,6 +48,7 @@ def run(cache: Path) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_second_process_compiles_nothing(tmp_path):
     first, second = run(tmp_path), run(tmp_path)
     graphs = first["caches"].pop("fxgraph_cache_miss")

@@ -72,6 +72,7 @@ def test_a_graph_met_again_by_another_program_is_one_and_others_are_not():
     assert [len(found.calls) for found in record.found] == [2, 2, 1, 1]
 
 
+@pytest.mark.slow
 def test_the_same_uniforms_give_the_same_tokens_and_a_wrong_kernel_does_not(recorded, interpreter):
     """Eager runs our C++ kernels, the target's code their twins in tensor code."""
     observed, wrong = Observed(interpreter), Observed(interpreter)

@@ -200,6 +200,7 @@ def test_every_recorded_cycle_of_a_dead_population_is_drawn_again(records):
     assert_same(replayed, by_host(pair, **options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_compiled_regions_are_recorded_and_compile_once(monkeypatch, method):
     """What is recorded here is the call of compiled code itself."""
