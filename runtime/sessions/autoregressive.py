@@ -83,33 +83,29 @@ class AutoregressiveSession:
 
     def _next_token(self, run: Run) -> None:
         run.reserve(run.p.generated, (self._target,))
-        status = self._replayed(run) if replays(self._replay, run.request) else self._from_host(run)
-        if status.undefined.any():
-            raise not_finite(status.undefined, run.request, run.p.generated)
+        undefined, run.reported = self._replayed(run) if replays(self._replay, run.request) else self._from_host(run)
+        if undefined.any():
+            raise not_finite(undefined, run.request, run.p.generated)
         run.p.state = run.p.state._replace(generated=run.p.generated + 1)
-        run.reported = status.finished
 
     def _token(
         self, run: Run, state: CycleState, u: Tensor, end: Callable[..., EndOfToken]
-    ) -> tuple[CycleState, Tensor]:
-        """One token of every row, from uniforms [R]. Returns the next state, and the fields of ``Status`` [5, B].
+    ) -> tuple[EndOfToken, State]:
+        """One token of every row, from uniforms [R], and the target's caches; an empty list where they change in place.
 
         As a cycle of SMC it is called from the host and recorded, and writes texts and caches in place.
         """
         generated, particles = state.generated, state.particles
-        last = generated - 1 + torch.arange(1, device=run.keys.device)
-        tokens, remaining = state.texts.tokens.index_select(1, last), run.remaining(generated)
-        token, log_p, over, bad, caches = self._drawn(run, state, tokens, u, remaining)
+        last = torch.arange(1, device=run.keys.device) + (generated - 1)
+        tokens = state.texts.tokens.index_select(1, last)
+        token, log_p, over, bad, caches = self._drawn(run, state, tokens, u)
         write_block(state.texts, token[:, None], torch.where(over, 0.0, log_p.double())[:, None], generated)
         stopped = stops(run, token[:, None], 1)[:, 0]
-        after = end(over, bad, stopped, particles, token, run.eos_ids, remaining, generated)
-        return (
-            state._replace(particles=after.particles, target=caches or state.target, generated=generated + 1),
-            after.status,
-        )
+        after = end(over, bad, stopped, particles, token, run.eos_ids, run.request.new_tokens, generated)
+        return after, caches
 
     def _drawn(
-        self, run: Run, state: CycleState, tokens: Tensor, u: Tensor, remaining: Tensor
+        self, run: Run, state: CycleState, tokens: Tensor, u: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, State]:
         """What ``step`` returns for the pending ``tokens`` [R, 1], text processors included."""
         ended = state.particles.ended | state.particles.stopped
@@ -119,31 +115,33 @@ class AutoregressiveSession:
             drawn = self._step(*given, places, state.target, run.contexts[0])
             return drawn
         rows, caches = self._step(tokens, places, state.target, run.contexts[0])
-        live = ~(ended | is_eos(tokens, run.eos_ids)[:, 0]) & (remaining > 0)
+        live = ~(ended | is_eos(tokens, run.eos_ids)[:, 0]) & (run.remaining(state.generated) > 0)
         rows = after_processors(run, self._distribution, rows[:, None], run.no_tokens, live[:, None])[:, 0]
         return (*self._choose(rows, *given), caches)
 
-    def _from_host(self, run: Run) -> Status:
-        after, status = self._token(run, run.p.state, run.streams.token(run.p.generated), end_of_token)
-        told = Status(*status.cpu())
-        if told.sound:
-            run.p.state = after._replace(generated=run.p.generated)
-        return told
+    def _from_host(self, run: Run) -> tuple[Tensor, Tensor]:
+        """One token. Returns which distributions are undefined [B], and which requests have finished [B]."""
+        state = run.p.state
+        after, caches = self._token(run, state, run.streams.token(run.p.generated), end_of_token)
+        run.p.state = state._replace(particles=after.particles, target=caches or state.target)
+        return after.undefined, after.finished
 
-    def _replayed(self, run: Run) -> Status:
+    def _replayed(self, run: Run) -> tuple[Tensor, Tensor]:
         """As ``_from_host``, in one recorded piece."""
         assert self._replay is not None
         status, _ = self._replay(run, 0, torch.ones(run.request.batch, dtype=torch.int64))
         run.stats.replayed += status.sound
-        return status
+        return status.undefined, status.finished
 
     def _on_device(self, run: Run, asked: Asked, answer: Answer, _: RowCopy) -> None:
         """What is recorded: a token whose next state is written over the one before."""
         state = run.p.state._replace(generated=asked.generated)
         u = self._uniforms(run.streams.seeds, asked.generated)
-        after, status = self._token(run, state, u, self._close)
-        state.write(after)
-        answer.write(status)
+        after, _ = self._token(run, state, u, self._close)
+        state.write(state._replace(particles=after.particles))
+        heard = Status(*answer.status)  # nothing is drafted, weighed or resampled: the other fields stay False
+        heard.undefined.copy_(after.undefined)
+        heard.finished.copy_(after.finished)
 
     def _result(self, run: Run, whole: bool) -> Generation:
         result = run.result(whole)
@@ -155,28 +153,26 @@ class AutoregressiveSession:
 
 
 class EndOfToken(NamedTuple):
-    """The next particles, and the fields of ``Status``."""
+    """What came of a token."""
 
-    particles: Particles
-    status: Tensor  # [5, B] bool
+    particles: Particles  # the next ones; those before where a distribution is undefined
+    undefined: Tensor  # [B] bool: the distribution of a token that counts is NaN
+    finished: Tensor  # [B] bool: the text has ended, or the cap is reached
 
 
 def end_of_token(
     over: Tensor,  # [B] bool: the text has ended before the new token
-    bad: Tensor,  # [B] bool: the distribution of the new token is undefined
+    bad: Tensor,  # [B] bool: the distribution of the new token is NaN
     stopped: Tensor,  # [B] bool, as of ``Particles``, of the new token
     particles: Particles,
     token: Tensor,  # [B], the new one
     eos_ids: EosIds,
-    remaining: Tensor,  # [B], tokens wanted, the new one included
+    new_tokens: Tensor,  # [B]
     generated: int | Tensor,  # before it
 ) -> EndOfToken:
-    """Commit a token. Where a distribution is undefined, particles stay as they were."""
-    undefined = bad & (remaining > 0)
-    sound = ~undefined.any()
+    """Commit a token."""
+    undefined = bad & (new_tokens > generated)
     length, ended = ends_within(particles.length, particles.ended, over[:, None], generated)
-    after = Particles(*where_sound(sound, Particles(ended, stopped, length), particles))
+    after = Particles(*where_sound(~undefined.any(), Particles(ended, stopped, length), particles))
     lengths = ends_at_pending(after, token[:, None], eos_ids, generated + 1)
-    finished = all_finished(lengths, 1, generated + 1, generated + remaining)
-    never = torch.zeros_like(undefined)
-    return EndOfToken(after, torch.stack([undefined, never, never, never, finished & sound]))
+    return EndOfToken(after, undefined, all_finished(lengths, 1, generated + 1, new_tokens))

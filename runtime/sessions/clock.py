@@ -10,10 +10,10 @@ from smc_compile.runtime.execution.region import Region
 
 
 class Clock:
-    """Started with a call; knows what the regions had spent before it.
+    """Starts with a call. Regions serve many calls, so what they had spent before it is subtracted.
 
     Attributes:
-        resample_seconds: what the host spent on moving states.
+        resample_seconds: what the host spent on copying texts and caches of particles.
     """
 
     def __init__(self, regions: Sequence[Region]) -> None:
@@ -25,6 +25,7 @@ class Clock:
         self.resample_seconds = 0.0
 
     def prefilled(self) -> None:
+        """Note that the prompts have been read."""
         self._prefill = time.perf_counter() - self._start
 
     def spent(self, *names: str) -> float:
@@ -32,6 +33,7 @@ class Clock:
         return sum(r.seconds - self._before[r.name] for r in self._regions if r.name in names)
 
     def fill(self, stats: Stats) -> Stats:
+        """Write the seconds of the whole call, of compilation and of the prompts into ``stats``, and return it."""
         stats.compile_seconds = sum(region.compile_seconds for region in self._regions) - self._compiled
         stats.seconds = time.perf_counter() - self._start - stats.compile_seconds
         stats.prefill_seconds = self._prefill

@@ -89,9 +89,9 @@ class Answer(NamedTuple):
         ess = torch.empty_like(run.p.state.weights.log_evidence)
         return cls(status, ess, torch.zeros(batch, run.p.n, dtype=torch.int64, device=device))
 
-    def write(self, *values: Tensor) -> None:
-        """Overwrite the first fields, in place."""
-        for kept, value in zip(self, values, strict=False):
+    def write(self, status: Tensor, ess: Tensor, ancestors: Tensor) -> None:
+        """Overwrite all fields, in place."""
+        for kept, value in zip(self, (status, ess, ancestors), strict=True):
             kept.copy_(value)
 
 

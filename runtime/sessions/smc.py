@@ -202,6 +202,7 @@ def dead_population(dead: Tensor, request: Request, generated: int, n: int, k: i
     return GenerationError(
         f"every particle has weight zero after {MAX_TRIES} tries",
         f"at generated token {generated}, request {request.number[int(dead.nonzero()[0, 0])]}: "
-        f"none of {n} drafts of {k} tokens is possible under the loop's sampler (it truncates to tokens that the draft does not propose)",
+        f"none of {n} drafts of {k} tokens is possible under the loop's sampler "
+        "(it truncates to tokens that the draft does not propose)",
         "raise n_particles, lower lookahead, or truncate less; error.partial holds what was generated before",
     )

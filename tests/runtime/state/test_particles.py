@@ -1,4 +1,4 @@
-"""What particles have in common is known, so that a copy moves only what differs."""
+"""What particles carry, and what they have in common, so that a copy moves only what differs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from smc_compile.inputs.requests import build_request
 from smc_compile.runtime.algorithms.resampling import keep_survivors
-from smc_compile.runtime.state.particles import own_and_source, shared_after
+from smc_compile.runtime.state.particles import CycleState, Particles, Texts, Weights, own_and_source, shared_after
 
 WIDTH = 3  # slots that a cycle writes
 
@@ -50,3 +51,28 @@ def test_after_everybody_descends_from_one_only_later_slots_are_copied():
     shared = shared_after(torch.zeros(1, 4, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64), 10)
     assert (shared == 10).all()
     assert own_and_source(shared, torch.tensor([[0, 1, 1, 3]])).tolist() == [[10, 10, 10, 10]]
+
+
+def test_what_particles_carry_is_taken_and_overwritten_whole():
+    """Every tensor of a state, whatever fields there will be: by row, or by request."""
+    request = build_request(torch.tensor([[1, 2], [3, 4], [5, 6]]), 8, torch.tensor([0, 1, 2]))
+    n, caches = 2, [torch.arange(6.0)[:, None]]
+    state = CycleState.start(request, n, 9, caches, [])
+    assert len(state.tensors) == len(Texts._fields) + len(Particles._fields) + len(Weights._fields) + 1
+    numbered = state._replace(
+        texts=Texts(*(torch.arange(6)[:, None].expand_as(x).to(x.dtype) for x in state.texts)),
+        particles=Particles(*(torch.arange(6).to(x.dtype) for x in state.particles)),
+        weights=Weights(
+            *(torch.arange(3).view(3, *[1] * (x.dim() - 1)).expand_as(x).to(x.dtype) for x in state.weights)
+        ),
+    )
+    rows = torch.tensor([4, 5, 0, 1])
+    taken = numbered.take(torch.tensor([2, 0]), rows)
+    for value, whole in zip((*taken.texts, *taken.particles), (*numbered.texts, *numbered.particles), strict=True):
+        assert torch.equal(value, whole[rows])
+    for value in taken.weights:
+        assert value.flatten(1)[:, 0].tolist() == [2, 0]
+    assert taken.target is caches, "caches are the models' to take"
+    state.write(numbered)
+    for value, other in zip((*state.particles, *state.weights), (*numbered.particles, *numbered.weights), strict=True):
+        assert torch.equal(value, other)

@@ -1,0 +1,46 @@
+"""Text processors that a request brings are that request's alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.model_parts import perturbed
+from helpers.toys import TinyTransformerLM
+
+from smc_compile import generate
+from smc_compile.inputs.requests import build_request
+from smc_compile.program.from_model import last_program
+
+VOCAB = 5
+PROMPT = torch.tensor([[1, 0, 2]])
+
+
+class Only:
+    """Leaves two tokens, in Python."""
+
+    def __init__(self, *tokens: int) -> None:
+        self.tokens = tokens
+
+    def __call__(self, text: torch.Tensor, scores: torch.Tensor, rows: object = None) -> torch.Tensor:
+        kept = torch.full_like(scores, -torch.inf)
+        kept[:, list(self.tokens)] = scores[:, list(self.tokens)]
+        return kept
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("method", ["smc", "autoregressive"])
+def test_calls_under_way_together_keep_to_their_own(method):
+    target = TinyTransformerLM(VOCAB, max_positions=64).double()
+    options = {"compiler": "eager", "validate": False, "method": method}
+    options |= {"n_particles": 3, "lookahead": 2} if method == "smc" else {}
+    models = (target, perturbed(target, 0.5)) if method == "smc" else (target,)
+    generate(*models, input_ids=PROMPT, max_new_tokens=2, seed=0, logits_processor=[Only(0, 1)], **options)
+    session = last_program().session
+    requests = [
+        build_request(PROMPT, 13, torch.tensor([3]), text_processors=(Only(*tokens),)) for tokens in ((0, 1), (2, 4))
+    ]
+    for first, second in zip(*map(session.cycles, requests), strict=True):
+        runs = first, second
+    for run, tokens in zip(runs, ({0, 1}, {2, 4}), strict=True):
+        assert set(run.result(True).particles[:, :, 3:].flatten().tolist()) <= tokens
+        assert run.text_processors.seconds > 0
