@@ -49,9 +49,9 @@ def accept(walk: Walk, p: Tensor, q: Tensor, drafted: Tensor, u: Tensor) -> Walk
     """Accept or reject the tokens that the chains drafted for one position, chain after chain.
 
     The candidates share the accepted tokens, so their tokens here are independent draws from one distribution q. A
-    token x is accepted with probability min(1, r(x) / q(x)). There r is first the target's distribution p; each rejection
-    replaces it by the residual max(r - q, 0), normalised. When all candidates are rejected, the next token is to be
-    drawn from the last residual.
+    token x is accepted with probability min(1, r(x) / q(x)). There r is first the target's distribution p; each
+    rejection replaces it by the residual max(r - q, 0), normalised. When all candidates are rejected, the next token is
+    to be drawn from the last residual.
 
     Not normalised, a residual is max(p - c q, 0), where c is the sum of the masses of p and the residuals before it.
     So only numbers are carried from chain to chain, and the vocabulary is only read. Distributions are normalised and
