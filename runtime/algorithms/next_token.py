@@ -1,4 +1,4 @@
-"""From a model's rows to the distribution of the next token: what is compiled into a region, between logits and draw."""
+"""From a model's logits to the distribution of the next token: tensor code that is compiled into the regions."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ Warper = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 
 @dataclass(frozen=True)
 class NextTokenDistribution:
-    """The distribution of the next token: what the model's rows are, and what is still to be done to them.
+    """How the rows [R, V] that a model gives become the distribution of the next token.
 
     Attributes:
-        kind: "logits", "probs" (unnormalised probabilities) or "greedy" (the largest logit).
+        kind: what the rows are: "logits", "probs" (unnormalised probabilities), or "greedy" (logits of which the
+            largest is taken).
         temperature: divides the logits of every request.
-        stages: tensor code on the scores, in order; it may read the settings of each request.
-        vocab: rows past so many are padding that no tokenizer makes: they are cut off. None keeps all.
+        warpers: applied to the scores in order; they may read the settings of each request.
+        vocab: size of the vocabulary. Columns past it are padding, which no tokenizer produces: they are cut off. None
+            keeps all.
     """
 
     kind: str
@@ -31,19 +33,22 @@ class NextTokenDistribution:
     vocab: int | None = None
 
     def scores(self, rows: Tensor) -> Tensor:
-        """Rows without padding of the vocabulary, float32 at least."""
+        """Rows [..., V] without the padding of the vocabulary, float32 at least."""
         rows = rows if self.vocab is None else rows[..., : self.vocab]
         return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
     def log_probs(self, rows: Tensor, settings: Mapping[str, Tensor]) -> Tensor:
-        """Normalised log-probabilities [R, V] of rows [R, V], float32 at least; settings are [R, 1]."""
+        """Normalised log-probabilities [R, V] of rows [R, V], float32 at least. settings: [R, 1] each."""
         if self.kind == "probs":
             rows = self.scores(rows)
             return rows.log() - rows.sum(-1, keepdim=True).log()
-        return torch.log_softmax(self.staged(rows, settings), -1)
+        return torch.log_softmax(self.warped(rows, settings), -1)
 
-    def staged(self, rows: Tensor, settings: Mapping[str, Tensor]) -> Tensor:
-        """Scores of which the distribution is the softmax, or of which the largest is taken. As of ``log_probs``."""
+    def warped(self, rows: Tensor, settings: Mapping[str, Tensor]) -> Tensor:
+        """Scores after temperature and warpers [R, V]: the distribution is their softmax, or greedy takes the largest.
+
+        Arguments as for ``log_probs``.
+        """
         rows = self.scores(rows)
         if self.temperature != 1.0:
             rows = rows / self.temperature
@@ -52,66 +57,67 @@ class NextTokenDistribution:
         return rows
 
     def at_try(self, settings: Mapping[str, Tensor], tries: Tensor) -> Mapping[str, Tensor]:
-        """Settings [R] for a cycle that is drawn for the ``tries``-th time [R]: the same each time."""
+        """Settings [R] of a cycle that is drawn for the ``tries``-th time [R], from 1: the same at every try."""
         return settings
 
     def cut(self, vocab: int | None) -> NextTokenDistribution:
-        """The same distribution of a vocabulary of so many tokens."""
+        """The same for a vocabulary of ``vocab`` tokens."""
         return replace(self, vocab=vocab)
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """A proposal that follows ``distribution`` without losing what ``wide`` reaches (defensive mixture: Hesterberg, 1995).
+    """A proposal (1 - share) * distribution + share * wide: a defensive mixture (Hesterberg, 1995).
 
-    A draft that does not truncate where the target does proposes tokens of weight zero; one that only truncates cannot
-    reach what the target's truncation keeps and its own does not. Weights are at most 1/share times those of ``wide``.
-    Where ``distribution`` leaves nothing, ``wide`` stands alone. A setting ``wide`` in (0, 1] takes the place of the share.
+    ``distribution`` truncates as the target does: without that, a draft proposes tokens of weight zero. But its own
+    truncation may drop tokens that the target keeps; ``wide`` still proposes those. Weights are at most 1/share times
+    those under ``wide``. In rows where ``distribution`` is undefined, ``wide`` stands alone. A setting "wide" in (0, 1]
+    takes the place of the share.
     """
 
     distribution: NextTokenDistribution
     wide: NextTokenDistribution
-    share: float  # of ``wide``; with 0 it only stands in where ``distribution`` leaves nothing
+    share: float  # of ``wide``; with 0 it serves only rows in which ``distribution`` is undefined
 
     @property
     def kind(self) -> str:
         return self.wide.kind
 
     def scores(self, rows: Tensor) -> Tensor:
-        """As of a Distribution."""
+        """As of ``NextTokenDistribution``."""
         return self.wide.scores(rows)
 
     def log_probs(self, rows: Tensor, settings: Mapping[str, Tensor]) -> Tensor:
-        """As of a Distribution."""
+        """As of ``NextTokenDistribution``."""
         narrow, wide = self.distribution.log_probs(rows, settings), self.wide.log_probs(rows, settings)
         share = settings["wide"].to(wide.dtype) if "wide" in settings else wide.new_tensor(self.share)
         mixed = torch.logaddexp(narrow + torch.log1p(-share), wide + share.log())
         return torch.where(broken(narrow)[..., None], wide, mixed)
 
     def at_try(self, settings: Mapping[str, Tensor], tries: Tensor) -> Mapping[str, Tensor]:
-        """As of a Distribution; the share of ``wide`` grows with each try, and is soon all."""
+        """As of ``NextTokenDistribution``, but the share of ``wide`` is four times as large at each try, up to 1."""
         return {**settings, "wide": self.wider(tries)}
 
     def wider(self, tries: Tensor) -> Tensor:
-        """The share of ``wide`` in the ``tries``-th try. [R] -> [R]"""
+        """The share of ``wide`` at the ``tries``-th try: [R] -> [R]."""
         return (self.share * 4.0 ** (tries - 1)).clamp(max=1.0)
 
     def cut(self, vocab: int | None) -> Mixture:
-        """As of a Distribution."""
+        """As of ``NextTokenDistribution``."""
         return replace(self, distribution=self.distribution.cut(vocab), wide=self.wide.cut(vocab))
 
 
 def broken(log_probs: Tensor) -> Tensor:
-    """Rows [...] whose distribution is undefined: NaN anywhere (an infinite or NaN logit gives that)."""
+    """Which rows of log-probabilities [..., V] hold a NaN, as after an infinite or NaN logit: [...] bool."""
     return log_probs.isnan().any(-1)
 
 
 def pick(log_probs: Tensor, token: Tensor) -> Tensor:
-    """log-probability of the chosen token: [..., V], [...] -> [...]"""
+    """Log-probability of the chosen token: [..., V], [...] -> [...]."""
     return log_probs.gather(-1, token[..., None])[..., 0]
 
 
-# ---- stages that read settings: the definitions are those of transformers' warpers of the same names -----------------
+# ---- warpers that read settings: defined as those of transformers with the same names --------------------------------
 
 
 def temperature(scores: Tensor, at: Mapping[str, Tensor]) -> Tensor:

@@ -1,11 +1,11 @@
-"""Drawing a token with one uniform, and the log-probability of a token that was drawn."""
+"""Drawing a token with one uniform, and the log-probability of one token."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-BLOCK = 128
+BLOCK = 128  # tokens of a block of the two-level search
 
 
 def _first_above(mass: Tensor, cdf: Tensor, target: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How tensors lie in memory and which of their sizes may vary, as compiled code is guarded by both."""
+"""Strides and marked dimensions of tensors: Dynamo's guards read both, so they decide whether code compiles again."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import torch
 
 
 def packed(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy with the strides of its shape: compiled code is guarded by strides, even those of axes of size one."""
+    """A copy with contiguous strides, also of axes of size one: Dynamo guards those too."""
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def mark_dynamic(tensor: torch.Tensor, *dims: int) -> torch.Tensor:
-    """Let these dimensions vary without recompilation."""
+    """Mark dimensions whose sizes may change without another compilation. Returns ``tensor`` itself."""
     for dim in dims:
         torch._dynamo.maybe_mark_dynamic(tensor, dim)
     return tensor

@@ -1,4 +1,4 @@
-"""All uniforms of one call, from the counter-based generator: a value depends on (seed, particle, step) alone."""
+"""The uniforms of one call, from the counter-based generator: each depends on (seed, particle, step, purpose) alone."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 from smc_compile.runtime.algorithms import philox
 from smc_compile.runtime.algorithms.tensors import packed
 
-ATTEMPT = 8  # purposes of the random streams repeat with this period, one set for every try
+ATTEMPT = 8  # added to a purpose for each further try of a cycle; more than there are purposes
 
 
 class Streams:
-    """B requests, N particles, ``tokens`` generated tokens and ``cycles`` cycles at most."""
+    """Uniforms of B requests with N particles each, for at most ``tokens`` generated tokens and ``cycles`` cycles."""
 
     def __init__(self, seeds: Tensor, n: int, tokens: int, cycles: int) -> None:
         self.seeds, self._n = seeds, n
@@ -27,7 +27,10 @@ class Streams:
         return self._target[:, :, 0]
 
     def cycle(self, start: int, k: int, tries: Tensor) -> tuple[Tensor, Tensor]:
-        """For x_{start+1} .. x_{start+k} [R, K] and the bonus [R]; later tries [B] use other streams."""
+        """For generated tokens start+1 .. start+k [R, K] and the bonus after them [R].
+
+        tries: [B], from 1; each try has other uniforms.
+        """
         draft = self._draft[:, :, start + 1 : start + k + 1]
         bonus = self._target[:, :, start + k + 1]
         if bool((tries > 1).any()):
@@ -38,7 +41,7 @@ class Streams:
         return draft.flatten(0, 1), packed(bonus.flatten())
 
     def token(self, generated: int) -> Tensor:
-        """For generated token number ``made`` of the one-token loop: [R]."""
+        """For generated token number ``generated``, when tokens are drawn one by one: [R]."""
         return packed(self._target[:, :, generated].flatten())
 
     def resample(self, cycle: int) -> Tensor:
@@ -46,7 +49,7 @@ class Streams:
         return packed(self._resample[:, :, cycle])
 
     def settle(self, cycle: int) -> Tensor:
-        """For the ancestor that is drawn for old tokens: [B]."""
+        """For the ancestor that is drawn for old tokens (see ``settle_old``): [B]."""
         return self._one(cycle, philox.SETTLE)
 
     def select(self) -> Tensor:
@@ -65,10 +68,10 @@ class Streams:
 
 
 def of_cycle(n: int, k: int) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """What ``Streams`` gives for one cycle, where its number stands on the device."""
+    """A function with the values of ``Streams`` for one cycle, whose number is a tensor: for recorded graphs."""
 
     def cycle_uniforms(seeds: Tensor, generated: Tensor, cycle: Tensor, tries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """seeds, tries: [B]; made, cycle: []. For x_1 .. x_K [R, K], the bonus [R] and the ancestors [B, N]."""
+        """For x_1 .. x_K [R, K], the bonus [R] and the ancestors [B, N]. seeds, tries: [B]; generated, cycle: []."""
         steps, later = generated + torch.arange(k + 1, device=seeds.device), ATTEMPT * (tries - 1)
         draft = philox.uniforms(seeds, n, steps[:-1], philox.PROPOSE + later)
         bonus = philox.uniforms(seeds, n, steps[-1:], philox.TARGET + later)
@@ -79,7 +82,7 @@ def of_cycle(n: int, k: int) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
 
 
 def of_token(seeds: Tensor, generated: Tensor) -> Tensor:
-    """What ``Streams.token`` gives, where the token's number [] stands on the device: [B]."""
+    """As ``Streams.token`` for one particle, where the token's number ``generated`` [] is a tensor: [B]."""
     return philox.uniforms(seeds, 1, generated[None], philox.TARGET).flatten()
 
 
@@ -89,7 +92,10 @@ def uniforms(seeds: Tensor, n: int, steps: int, purpose: int) -> Tensor:
 
 
 class RejectionStreams:
-    """What rejection draws beyond the first token: N chains of K drafted tokens a cycle, ``cycles`` cycles at most."""
+    """Uniforms of speculation by rejection, after the first token: N chains of K tokens a cycle.
+
+    There are at most ``cycles`` cycles.
+    """
 
     def __init__(self, seeds: Tensor, n: int, k: int, cycles: int) -> None:
         self._k = k
@@ -106,7 +112,7 @@ class RejectionStreams:
         return self._of(self._accept, cycle)
 
     def last(self, cycle: int) -> Tensor:
-        """For the token behind the accepted ones: [B]."""
+        """For the token after the accepted ones: [B]."""
         return packed(self._target[:, cycle + 1])
 
     def take(self, keep: Tensor) -> RejectionStreams:

@@ -1,7 +1,8 @@
-"""Speculative decoding by rejection: which drafted tokens the target accepts, and the token it adds.
+"""Speculative decoding by rejection: which drafted tokens the target accepts, and the token after them.
 
-B requests with N chains of K drafted tokens each. What is committed follows the target's distribution exactly, whatever the
-draft (Leviathan et al., 2023; Chen et al., 2023); several chains are tried in turn (SpecInfer: Miao et al., 2023).
+B requests with N chains of K drafted tokens each. The committed tokens follow the target's distribution exactly,
+whatever the draft is (Leviathan et al., 2023; Chen et al., 2023). Several chains are tried in turn (SpecInfer: Miao et
+al., 2023).
 """
 
 from __future__ import annotations
@@ -19,23 +20,21 @@ from smc_compile.runtime.state.region_types import EosIds, Forward, Places, Sett
 
 
 class Walk(NamedTuple):
-    """How far the drafts of each request were accepted, position by position."""
+    """How far the drafted tokens of each request are accepted, while positions are decided one after the other."""
 
-    candidates: Tensor  # [B, N] bool: the chain agrees with what was accepted
-    going: Tensor  # [B] bool: everything was accepted so far
-    length: Tensor  # [B], accepted tokens
-    rest: (
-        Tensor  # [B, V] float64, up to a factor the distribution of the token behind them; nothing is meant while going
-    )
+    candidates: Tensor  # [B, N] bool: the chain begins with the accepted tokens
+    going: Tensor  # [B] bool: no position has been rejected so far
+    length: Tensor  # [B], number of accepted tokens
+    rest: Tensor  # [B, V] float64, distribution of the token after them, not normalised; undefined where ``going``
 
     @property
     def chain(self) -> Tensor:
-        """The first candidate [B]."""
+        """Index of the first candidate [B]."""
         return self.candidates.int().argmax(1)
 
 
 def set_out(batch: int, chains: int, vocab: int, device: torch.device) -> Walk:
-    """Nothing is accepted yet."""
+    """The walk before the first position."""
     candidates = torch.ones(batch, chains, dtype=torch.bool, device=device)
     length = torch.zeros(batch, dtype=torch.int64, device=device)
     return Walk(
@@ -49,23 +48,27 @@ def set_out(batch: int, chains: int, vocab: int, device: torch.device) -> Walk:
 def accept(walk: Walk, p: Tensor, q: Tensor, drafted: Tensor, u: Tensor) -> Walk:
     """Accept or reject the tokens that the chains drafted for one position, chain after chain.
 
-    The candidates share the accepted tokens, so theirs are independent draws from one distribution q. Each token x is accepted
-    with probability min(1, r(x) / q(x)), where r is the target's distribution at first, and after each rejection the residual
-    max(r - q, 0), normalised. When all are rejected, the token behind the accepted ones is to be drawn from the last
-    residual.
+    The candidates share the accepted tokens, so their tokens here are independent draws from one distribution q. A
+    token x is accepted with probability min(1, r(x) / q(x)). There r is first the target's distribution p; each
+    rejection replaces it by the residual max(r - q, 0), normalised. When all candidates are rejected, the next token is
+    to be drawn from the last residual.
 
-    Up to its mass a residual is max(p - c q, 0), with c the sum of the masses of those before it: so numbers are
-    carried from chain to chain, and the vocabulary is only read. Distributions are normalised and residuals summed in float64.
-    NaN in a distribution rejects, and leaves NaN in ``rest``.
+    Not normalised, a residual is max(p - c q, 0), where c is the sum of the masses of p and the residuals before it.
+    So only numbers are carried from chain to chain, and the vocabulary is only read. Distributions are normalised and
+    residuals summed in float64. NaN in a distribution rejects, and leaves NaN in ``rest``.
 
     Args:
         p: [B, V], the target's probabilities after the accepted tokens.
-        q: [B, V], the draft's, those that the candidates among ``drafted`` [B, N] were drawn from.
+        q: [B, V], the draft's probabilities there, from which the candidates' tokens were drawn.
+        drafted: [B, N], the token of each chain.
         u: [B, N], uniforms.
     """
     p, q = _normalised(p), _normalised(q)
     p_drafted, q_drafted = p.gather(1, drafted), q.gather(1, drafted)  # [B, N]
-    taken, mass = torch.zeros_like(p_drafted[:, 0]), torch.ones_like(p_drafted[:, 0])  # c, and the mass at c
+    taken, mass = (
+        torch.zeros_like(p_drafted[:, 0]),
+        torch.ones_like(p_drafted[:, 0]),
+    )  # c, and the mass of the residual at c
     accepted, token = torch.zeros_like(walk.going), torch.zeros_like(walk.length)
     for n in range(drafted.shape[1]):
         asked = walk.going & walk.candidates[:, n] & ~accepted
@@ -73,7 +76,7 @@ def accept(walk: Walk, p: Tensor, q: Tensor, drafted: Tensor, u: Tensor) -> Walk
         accepted, token = accepted | good, torch.where(good, drafted[:, n], token)
         more = taken + mass
         left = _residual(p, q, more).sum(-1)
-        # Only rounding leaves nothing: exactly, a rejection then has probability zero. The distribution takes its place.
+        # Only rounding leaves nothing, since a rejection then has probability zero. The residual becomes p again.
         more, left = torch.where(left == 0, 0.0, more), torch.where(left == 0, 1.0, left)
         rejected = asked & ~good
         taken, mass = torch.where(rejected, more, taken), torch.where(rejected, left, mass)
@@ -86,19 +89,21 @@ def accept(walk: Walk, p: Tensor, q: Tensor, drafted: Tensor, u: Tensor) -> Walk
 
 
 def _residual(p: Tensor, q: Tensor, taken: Tensor) -> Tensor:
-    """What is left of p after ``taken`` [B] times q. [B, V]"""
+    """max(p - taken q, 0). p, q: [B, V]; taken: [B]."""
     return (p - taken[:, None] * q).clamp_min(0)
 
 
 def arrive(walk: Walk, bonus: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """The token behind the accepted ones [B], and its distribution up to a factor [B, V]: the residual, or ``bonus`` [B, V], the
-    target's probabilities after a whole block. u: [B]"""
+    """The token after the accepted ones [B], and its distribution [B, V], not normalised.
+
+    That is the residual, or after a whole accepted block ``bonus`` [B, V], the target's probabilities there. u: [B].
+    """
     distribution = torch.where(walk.going[:, None], bonus.double(), walk.rest)
     return sample_inverse_cdf(distribution, u), distribution
 
 
 def _normalised(probs: Tensor) -> Tensor:
-    """[B, V] in float64 that sum to 1."""
+    """Probabilities [B, V] in float64, with sum 1."""
     probs = probs.double()
     return probs / probs.sum(-1, keepdim=True)
 
@@ -107,9 +112,9 @@ def _normalised(probs: Tensor) -> Tensor:
 
 
 def propose(distribution: NextTokenDistribution) -> Callable[..., tuple[Tensor, Tensor]]:
-    """From the draft's rows [R, V]: a token of every row [R], and the log-probabilities it was drawn from [R, V].
+    """A region: from the draft's logits [R, V] a token of every row [R], and log-probabilities [R, V].
 
-    Greedy acceptance asks for no distribution of the draft's: [R, 0].
+    The token is drawn from those. Greedy acceptance needs no distribution of the draft: [R, 0].
     """
 
     def propose_token(rows: Tensor, settings: Settings, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,14 +122,14 @@ def propose(distribution: NextTokenDistribution) -> Callable[..., tuple[Tensor, 
         return draw(log_q, u, False), log_q
 
     def propose_likeliest(rows: Tensor, settings: Settings, u: Tensor) -> tuple[Tensor, Tensor]:
-        scores = distribution.staged(rows, {name: value[:, None] for name, value in settings.items()})
+        scores = distribution.warped(rows, {name: value[:, None] for name, value in settings.items()})
         return scores.argmax(-1), scores[:, :0]
 
     return propose_likeliest if distribution.kind == "greedy" else propose_token
 
 
 def draft(forward: Forward, proposed: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """One drafted token of every row: the model, then the draw (see ``propose``). A cache changes in place."""
+    """A region: the draft, then ``propose``. Caches change in place."""
 
     def draft_token(
         tokens: Tensor, settings: Settings, u: Tensor, places: Places, state: State, context: object
@@ -136,17 +141,17 @@ def draft(forward: Forward, proposed: Callable[..., tuple[Tensor, Tensor]]) -> C
 
 
 def accept_drafted(distribution: NextTokenDistribution) -> Callable[..., Walk]:
-    """``accept`` from the target's rows [B, N, K+1, V], at the next position of the blocks."""
+    """A region: ``accept`` at the next position of the blocks, from the target's logits ``rows`` [B, N, K+1, V]."""
 
     def accept_position(
         walk: Walk,
         rows: Tensor,
-        log_q: Tensor,  # [B, N, V], the draft's at this position
+        log_q: Tensor,  # [B, N, V], log-probabilities of the draft at this position
         drafted: Tensor,  # [B, N]
         settings: Settings,  # [B] each
         u: Tensor,  # [B, N]
     ) -> Walk:
-        # All candidates share the accepted tokens, and with them both distributions; those of the first one are read.
+        # All candidates share the accepted tokens, and so both distributions: those of the first one are read.
         requests, chain = torch.arange(len(rows), device=rows.device), walk.chain
         own = rows[requests, chain, walk.length]  # [B, V]
         log_p = distribution.log_probs(own, {name: value[:, None] for name, value in settings.items()})
@@ -156,25 +161,25 @@ def accept_drafted(distribution: NextTokenDistribution) -> Callable[..., Walk]:
 
 
 class Verdict(NamedTuple):
-    """What a cycle commits."""
+    """The tokens that a cycle commits."""
 
-    tokens: Tensor  # [B, K+1]: the accepted ones and the one behind them; nothing is meant by later ones
-    log_p: Tensor  # [B, K+1] float64 of these tokens under the target
-    width: Tensor  # [B], how many of them count: up to and with an end of sequence, and no more than are wanted
-    accepted: Tensor  # [B], how many of those were drafted
-    ended: Tensor  # [B] bool: the last of them ends the sequence
-    chain: Tensor  # [B], a chain that holds what was accepted
-    undefined: Tensor  # [B] bool: a distribution of the target that counts is NaN
-    undefined_draft: Tensor  # [B] bool: one of the draft
+    tokens: Tensor  # [B, K+1]: the accepted tokens and the one after them; the rest is filled up
+    log_p: Tensor  # [B, K+1] float64, log-probabilities of these tokens under the target
+    width: Tensor  # [B], how many of them are committed: up to the end of the sequence, and no more than wanted
+    accepted: Tensor  # [B], how many of the committed were drafted
+    ended: Tensor  # [B] bool: the last committed token ends the sequence
+    chain: Tensor  # [B], index of a chain that begins with the accepted tokens
+    undefined: Tensor  # [B] bool: NaN in a distribution of the target at a committed token
+    undefined_draft: Tensor  # [B] bool: NaN in the draft's distribution there
 
 
 def conclude(distribution: NextTokenDistribution) -> Callable[..., Verdict]:
-    """The end of a cycle: the token behind the accepted ones, and what of it all counts."""
+    """A region, the last of a cycle: the token after the accepted ones, and how many tokens are committed."""
     greedy = distribution.kind == "greedy"
 
     def conclude_cycle(
         walk: Walk,
-        rows: Tensor,  # [B, N, K+1, V], the target's
+        rows: Tensor,  # [B, N, K+1, V], the target's logits
         drafted: Tensor,  # [B, N, K]
         eos_ids: EosIds,  # of B requests
         wanted: Tensor,  # [B], tokens still wanted

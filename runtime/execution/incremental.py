@@ -1,4 +1,4 @@
-"""A language model while it generates: prefill once, then advance rows whose state particles permute."""
+"""A language model while it generates: prefill once, then rows that advance and whose states particles copy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from smc_compile.runtime.state.request import Request
 
 
 class IncrementalGraphs(Protocol):
-    """What the compiler hands over for a model with a synthesized cache (see passes.ir.CachedLM)."""
+    """The graphs of a model with a synthesized cache, as the compiler gives them (see passes.ir.CachedLM)."""
 
     @property
     def prefill(self) -> Callable[..., Any]: ...
@@ -41,45 +41,48 @@ class RuntimeModel(Protocol):
 
     score: Forward
     advance: Forward
-    whole: bool  # False: the model calls compiled pieces itself
+    whole: bool  # score and advance compile with the region around them; False: they call compiled pieces themselves
 
     def begin(self, request: Request, n_particles: int, capacity: int) -> tuple[Tensor, Any, State]:
         """Prefill the prompts: rows [B, V], the shared context, and the state of B*N rows."""
         ...
 
     def state_bytes(self, positions: int) -> int:
-        """Of the state of one row that holds so many positions; no more than it will be."""
+        """Bytes of the state of one row with so many positions, at least."""
         ...
 
     def logit_bytes(self) -> int:
-        """Of the logits at one position, which are read in float32 at least; 0 where their number is not known."""
+        """Bytes of the logits at one position in float32; 0 where the size of the vocabulary is not known."""
         ...
 
     def copy_rows(self, state: State, dead: Tensor, source: Tensor, since: int, used: int) -> None:
-        """Overwrite rows ``dead`` by rows ``source``, in place; slots of suffixes before ``since`` are the same
-        already, and ``used`` of them hold anything."""
+        """Overwrite rows ``dead`` by rows ``source``, in place.
+
+        Only slots ``since`` to ``used`` of the suffixes are copied: those before are the same, those after are empty.
+        """
         ...
 
     def grow(self, state: State, size: int) -> State:
-        """The same with suffixes of ``size`` slots."""
+        """The state with suffixes of ``size`` slots."""
         ...
 
     def take(self, context: Any, state: State, requests: Tensor, rows: Tensor) -> tuple[Any, State]:
-        """What remains when only these requests and rows go on."""
+        """Context and state of these requests and rows."""
         ...
 
 
 class CachedModel:
     """A model whose cache the compiler derived.
 
-    State: one suffix [R, H, S, d] per site. Context: prompts, tables, weights.
+    State: one suffix [R, H, S, d] per site, where keys or values are cached; it changes in place. Context: prompts
+    [B, H, P, d], position tables, weights.
     """
 
     def __init__(
         self, graphs: IncrementalGraphs, weights: Callable[[], list[Tensor]], compiler: str, name: str
     ) -> None:
         self._graphs, self.weights = graphs, weights
-        self.whole = not hasattr(graphs.advance, "with_pieces")  # repeated layers come in pieces: see Layered
+        self.whole = not hasattr(graphs.advance, "with_pieces")  # see passes.lower.outline_layers.Layered
         self.score = _incremental_body(_compile_pieces(graphs.score, f"{name}_score", compiler), self.whole)
         self.advance = _incremental_body(_compile_pieces(graphs.advance, f"{name}_advance", compiler), self.whole)
 
@@ -108,7 +111,7 @@ class CachedModel:
         return self._graphs.vocab_size * 4
 
     def has_tables(self, length: int) -> bool:
-        """Whether the model's position tables reach ``length``: a table of learned positions ends somewhere."""
+        """Whether the model has positions up to ``length``: a table of learned ones ends somewhere."""
         try:
             self._graphs.tables(length, *self.weights())
         except (IndexError, RuntimeError):
@@ -127,7 +130,7 @@ class CachedModel:
 
 
 def lengthened(table: Tensor, axes: Sequence[int], by: int) -> Tensor:
-    """A table with ``by`` more positions along ``axes``: its last entry, which is what positions past it read."""
+    """``table`` with ``by`` more positions along ``axes``, which repeat its last one."""
     for axis in axes if by else ():
         last = table.shape[axis] - 1
         table = table.index_select(axis, torch.arange(last + 1 + by, device=table.device).clamp(max=last))
@@ -135,7 +138,10 @@ def lengthened(table: Tensor, axes: Sequence[int], by: int) -> Tensor:
 
 
 def _compile_pieces(graph: Any, name: str, compiler: str) -> Callable[..., Any]:
-    """A split graph with its pieces compiled, one layer for all; a whole graph compiles with the region around it."""
+    """A graph in pieces with each piece compiled, one for all layers.
+
+    A whole graph stays as it is: it is compiled with the region around it.
+    """
     if not hasattr(graph, "with_pieces"):
         return graph
     head, layer, tail = (
@@ -167,7 +173,9 @@ def _incremental_body(graph: Callable[..., Any], whole: bool) -> Forward:
 class StatefulModel:
     """A model that carries its own state: ``step(tokens [R, T], pos, state) -> (logits [R, T, V], state)``.
 
-    ``pos`` is where the first of the new tokens stands: a scalar, or [R] when the prompts differ in length.
+    ``pos`` is the position of the first new token: a scalar, or [R] when the prompts differ in length.
+
+    State: the tensors of the model's own state, rows first. Context: nothing.
     """
 
     def __init__(self, model: Any) -> None:
@@ -175,7 +183,7 @@ class StatefulModel:
         self._spec: Any = None
         self._ragged = False
         self._row_bytes: int | None = None
-        self.whole = getattr(model, "traceable", True)  # False: its step stays in Python (see smc_compile.own_cache)
+        self.whole = getattr(model, "traceable", True)  # False: its step runs as Python (see smc_compile.own_cache)
         self.score = self._body(all_positions=True)
         self.advance = self._body(all_positions=False)
 
@@ -197,7 +205,7 @@ class StatefulModel:
         return [logits[:, -1], *leaves]
 
     def state_bytes(self, positions: int) -> int:
-        if self._row_bytes is None:  # of a state before its first token, which may grow
+        if self._row_bytes is None:  # the initial state counts; it may grow
             leaves = pytree.tree_leaves(self.model.initial_state(1))
             self._row_bytes = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
         return self._row_bytes
@@ -218,7 +226,7 @@ class StatefulModel:
     def _body(self, all_positions: bool) -> Forward:
         def forward(tokens: Tensor, places: Places, state: State, context: Any) -> tuple[Tensor, State]:
             first = places.positions[:, 0]  # [B]
-            # Requests of one length stand at one position; one that has finished stays behind on its last.
+            # Requests of one length are at one position, but for those that have finished and stay at their last.
             pos = first.repeat_interleave(tokens.shape[0] // first.shape[0]) if self._ragged else first.amax()
             logits, new = self.model.step(tokens, pos, pytree.tree_unflatten(state, self._spec))
             rows = logits.flatten(0, 1) if all_positions else logits[:, -1]
@@ -230,9 +238,9 @@ class StatefulModel:
 def by_length(
     request: Request, prefill: Callable[[Tensor], Sequence[Tensor]], positions: int | None = None
 ) -> list[Tensor]:
-    """``prefill(ids [b, P'])`` for the prompts of each length without padding; its results for the whole batch.
+    """``prefill(ids [b, P'])`` for the prompts of each length P' without padding; the results [B, ...] of all.
 
-    Results [b, ...] after the first may have an axis ``positions`` of the prompt's length: it is filled up with zeros.
+    Results after the first may have an axis ``positions`` of size P'. It is filled up to P with zeros.
     """
     groups = request.lengths.unique().tolist()
     if len(groups) == 1 and (positions is None or groups[0] == request.ids.shape[1]):

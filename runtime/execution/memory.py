@@ -1,4 +1,4 @@
-"""Whether a call fits the memory of its device: asked before anything of it is allocated."""
+"""Whether a call fits into the memory of its device. It is checked before anything is allocated."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from smc_compile.errors import InputError
 from smc_compile.runtime.execution.incremental import RuntimeModel
 from smc_compile.runtime.state.request import Request
 
-OF_A_TOKEN = 16  # bytes: the token, and its log-probability in float64
+OF_A_TOKEN = 16  # bytes: the token in int64, its log-probability in float64
 
 
 class Need(NamedTuple):
-    """Bytes of a call; what else it allocates is not counted."""
+    """Bytes that a call takes at least: other allocations are not counted."""
 
-    shared: int  # caches of the prompts, whatever N is
-    each: int  # for each particle, in all requests: caches of its suffix, tokens, logits
+    shared: int  # caches of the prompts, for any N
+    each: int  # one more particle in every request: caches of the suffix, tokens, logits
 
     def of(self, n: int) -> int:
         """Bytes with N = ``n``."""
@@ -30,14 +30,14 @@ class Need(NamedTuple):
 
 
 def row_bytes(caches: int, capacity: int, width: int, logits: int) -> int:
-    """Of one row: its caches, the tokens of ``capacity`` slots, logits of ``width`` positions of ``logits`` bytes."""
+    """Bytes of one row: ``caches``, tokens in ``capacity`` slots, and ``width`` positions of ``logits`` bytes."""
     return caches + OF_A_TOKEN * capacity + width * logits
 
 
 def need_of(
     request: Request, capacity: int, width: int, target: RuntimeModel, draft: RuntimeModel | None = None
 ) -> Need:
-    """Of rows with suffixes of ``capacity`` slots, of which the target scores ``width`` positions at once."""
+    """Memory of a call with suffixes of ``capacity`` slots, whose target scores ``width`` positions at once."""
     models = [model for model in (target, draft) if model is not None]
     batch, prompt = request.ids.shape
     caches = sum(model.state_bytes(capacity) for model in models)
@@ -48,10 +48,10 @@ def need_of(
 def require_memory(
     request: Request, n: int, capacity: int, width: int, target: RuntimeModel, draft: RuntimeModel | None = None
 ) -> None:
-    """Refuse a call of N = ``n`` rows a request that cannot fit; the rest as for ``need_of``.
+    """Refuse a call that cannot fit. n: rows of a request, N; other arguments as for ``need_of``.
 
     Raises:
-        InputError: with the largest N that fits.
+        InputError: the call does not fit. It names the largest N that would.
     """
     device = request.ids.device
     free = free_bytes(device)
@@ -74,28 +74,28 @@ def require_memory(
 
 
 def readable(count: int) -> str:
-    """In decimal units, as memory is sold: 1 GB is 1e9 bytes."""
+    """``count`` bytes in decimal units: 1 GB is 1e9 bytes."""
     unit, size = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6)) if count >= s / 10), ("kB", 1e3))
     return f"{count / size:,.1f} {unit}"
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """What may still be allocated on ``device``; None where that cannot be known."""
+    """Bytes that may still be allocated on ``device``; None where that is not known."""
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # kept by the allocator
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # kept by torch's allocator
         return int(torch.cuda.mem_get_info(device)[0]) + unused
     found = [count for count in (_available(), _left_to_group()) if count is not None]
     return min(found) if device.type == "cpu" and found else None
 
 
 def _available(table: Path = Path("/proc/meminfo")) -> int | None:
-    """What Linux says it can give without swapping."""
+    """Bytes that Linux can give without swapping."""
     value = _fields(table).get("MemAvailable:")
     return None if value is None else value * 1024
 
 
 def _left_to_group(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What is left of the limit of a container (control groups, version 2 or 1); cached files give way."""
+    """Bytes left of the limit of a container (control groups, version 2 or 1). Cached files count as free."""
     for folder, limit, used, cached in (
         (root, "memory.max", "memory.current", "inactive_file"),
         (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -107,7 +107,7 @@ def _left_to_group(root: Path = Path("/sys/fs/cgroup")) -> int | None:
 
 
 def _number(file: Path) -> int | None:
-    """None also for the word "max", which is no limit."""
+    """The number in a file; None where there is none, as in "max", which means no limit."""
     text = _text(file).strip()
     return int(text) if text.isdigit() else None
 

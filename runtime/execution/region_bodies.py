@@ -1,7 +1,7 @@
 """The bodies of the compiled regions: plain functions of tensors, no Python state, no host decision.
 
-R = B*N rows, K draft tokens a cycle. A model is given as ``forward(tokens [R, T], places, state, context) -> (rows,
-state)``; ``state`` is what particles permute, ``context`` what they share.
+R = B*N rows, K draft tokens a cycle. A model is given as ``forward(tokens [R, T], places, state, context) -> (logits,
+state)``. Resampling copies rows of ``state``; ``context`` is shared by all particles. Logits are called ``rows``.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from smc_compile.runtime.state.region_types import EosIds, Forward, Places, Sett
 
 
 def draw(log_probs: Tensor, u: Tensor, greedy: bool) -> Tensor:
-    """One token a row: inverse CDF with one uniform, or the mode. [..., V], [...] -> [...]"""
+    """One token a row, by inverse CDF with one uniform, or the likeliest: [..., V], [...] -> [...]."""
     return log_probs.argmax(-1) if greedy else sample_inverse_cdf(log_probs.exp(), u)
 
 
 def run_model(forward: Forward) -> Callable[..., tuple[Tensor, State]]:
-    """The model alone: its rows leave the region, for rules that read the text."""
+    """The model alone: text processors change its logits outside the region."""
 
     def model_rows(tokens: Tensor, places: Places, state: State, context: Any) -> tuple[Tensor, State]:
         return forward(tokens, places, state, context)
@@ -32,9 +32,9 @@ def run_model(forward: Forward) -> Callable[..., tuple[Tensor, State]]:
 
 
 def choose(distribution: NextTokenDistribution | Mixture) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """From rows [R, V] after ``tokens`` [R, T]: the next token of every row, its log-probability, ended, undefined.
+    """From the logits [R, V] after ``tokens`` [R, T]: the next token, its log-probability, ended, undefined; [R] each.
 
-    Rows that have ended repeat the padding.
+    Rows that have ended get padding. A row is undefined where NaN is in its distribution and it has not ended.
     """
     greedy = distribution.kind == "greedy"
 
@@ -52,7 +52,7 @@ def choose(distribution: NextTokenDistribution | Mixture) -> Callable[..., tuple
 def step(
     forward: Forward, chosen: Callable[..., tuple[Tensor, ...]]
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, State]]:
-    """One token of every row: the model, then the choice (see ``choose``)."""
+    """One token of every row: the model, then ``choose``."""
 
     def next_token(
         tokens: Tensor,
@@ -72,20 +72,20 @@ def step(
 
 
 class Judged(NamedTuple):
-    """What the target makes of a block x_0 .. x_K."""
+    """How the target judges a block x_0 .. x_K."""
 
-    increments: Tensor  # [R] float64, of the log weights
-    tokens: Tensor  # [R, K+1]: x_1 .. x_K and the bonus; padding after an end
-    log_p: Tensor  # [R, K+1] of these tokens under the target; 0 where nothing counts
+    increments: Tensor  # [R] float64, added to the log weights
+    tokens: Tensor  # [R, K+1]: x_1 .. x_K and the bonus token; padding after an end
+    log_p: Tensor  # [R, K+1] float64, of these tokens under the target; 0 where they do not count
     over: Tensor  # [R, K+1] bool: the sequence ends with x_k or before
-    undefined: Tensor  # [R] bool: a distribution that counts is NaN
+    undefined: Tensor  # [R] bool: NaN in the distribution of a token that counts
 
 
 def judge(distribution: NextTokenDistribution) -> Callable[..., Judged]:
-    """From rows [R*(K+1), V] over a block: weight increments, the bonus token, which rows ended or broke.
+    """From the target's logits [R*(K+1), V] over a block: weight increments, the bonus token, ended and undefined rows.
 
-    Increments after the end of a sequence and beyond the length cap are zero; the bonus is drawn from the target itself
-    and adds none.
+    A token counts unless it comes after the end of a sequence or after the last wanted one. The others add nothing to
+    the weights; neither does the bonus token, since it is drawn from the target itself.
     """
 
     def judge_block(
@@ -117,7 +117,7 @@ def judge(distribution: NextTokenDistribution) -> Callable[..., Judged]:
 
 
 def score(forward: Forward, judged: Callable[..., Judged]) -> Callable[..., tuple[Judged, State]]:
-    """Target pass over pending and drafted tokens, and what it makes of them (see ``judge``)."""
+    """The target over pending and drafted tokens, then ``judge``."""
 
     def score_block(
         block: Tensor,

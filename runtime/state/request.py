@@ -1,4 +1,4 @@
-"""What a call asks for: one prompt, length, seed, end and sampler setting for each request of the batch."""
+"""What a call asks for: prompt, length, seed, eos ids and sampler settings of each request of the batch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 class Rows(NamedTuple):
-    """Which requests the rows of a text [R, L] belong to, for rules and stops that look at whole texts."""
+    """Which requests the rows of a text [R, L] belong to, for text processors and stopping criteria."""
 
-    request: Tensor  # [R], the place in the caller's batch
-    padding: Tensor  # [R], how many tokens in front of the prompt are padding
+    request: Tensor  # [R], index in the caller's batch
+    padding: Tensor  # [R], number of padding tokens in front of the prompt
 
 
 # (text [R, L], scores [R, V], rows) -> scores [R, V]: a logits processor that reads the tokens so far
@@ -32,14 +32,15 @@ class Request:
         lengths: [B] int64, at least 1.
         new_tokens: [B] int64, the most tokens wanted.
         seeds: [B] int64.
-        ends: [B, E] int64, tokens that end a sequence; -1 fills up.
+        eos_ids: [B, E] int64, tokens that end a sequence; -1 fills up.
         pad: [B] int64, the token that follows an end.
-        settings: what the distribution reads, by name: [B] each.
-        number: the place of each request in the caller's batch.
-        rules: on the scores, where they run as they are; compiled ones belong to the session.
-        stop: ends a sequence by what its text is; it runs on the host.
-        max_lag: draw one ancestor for what is older than so many tokens; None never does.
+        settings: sampler settings that the distribution reads, by name: [B] each.
+        number: index of each request in the caller's batch.
+        text_processors: those that run on the host; compiled ones belong to the session.
+        stop: a stopping criterion, which runs on the host.
+        max_lag: draw one ancestor for tokens older than this many; None never does.
         watch: called with every ``Progress``.
+        reach: position tables are filled up to this length, so that requests of one shape have tables of one shape.
     """
 
     ids: Tensor
@@ -54,19 +55,19 @@ class Request:
     stop: Stop | None = None
     max_lag: int | None = None
     watch: Callable[[Any], None] | None = None
-    reach: int = 0  # position tables are filled up to this length: requests of one shape then have tables of one
+    reach: int = 0
 
     @property
     def batch(self) -> int:
         return self.ids.shape[0]
 
     def rows(self, n: int) -> Rows:
-        """Of n particles a request."""
+        """The rows of ``n`` particles a request, R = B*n."""
         request = torch.tensor(self.number, device=self.ids.device).repeat_interleave(n)
         return Rows(request, (self.ids.shape[1] - self.lengths).repeat_interleave(n))
 
     def take(self, keep: list[int]) -> Request:
-        """The requests at these rows."""
+        """The requests of these indices."""
         index = torch.tensor(keep, device=self.ids.device)
         taken: dict[str, Any] = {
             f.name: getattr(self, f.name)[index] for f in fields(self) if isinstance(getattr(self, f.name), Tensor)
@@ -76,25 +77,28 @@ class Request:
         return replace(self, **taken)
 
     def padded(self, prompt: int, answer: int) -> Request:
-        """The same with more padding in front, and longer tables, for multiples of so many prompt and new tokens."""
+        """The same with lengths rounded up: to a multiple of ``prompt`` by more padding in front, and of ``answer`` by
+        longer position tables."""
         width = self.ids.shape[1]
         ids = torch.nn.functional.pad(self.ids, (-width % prompt, 0))
         most = int(self.new_tokens.max())
         return replace(self, ids=ids, reach=ids.shape[1] + most + -most % answer)
 
     def positions(self, slots: Tensor) -> Tensor:
-        """Where suffix slots [T] stand in each sequence [B, T].
+        """Positions of suffix slots [T] in each sequence: [B, T].
 
-        Tokens past the cap stay on its last position: nothing reads them.
+        Slots past the last wanted token have its position: nothing reads them.
         """
         return (slots + self.lengths[:, None]).minimum((self.lengths + self.new_tokens - 1)[:, None])
 
     def key_positions(self, capacity: int) -> Tensor:
-        """Where cached keys stand [B, P+S]: prompts begin at column 0 there, and what fills up the shorter ones stands
-        later than every query, which hides it."""
+        """Positions of cached keys [B, P+S], for suffixes of ``capacity`` = S slots.
+
+        In a cache each prompt begins at column 0. Columns past a shorter prompt are UNSEEN.
+        """
         columns = torch.arange(self.ids.shape[1], device=self.ids.device)
-        prompt = torch.where(columns < self.lengths[:, None], columns, HIDDEN)
+        prompt = torch.where(columns < self.lengths[:, None], columns, UNSEEN)
         return torch.cat([prompt, self.lengths[:, None] + torch.arange(capacity, device=self.ids.device)], 1)
 
 
-HIDDEN = 2**40  # a position later than any
+UNSEEN = 2**40  # a position after every query, so that no query attends to it

@@ -1,7 +1,7 @@
-"""Where accepted tokens stand in the suffixes of target and draft, when requests advance by different counts.
+"""Slots of the suffixes of target and draft, when the requests of a batch accept different numbers of tokens.
 
-Every cycle writes its K+1 tokens at one cursor for all rows. A table of positions says what a slot holds: slots of
-rejected tokens become HIDDEN, later than every query. When the suffix is full, what is left moves to its front.
+Every cycle writes its K+1 tokens at one cursor for all rows. A table holds the position of each slot's token; slots of
+rejected tokens become UNSEEN. When the suffix is full, the slots that are still seen move to its front.
 """
 
 from __future__ import annotations
@@ -13,67 +13,74 @@ from torch import Tensor
 
 from smc_compile.runtime.algorithms.tensors import mark_dynamic
 from smc_compile.runtime.state.region_types import Places, State
-from smc_compile.runtime.state.request import HIDDEN, Request
+from smc_compile.runtime.state.request import UNSEEN, Request
 
-SPARE = 8  # cycles for which there is room beyond the tokens wanted
+SPARE = 8  # cycles for which there are slots beyond those of the wanted tokens
 
 
 def capacity(new_tokens: int, width: int) -> int:
-    """Slots for cycles of ``width`` tokens: all of them, or room to compact now and then."""
+    """Slots of a suffix for cycles of ``width`` tokens.
+
+    A cycle may keep only one token. So there are slots for as many cycles as that can take, or fewer, which are then
+    compacted now and then.
+    """
     return width * max(min(new_tokens - 1, -(-new_tokens // width) + SPARE), 1)
 
 
 @dataclass
 class Slots:
-    """B requests, P slots of their prompts and S of the suffix; target and draft use the same slots.
+    """Positions of the tokens in the slots of B requests: P of a prompt, S of the suffix, the same for both models.
 
-    The target reads x_0 .. x_K in a cycle. The draft reads one token before: x_{-1}, x_0, .. x_{K-1}, since it never
-    saw x_K of a block that was accepted. So its table shows only what stands before x_{-1}, the prompt's last token
-    included.
+    In a cycle the target reads x_0 .. x_K. The draft reads x_{-1}, x_0, .. x_{K-1}: it begins one token earlier, since
+    it never read x_K of a block that was accepted as a whole. So its table shows only tokens before x_{-1}: the
+    prompt's last token is not among them.
     """
 
-    target: Tensor  # [B, P+S], positions of what the slots hold
+    target: Tensor  # [B, P+S], positions
     draft: Tensor  # [B, P+S]
     size: int  # S
     width: int  # K+1
-    cursor: int = 0
+    cursor: int = 0  # first slot of this cycle, counted in the suffix
 
     @classmethod
     def start(cls, request: Request, size: int, width: int) -> Slots:
         target = request.key_positions(size)
-        target[:, -size:] = HIDDEN
-        draft = target.scatter(1, request.lengths[:, None] - 1, HIDDEN)
+        target[:, -size:] = UNSEEN
+        draft = target.scatter(1, request.lengths[:, None] - 1, UNSEEN)
         return cls(mark_dynamic(target, 1), mark_dynamic(draft, 1), size, width)
 
     @property
     def current(self) -> Tensor:
-        """Of this cycle [K+1]."""
+        """Slots of this cycle [K+1], counted in the suffix."""
         return torch.arange(self.cursor, self.cursor + self.width, device=self.target.device)
 
     def open(self, last: Tensor) -> None:
-        """Take slots for the block behind the pending tokens, which stand at positions ``last`` [B]."""
+        """Give the slots of this cycle to a block that begins with the pending tokens, at positions ``last`` [B]."""
         positions = last[:, None] + torch.arange(self.width, device=last.device)
         prompt = self.target.shape[1] - self.size
         self.target[:, prompt + self.current] = positions
         self.draft[:, prompt + self.current] = positions - 1
 
     def places(self, keys: Tensor, positions: Tensor, first: int) -> Places:
-        """For tokens at ``positions`` [B, T], from slot number ``first`` of this cycle on."""
+        """Places of tokens at ``positions`` [B, T], from slot number ``first`` of this cycle on."""
         return Places(positions, self.current[first : first + positions.shape[1]], keys)
 
     def close(self, count: Tensor) -> None:
-        """Keep the first ``count`` [B] slots of this cycle and hide the others."""
+        """End the cycle: keep its first ``count`` [B] slots, and let the others be UNSEEN."""
         here = self.target.shape[1] - self.size + self.current
         rejected = torch.arange(self.width, device=count.device) >= count[:, None]  # [B, K+1]
         for keys in (self.target, self.draft):
-            keys[:, here] = keys[:, here].masked_fill(rejected, HIDDEN)
+            keys[:, here] = keys[:, here].masked_fill(rejected, UNSEEN)
         self.cursor += self.width
 
     def compact(self, *states: State) -> bool:
-        """Move what the slots hold to the front, if the next cycle has no room. States: [R, H, S, d] each."""
+        """Move the slots that are seen to the front, if the next cycle does not fit. Returns whether they were moved.
+
+        states: caches [R, H, S, d], changed in place.
+        """
         if self.cursor + self.width <= self.size:
             return False
-        hidden = self.target[:, -self.size :] == HIDDEN  # [B, S]
+        hidden = self.target[:, -self.size :] == UNSEEN  # [B, S]
         self.cursor = int((~hidden).sum(1).max())
         order = hidden.int().argsort(dim=1, stable=True)  # [B, S]
         for keys in (self.target, self.draft):
@@ -85,12 +92,12 @@ class Slots:
         return True
 
     def share(self, source: Tensor, *states: State) -> None:
-        """Give every row what row ``source`` [R] holds in the slots of this cycle."""
+        """Copy into every row what row ``source`` [R] of it holds in the slots of this cycle, in place."""
         for suffix in (suffix for state in states for suffix in state):
             block = suffix[:, :, self.cursor : self.cursor + self.width]
             block.copy_(block[source])
 
     def take(self, index: Tensor) -> Slots:
-        """Of these requests."""
+        """The slots of these requests."""
         target, draft = (mark_dynamic(keys[index], 1) for keys in (self.target, self.draft))
         return Slots(target, draft, self.size, self.width, self.cursor)

@@ -1,38 +1,41 @@
-"""How many slots the suffixes have: attention reads all that are allocated, so they grow with the text.
+"""How many slots the suffixes have. Attention reads all that are allocated, so they grow with the text.
 
-A text of n tokens then reads at most half as much again as it holds, and one that ends early never pays for its cap.
+They grow by half, so at most a third of what is read is empty, and a text that ends early never pays for the slots of
+its longest answer.
 """
 
 from __future__ import annotations
 
 import math
 
-FIRST = 128  # slots to begin with: below that a cycle does not feel them
+FIRST = 128  # slots to begin with; fewer would not make a cycle faster
 
 
 def cycles_of(new_tokens: int, width: int) -> int:
-    """Cycles of ``width`` tokens that an answer takes; its first token comes with the prompt."""
+    """Cycles of ``width`` tokens that an answer takes; its first token is drawn at prefill."""
     return math.ceil((new_tokens - 1) / width)
 
 
 def capacity_of(new_tokens: int, width: int) -> int:
-    """Slots of an answer in whole cycles."""
+    """Slots of an answer of ``new_tokens``, in whole cycles of ``width`` tokens."""
     return max(cycles_of(new_tokens, width) * width + 1, 2)
 
 
 def first_size(capacity: int, prompt: int) -> int:
-    """Slots to begin with, of at most ``capacity``."""
+    """Slots to begin with, at most ``capacity``, beside prompts of ``prompt`` slots."""
     return _apart(min(FIRST, capacity), capacity, prompt)
 
 
 def next_size(size: int, needed: int, capacity: int, prompt: int) -> int:
-    """Slots when ``size`` of them do not hold ``needed``."""
+    """Slots after ``size`` of them, of which ``needed`` must fit; otherwise as for ``first_size``."""
     return _apart(min(max(needed, size + size // 2), capacity), capacity, prompt)
 
 
 def mean_slots(capacity: int, width: int, prompt: int) -> tuple[float, float]:
-    """Slots of a suffix that are allocated, and those that hold something after a cycle: means over an answer's
-    cycles of ``width`` tokens."""
+    """Slots that a suffix has, and slots that are filled after a cycle: means over the cycles of an answer.
+
+    capacity: slots of the whole answer; width: tokens of a cycle; prompt: slots of the prompt.
+    """
     size, sizes = first_size(capacity, prompt), []
     held = range(width + 1, max(capacity, width + 1) + 1, width)
     for needed in held:
@@ -43,5 +46,8 @@ def mean_slots(capacity: int, width: int, prompt: int) -> tuple[float, float]:
 
 
 def _apart(size: int, capacity: int, prompt: int) -> int:
-    """Sizes that are equal when a region is compiled count as one symbol, and would compile again when they differ."""
+    """``size``, or one more where it equals ``prompt`` and the capacity allows that.
+
+    Dynamo gives equal sizes one symbol, and compiles again when they differ later.
+    """
     return size + 1 if size == prompt and size < capacity else size

@@ -1,1 +1,5 @@
-"""Kernels written by hand, as ops: each beats what the libraries do, and has a twin in ATen."""
+"""Kernels written by hand where they beat what libraries and the compiler give.
+
+Each is an op of the namespace ``smc_compile`` with a twin in tensor code, which gives the same where no kernel can be
+built or the device has none. Import a kernel from its file. Nothing here imports another part of the package.
+"""

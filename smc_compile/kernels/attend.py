@@ -1,4 +1,4 @@
-"""``smc_compile::attend``: attention of a few new positions over a shared prompt and suffixes, as an op (attend.cpp).
+"""``smc_compile::attend``: attention of a few new positions over shared prompts and own suffixes (attend.cpp).
 
 R = B*N rows: particle n of request b is row b*N + n. H counts key heads, G the query heads that share one, T the new
 positions, P those of a prompt, S the slots of a suffix. Its twin is :func:`attend_in_tensor_code`.
@@ -13,7 +13,7 @@ from smc_compile.kernels.cpp_kernel import cpp_kernel
 
 SIGNATURE = (*["const NUMBER*"] * 5, "const bool*", "NUMBER*", *["int64_t"] * 15)
 TYPES = (torch.float32, torch.bfloat16)
-LANES = 16  # widths are multiples of it
+LANES = 16  # numbers that the kernel handles at once; head widths must be multiples
 
 _library = torch.library.Library("smc_compile", "FRAGMENT")
 _library.define(
@@ -30,10 +30,15 @@ def attend_in_tensor_code(
     suffix_values: Tensor,
     hidden: Tensor,
 ) -> Tensor:
-    """query [R, H, G, T, d], keys [B, H, P, d] and [R, H, S, d], values of width v, hidden [1, B or R, T, P+S] (True:
-    not seen) -> [R, H, G, T, v]. The softmax is float32, or float64 for such a query.
+    """Attention in tensor code: [R, H, G, T, v]. The softmax is float32, or float64 for a query in float64.
 
-    Prompt keys are read once for all particles of a request: their queries fold into one product's rows.
+    Prompt keys are read once for all particles of a request: their queries are the rows of one product.
+
+    Args:
+        query: [R, H, G, T, d], scaled already.
+        prompt_keys, prompt_values: [B, H, P, d] and [B, H, P, v].
+        suffix_keys, suffix_values: [R, H, S, d] and [R, H, S, v].
+        hidden: [1, B or R, T, P+S] bool; True where a query does not see a key.
     """
     r, h, g, t, d = query.shape
     b, _, p, _ = prompt_keys.shape
@@ -59,13 +64,13 @@ def attend_in_tensor_code(
     top = torch.maximum(shared.amax(-1, keepdim=True), own.amax(-1, keepdim=True))
     shared, own = (shared - top).exp(), (own - top).exp()
     total = shared.sum(-1, keepdim=True) + own.sum(-1, keepdim=True)
-    # Rounded before they meet the values, as the weights of an ordinary attention are.
+    # The weights are rounded to the type of the values before the product, as in ordinary attention.
     mixed = unfold(fold((shared / total).to(query.dtype).reshape(r, h, m, p)) @ prompt_values)
     return mixed + ((own / total).to(query.dtype).reshape(r, h, m, -1) @ suffix_values).reshape(r, h, g, t, -1)
 
 
 def _laid_out(mixed: Tensor) -> Tensor:
-    """[R, H, G, T, v] as the layer after it reads: all heads of a position together."""
+    """[R, H, G, T, v] with the strides that the next layer reads best: all heads of a position are contiguous."""
     return mixed.permute(0, 3, 1, 2, 4).contiguous().permute(0, 2, 3, 1, 4)
 
 
@@ -81,7 +86,7 @@ def _attend(
     suffix_values: Tensor,
     hidden: Tensor,
 ) -> Tensor:
-    """As the twin; scores, softmax and sums are float32, rounded once."""
+    """The kernel, or its twin where none can be built. Scores, softmax and sums are float32, rounded once."""
     kernel = cpp_kernel("attend", SIGNATURE, query.dtype)
     if kernel is None:
         return _twin(query, prompt_keys, prompt_values, suffix_keys, suffix_values, hidden)
@@ -112,7 +117,7 @@ def _shape(
 
 
 def suits(query: Tensor, values: Tensor) -> bool:
-    """Whether the kernel takes them: of widths that fill its registers, on a CPU, or without data to be counted."""
+    """Whether the kernel takes them: on a CPU or as meta tensors, of its types, with widths that fill its registers."""
     counted = query.device.type in ("cpu", "meta") and query.dtype in TYPES and query.dtype == values.dtype
     return counted and query.shape[-1] % LANES == 0 and values.shape[-1] % LANES == 0
 
@@ -120,5 +125,5 @@ def suits(query: Tensor, values: Tensor) -> bool:
 _library.impl("attend", _attend, "CPU")
 torch.library.register_fake("smc_compile::attend", _shape, lib=_library)
 
-# What the op is in tensor code, for a device that has no kernel for it.
+# The op in tensor code, for devices without a kernel.
 IN_TENSOR_CODE = {torch.ops.smc_compile.attend.default: _twin}

@@ -1,7 +1,7 @@
-"""Rows of caches over other rows, in place, as a device decides: which ones stands in a tensor, not with the host.
+"""Copying rows of caches over other rows, in place, where a tensor on the device says which ones.
 
-On a GPU a Triton kernel goes over all caches of one shape in one launch (copy_rows_kernel.py), and touches only rows
-that change, and slots in which they do. Elsewhere, as its twin, tensor code gathers all rows.
+On a GPU one launch of a Triton kernel (copy_rows_kernel.py) serves all caches of one shape. It touches only the rows
+that change, and in them only the slots that do. Elsewhere its twin gathers whole rows in tensor code.
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ BLOCK = 1024  # words that one program copies
 
 
 def gather_rows(caches: Sequence[Tensor], source: Tensor) -> None:
-    """The twin: whole rows. caches: [R, H, S, d] each; source: [R]."""
+    """The twin: copies whole rows in place. caches: [R, H, S, d] each; source: [R]."""
     for cache in caches:
         cache.copy_(cache.index_select(0, source))
 
 
 class RowCopy:
-    """Gives row r of every cache [R, H, S, d] what row ``source[r]`` holds in slots ``since[r]`` to ``used``.
+    """Copies row ``source[r]`` of every cache [R, H, S, d] to row r, in slots ``since[r]`` to ``used``.
 
-    What they hold before is the same already, and nothing is meant from ``used`` on.
-
-    Rows that others take from keep their own: ``source[source[r]] == source[r]``.
+    Slots before ``since[r]`` must be the same already; slots from ``used`` on are empty. A row that is copied keeps its
+    own: ``source[source[r]] == source[r]``.
     """
 
     def __init__(self, caches: Sequence[Tensor]) -> None:
@@ -51,7 +50,7 @@ class RowCopy:
 
 
 def copy_group(like: Tensor, addresses: Tensor, source: Tensor, since: Tensor, used: Tensor) -> None:
-    """By the kernel, for contiguous caches shaped as ``like`` [R, H, S, d] that stand at ``addresses`` [C] int64."""
+    """The kernel, for C contiguous caches shaped as ``like`` [R, H, S, d], whose addresses are given [C] int64."""
     from smc_compile.kernels.copy_rows_kernel import WORDS, copy_rows_kernel
 
     rows, heads, slots, width = like.shape

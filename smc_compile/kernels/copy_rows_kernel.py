@@ -1,4 +1,4 @@
-"""The Triton kernel of copy_rows.py: apart, because triton is imported only where there is a use for it."""
+"""The Triton kernel of copy_rows.py, in a file of its own: triton is imported only where it is used."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def copy_rows_kernel(
     heads,
     head_words,  # of S slots
     slot_words,
-    WORD: tl.constexpr,  # its type: an integer, whatever the numbers are
+    WORD: tl.constexpr,  # integer type of a word, for numbers of any type
     BLOCK: tl.constexpr,
 ):
     """Program (r * H + h, cache, block) copies a block of words of one head of row ``source[r]`` to row r."""

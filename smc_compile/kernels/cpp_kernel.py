@@ -1,4 +1,4 @@
-"""Kernels written in C++ by hand: built by Inductor's builder for the processor at hand, kept in Inductor's cache."""
+"""Building the kernels written in C++: with Inductor's builder, for this processor, kept in Inductor's cache."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ NUMBERS = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "c10
 
 @cache
 def cpp_kernel(name: str, arguments: Sequence[str], dtype: torch.dtype) -> Callable[..., None] | None:
-    """``kernel`` of the file ``name.cpp`` beside this one, with NUMBER standing for ``dtype``.
+    """The function ``kernel`` of ``name.cpp`` beside this file, with ``dtype`` in place of NUMBER.
 
-    ``arguments`` are the C++ types of its parameters; ``lanes.h`` is put in where it is included. None, with a
-    warning, where no compiler builds it: each kernel has a twin in ATen.
+    ``arguments`` are the C++ types of its parameters. ``lanes.h`` is inserted where it is included. None, with a
+    warning, where it cannot be built: callers then use the kernel's twin.
     """
     from torch._inductor.codecache import CppPythonBindingsCodeCache
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler

@@ -1,4 +1,4 @@
-"""``smc_compile::skinny_linear``: products of a few rows with a large weight on a CPU (skinny_linear.cpp), as an op.
+"""``smc_compile::skinny_linear``: products of a few rows with a large weight on a CPU (skinny_linear.cpp).
 
 Its twin is ``aten.linear``.
 """
@@ -17,7 +17,7 @@ _library.define("skinny_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
 
 
 def _skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., I], weight [O, I], bias [O] -> [..., O]; sums are float32, rounded once."""
+    """x [..., I], weight [O, I], bias [O] -> [..., O]. Sums are float32, rounded once."""
     kernel = cpp_kernel("skinny_linear", SIGNATURE, x.dtype)
     if kernel is None:
         return torch.ops.aten.linear.default(x, weight, bias)
@@ -36,5 +36,5 @@ def _shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 _library.impl("skinny_linear", _skinny_linear, "CPU")
 torch.library.register_fake("smc_compile::skinny_linear", _shape, lib=_library)
 
-# What the op is in tensor code, for a device that has no kernel for it.
+# The op in tensor code, for devices without a kernel.
 IN_TENSOR_CODE = {torch.ops.smc_compile.skinny_linear.default: torch.ops.aten.linear.default}

@@ -1,5 +1,4 @@
-"""Where top-k and top-p cut the rows of a vocabulary, without sorting: on a CPU as ops (thresholds.cpp), elsewhere in
-tensor code, which the compiler generates kernels for.
+"""The thresholds of top-k and top-p, without sorting: ops on a CPU (thresholds.cpp), else bisection in tensor code.
 
 Their twins sort. Tokens exactly as likely as the last one kept are kept too.
 """
@@ -47,7 +46,7 @@ def mass_by_bisection(probs: Tensor, p: Tensor) -> Tensor:
 
 
 def _keys(numbers: Tensor) -> Tensor:
-    """Integers of the same width that compare as the numbers do."""
+    """Integers of the same width, in the order of the numbers."""
     integer = torch.int32 if numbers.dtype == torch.float32 else torch.int64
     return _ordered(numbers.contiguous().view(integer))
 
@@ -57,13 +56,15 @@ def _numbers(keys: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _ordered(bits: Tensor) -> Tensor:
-    """Bit patterns of negative numbers turned around; its own inverse."""
+    """Bit patterns with the order of negative numbers reversed. It is its own inverse."""
     return bits ^ ((bits >> (8 * bits.dtype.itemsize - 1)) & torch.iinfo(bits.dtype).max)
 
 
 def _bisect(keys: Tensor, holds: Callable[[Tensor], Tensor]) -> Tensor:
-    """The largest key [R, 1] that ``holds``, which does for all keys up to some one: two bits with each pass over the
-    row, as many passes as a key has bits, halved."""
+    """The largest key [R, 1] that ``holds``, a condition that holds for all keys up to some one.
+
+    Each pass over the row decides two bits of the key.
+    """
     found = torch.full_like(keys[..., :1], torch.iinfo(keys.dtype).min)
     for low_bit in range(8 * keys.dtype.itemsize - 2, -1, -2):
         first = found + (1 << low_bit)
@@ -103,7 +104,7 @@ for _name, _mass in (("kth_largest", False), ("least_of_mass", True)):
     _library.impl(_name, lambda rows, at, mass=_mass: _on_cpu(rows, at, mass), "CPU")
     torch.library.register_fake(f"smc_compile::{_name}", _shape, lib=_library)
 
-# What each op is in tensor code, for a device that has no kernel for it.
+# Each op in tensor code, for devices without a kernel.
 IN_TENSOR_CODE = {
     torch.ops.smc_compile.kth_largest.default: kth_by_bisection,
     torch.ops.smc_compile.least_of_mass.default: mass_by_bisection,

@@ -204,3 +204,19 @@ def test_a_stateful_pair_compiles_too(compiler):
         assert_same(result, generate(target, draft, PROMPTS, max_new_tokens=12, seed=3, **options))
         assert_same(again, generate(target, draft, PROMPTS[:, :3], max_new_tokens=20, seed=4, **options))
     assert result.stats.resamplings > 0
+
+
+@pytest.mark.parametrize("outer", ["long", "short"])
+def test_a_streamer_may_generate(run, outer):
+    """A prompt of one token has compiled code of its own, which must not serve the generation around it."""
+    prompts = {"long": PROMPTS[:1], "short": PROMPTS[:1, :1]}
+    expected = {name: run("eager", ids) for name, ids in prompts.items()}
+    inner = "short" if outer == "long" else "long"
+    found: list[Generation] = []
+
+    def generate_once(_: object) -> None:
+        if not found:
+            found.append(run("eager", prompts[inner]))
+
+    assert_same(run("eager", prompts[outer], streamer=generate_once), expected[outer])
+    assert_same(found[0], expected[inner])

@@ -5,8 +5,13 @@ Seeds are fixed; the rate stated with a statistical test is that of a false alar
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -257,3 +262,27 @@ def test_a_criterion_that_breaks_is_told():
 
     with pytest.raises(GenerationError, match="a stopping criterion broke off"):
         replicate(target, draft, PROMPT, 5, 4, stopping_criteria=[criterion])
+
+
+FIRST_CALL = """
+import json
+import torch
+from helpers.logits_processors import penalty
+from helpers.toys import TableLM
+from smc_compile import generate
+
+out = generate(
+    TableLM(3), None, torch.tensor([[1, 0, 2]]), max_new_tokens=3, method="autoregressive", compiler="eager",
+    logits_processor=[penalty],
+)
+print(json.dumps(out.stats.rules))
+"""
+
+
+def test_the_first_processor_of_a_process_is_compiled():
+    """Whether it is tensor code is tried before any generation of the process has begun."""
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, "-c", FIRST_CALL], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == ["penalty: compiled, on target and draft"]

@@ -8,7 +8,7 @@ import torch
 from smc_compile.runtime.algorithms.next_token import SETTINGS, Mixture, NextTokenDistribution, broken
 
 ROWS = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)) * 2
-STAGES = tuple(warper for warper, _ in SETTINGS.values())
+WARPERS = tuple(warper for warper, _ in SETTINGS.values())
 
 
 def settings(**given: float) -> dict[str, torch.Tensor]:
@@ -18,13 +18,13 @@ def settings(**given: float) -> dict[str, torch.Tensor]:
 
 def mixture(share: float = 0.1) -> Mixture:
     return Mixture(
-        NextTokenDistribution("logits", warpers=STAGES), NextTokenDistribution("logits", warpers=STAGES[:1]), share
+        NextTokenDistribution("logits", warpers=WARPERS), NextTokenDistribution("logits", warpers=WARPERS[:1]), share
     )
 
 
 def test_settings_that_change_nothing_leave_the_softmax():
     torch.testing.assert_close(
-        NextTokenDistribution("logits", warpers=STAGES).log_probs(ROWS, settings()), ROWS.log_softmax(-1)
+        NextTokenDistribution("logits", warpers=WARPERS).log_probs(ROWS, settings()), ROWS.log_softmax(-1)
     )
 
 

@@ -1,7 +1,7 @@
 """What rejection commits follows the target's distribution, whatever the draft and however many chains are tried.
 
-The exact distribution of the output is enumerated: every tuple of drafted tokens, and for each the probability of every
-path of acceptances, which plain Python follows beside the code under test.
+The exact distribution of the output is enumerated: every tuple of drafted tokens, and for each of them the probability
+of every path of acceptances, which plain Python follows beside the code under test.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What is read of Dynamo's private state means what we take it to mean.
 
-A failure here says that torch has changed it. ``admitted_code`` must then change too, or give None: guards are checked at
-every call then.
+A failure here says that torch has changed it. ``admitted_code`` must then change too, or give None: then guards are
+checked at every call.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from helpers.model_parts import perturbed
 from helpers.toys import TinyTransformerLM
 
 from smc_compile import generate
-from smc_compile.runtime.state import suffix_sizes as room
+from smc_compile.runtime.state import suffix_sizes
 from smc_compile.runtime.state.suffix_sizes import capacity_of, first_size, mean_slots, next_size
 
 IDS = torch.tensor([[1, 0, 2, 3]])
@@ -34,8 +34,8 @@ def test_an_answer_has_slots_for_whole_cycles_after_its_first_token():
 
 
 def test_a_size_is_not_that_of_the_prompt_unless_nothing_else_is_left():
-    assert first_size(1000, room.FIRST) == room.FIRST + 1
-    assert first_size(room.FIRST, room.FIRST) == room.FIRST
+    assert first_size(1000, suffix_sizes.FIRST) == suffix_sizes.FIRST + 1
+    assert first_size(suffix_sizes.FIRST, suffix_sizes.FIRST) == suffix_sizes.FIRST
     assert next_size(128, 129, 1000, 192) == 193
 
 
@@ -60,7 +60,7 @@ def test_growing_changes_nothing_and_compiles_nothing(method, compiler, monkeypa
         "compiler": compiler,
     }
     whole = generate(target, draft, IDS, **options)
-    monkeypatch.setattr(room, "FIRST", 5)  # grows six times
+    monkeypatch.setattr(suffix_sizes, "FIRST", 5)  # grows six times
     small = generate(target, draft, IDS, **options)
     assert torch.equal(small.particles, whole.particles)
     torch.testing.assert_close(small.log_weights, whole.log_weights)
