@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from smc_compile.errors import SMCError
+from smc_compile.passes.fx_tools import mutated_inputs, output_values
 
 Sizes = tuple[int, ...]
 
@@ -18,7 +19,7 @@ class CausalLM:
     """One iteration of a decode loop as a functional ATen graph: ``ids [B, S] -> rows [B, V]`` at the last position.
 
     Attributes:
-        graph_module: placeholders are the token ids and then the weights; S is symbolic, B is ``batch``.
+        graph_module: its placeholders are the token ids and the weights, in any order; S is symbolic, B is ``batch``.
         ids: the placeholder of the token ids.
         weights: the other placeholders, in the order in which weights are passed.
         batch: the batch size of the trace (a constant of the graph, generalised by axis typing).
@@ -35,14 +36,25 @@ class CausalLM:
     def graph(self) -> fx.Graph:
         return self.graph_module.graph
 
+    def arguments(self, ids: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+        """What the graph module is called with: ids [B, S] and the weights in the order of its placeholders."""
+        given = {self.ids: ids, **dict(zip(self.weights, weights, strict=True))}
+        return [given[node] for node in self.graph.find_nodes(op="placeholder")]
+
     def verify(self) -> None:
-        """Raise unless the graph is well-formed: lint, one output, a value on every node, no in-place op."""
+        """Check that the graph is well-formed: lint, one output, a value on every node, no write in place.
+
+        Raises:
+            SMCError: naming what is not.
+        """
         self.graph.lint()
         if len(output_values(self.graph)) != 1:
             raise SMCError("internal: a causal model has exactly one output")
         for node in self.graph.nodes:
             if node.op != "output" and "val" not in node.meta:
                 raise SMCError(f"internal: node {node.name} carries no value")
+            if mutated_inputs(node):
+                raise SMCError(f"internal: node {node.name} writes in place")
 
 
 @dataclass(frozen=True)
@@ -89,19 +101,3 @@ class CachedLM:
     max_positions: int | None
     attention: tuple[str, ...] = ()  # "sdpa", or "score" and "mix" for each attention written as products
     report: list[str] = field(default_factory=list)
-
-
-def output_values(graph: fx.Graph) -> list[fx.Node]:
-    """The flat list of values that a graph returns."""
-    values = graph.output_node().args[0]
-    return list(values) if isinstance(values, (list, tuple)) else [values]  # type: ignore[arg-type, list-item]
-
-
-def user_line(node: fx.Node) -> str:
-    """The op of a node and the user's source line that made it (the innermost frame outside torch)."""
-    frames = re.findall(r'File "([^"]+)", line (\d+)[^\n]*\n?([^\n]*)', node.meta.get("stack_trace") or "")
-    mine = [frame for frame in frames if "/torch/" not in frame[0]] or frames
-    if not mine:
-        return f"{node.name} = {node.target}"
-    file, line, source = mine[-1]
-    return f"{node.name} = {node.target}, {file.rpartition('/')[2]}:{line}: {source.strip()}"

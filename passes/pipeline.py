@@ -1,7 +1,9 @@
-"""The order of the passes, in one place.
+"""All passes in their order, each with one input and one output type.
 
-- `recover_loop`: Dynamo's graph -> one iteration of its decode loop.
-- `trace_model`: one iteration -> CausalLM -> sampler -> CachedLM -> validated.
+    `recover_loop`    Dynamo's graph of a loop -> DecodeLoop, which holds one iteration: the step
+    `trace_model`     step -> ExportedProgram -> CausalLM -> (CausalLM, Sampler) -> CachedLM
+
+A value is verified after each pass that makes or changes it, where it can be (``CausalLM.verify``).
 """
 
 from __future__ import annotations
@@ -9,15 +11,31 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 
+from smc_compile.errors import SMCError
+from smc_compile.passes.axes.infer import type_axes
 from smc_compile.passes.cache.synthesize import synthesize_cache
-from smc_compile.passes.capture.export_lm import OwnedWeights, export_lm
+from smc_compile.passes.capture import shape_only  # noqa: F401  (registers rewrites)
+from smc_compile.passes.capture.decompositions import decompose
+from smc_compile.passes.capture.export_lm import (
+    OwnedWeights,
+    causal_lm,
+    export_step,
+    fewest_positions,
+    require_any_length,
+    share_subexpressions,
+    untraceable,
+)
+from smc_compile.passes.capture.length_bound import bound_length
+from smc_compile.passes.capture.picked_rows import handle_all_rows
 from smc_compile.passes.capture.sampler import Sampler, match_sampler
+from smc_compile.passes.capture.short_texts import check_short_texts
 from smc_compile.passes.ir import CachedLM, CausalLM
 from smc_compile.passes.loop.alike import compare_iterations
 from smc_compile.passes.loop.as_written import PaddedIteration, cached_iterations
@@ -47,9 +65,10 @@ from smc_compile.passes.loop.refusals import (
 )
 from smc_compile.passes.loop.step_graph import build_step
 from smc_compile.passes.loop.tensor_info import tensor_info
-from smc_compile.passes.lower.early_head import early_choice
+from smc_compile.passes.lower import skinny_products  # noqa: F401  (registers a rewrite)
+from smc_compile.passes.lower.early_head import early_head
 from smc_compile.passes.lower.outline_layers import outline_layers
-from smc_compile.passes.lower.skinny_products import skinny_linear
+from smc_compile.passes.rewrites import rewrite_cached, rewrite_captured
 from smc_compile.passes.validate import validate
 
 log = logging.getLogger(__name__)
@@ -61,6 +80,7 @@ class Traced:
 
     Attributes:
         sampler: what the step samples from; None when the step returns logits.
+        owned: the weights that the step owns itself; they precede the explicit ones in ``lm.weights``.
         error: largest relative difference between cached and original rows, None when not validated.
         seconds: time of each pass.
     """
@@ -73,34 +93,85 @@ class Traced:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
+class Passes:
+    """Runs passes one after the other, and keeps the time of each by its name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def run(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        start = time.perf_counter()
+        result = function(*inputs)
+        if isinstance(result, CausalLM):
+            result.verify()
+        self.seconds[function.__name__] = time.perf_counter() - start
+        return result
+
+
 def trace_model(step: nn.Module, ids: Tensor, weights: Sequence[Tensor], check: bool, sampled: bool = True) -> Traced:
     """Run every pass on ``step(ids [B, S], *weights)``, which returns a draw, or logits [B, V] if not ``sampled``.
 
     Raises:
         CacheError, LoopError, ValidationError: from the pass that refuses.
     """
-    seconds: dict[str, float] = {}
-    start = time.perf_counter()
-
-    def lap(name: str) -> None:
-        nonlocal start
-        seconds[name], start = time.perf_counter() - start, time.perf_counter()
-
-    lm, owned = export_lm(step, ids, weights)
-    lap("export")
+    passes = Passes()
+    lm, owned = capture(step, ids, weights, passes)
     sampler = None
     if sampled:
-        lm, sampler = match_sampler(lm)
-        lap("match_sampler")
-    cached = skinny_linear(early_choice(synthesize_cache(lm)))
-    lap("synthesize_cache")
-    error = None
-    if check:
-        error = validate(lm, cached, [*owned(), *weights])
-        lap("validate")
-    cached = outline_layers(cached)
-    lap("outline_layers")
-    return Traced(lm, sampler, cached, owned, error, seconds)
+        lm, sampler = passes.run(match_sampler, lm)
+    cached = passes.run(synthesize_cache, lm)
+    cached = passes.run(early_head, cached)
+    cached = passes.run(rewrite_cached, cached)
+    error = passes.run(validate, lm, cached, [*owned(), *weights]) if check else None
+    cached = passes.run(outline_layers, cached)
+    return Traced(lm, sampler, cached, owned, error, passes.seconds)
+
+
+def capture(
+    step: nn.Module, ids: Tensor, weights: Sequence[Tensor] = (), passes: Passes | None = None
+) -> tuple[CausalLM, OwnedWeights]:
+    """``step(ids [B, S], *weights) -> [B, ...]`` as a causal model, and the weights that the step owns itself.
+
+    Raises:
+        CacheError: when the step cannot be traced for a symbolic length, with the tracer's reason.
+    """
+    passes = passes or Passes()
+    program = _exported(step, ids, weights, passes)
+    owned = OwnedWeights(step, program)
+    lm = require_any_length(passes.run(causal_lm, program))
+    lm = passes.run(rewrite_captured, lm)
+    lm = passes.run(share_subexpressions, lm)
+    lm = passes.run(bound_length, lm)
+    lm = passes.run(handle_all_rows, lm)
+    passes.run(check_short_texts, step, lm, fewest_positions(program), [*owned(), *weights], weights)
+    log.debug("captured step\n%s", lm.graph_module.print_readable(print_output=False))
+    return lm, owned
+
+
+def _exported(step: nn.Module, ids: Tensor, weights: Sequence[Tensor], passes: Passes) -> ExportedProgram:
+    """The step as a functional program with a symbolic length."""
+    try:
+        return passes.run(decompose, passes.run(export_step, step, ids, weights))
+    except SMCError:  # the step itself refused
+        raise
+    except Exception as error:  # the tracer raises many types; all mean the same to the user
+        _refuse_what_pins_the_length(step, ids, weights)
+        raise untraceable(error) from error
+
+
+def _refuse_what_pins_the_length(step: nn.Module, ids: Tensor, weights: Sequence[Tensor]) -> None:
+    """A recurrent op pins the length: trace for that one length and let the axis analysis name the op.
+
+    Raises:
+        CacheError: naming the op, if there is one, or why the step cannot be traced for one length either.
+    """
+    try:
+        program = decompose(export_step(step, ids, weights, symbolic=False))
+    except SMCError:
+        raise
+    except Exception as error:
+        raise untraceable(error) from error
+    type_axes(causal_lm(program))
 
 
 # ---- from Dynamo's graph to one iteration --------------------------------------------------------------------------

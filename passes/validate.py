@@ -12,8 +12,9 @@ from smc_compile.errors import CacheError, ValidationError
 from smc_compile.passes.axes.axis_types import KEY, K, Q, Typing
 from smc_compile.passes.axes.infer import type_axes
 from smc_compile.passes.cache.position_tables import HIDDEN
-from smc_compile.passes.closeness import NARROW, TOLERANCE, relative_error
-from smc_compile.passes.ir import CachedLM, CausalLM, user_line
+from smc_compile.passes.closeness import NARROW, allowed_error, coarsest_dtype, relative_error
+from smc_compile.passes.fx_tools import describe
+from smc_compile.passes.ir import CachedLM, CausalLM
 from smc_compile.passes.lower.skinny_products import linear
 
 BLOCKS = (3, 1, 2)
@@ -36,16 +37,15 @@ def validate(lm: CausalLM, cached: CachedLM, weights: Sequence[Tensor]) -> float
         check_prefix_tables(cached, weights, total)
         actual, at = replay(cached, ids, weights, PROMPT, BLOCKS)
         *ends, last = at.unique().tolist()
-        by_end = {end: _rows(lm, ids[:, : end + 1], weights, FewRows) for end in ends}
-        by_end[last] = _rows(lm, ids[:, : last + 1], weights)  # by nothing of ours
+        by_end = {end: original_rows(lm, ids[:, : end + 1], weights, SkinnyProducts) for end in ends}
+        by_end[last] = original_rows(lm, ids[:, : last + 1], weights)  # without kernels of ours
         expected = torch.stack([torch.stack([by_end[int(end)][b] for end in at[b]]) for b in range(len(at))])
-    dtype = _compute_dtype(weights, expected)
+    dtype = coarsest_dtype([*weights, expected])
     error = relative_error(actual, expected, dtype in NARROW)
-    tolerance = TOLERANCE.get(dtype, 1e-4)
-    if not error <= tolerance:
+    if not error <= allowed_error(dtype):
         raise ValidationError(
             "the cached model does not reproduce the original",
-            f"largest relative difference {error:.2e}, allowed {tolerance:.0e} over {total} positions",
+            f"largest relative difference {error:.2e}, allowed {allowed_error(dtype):.0e} over {total} positions",
             "please report this model; until then use the explicit protocol step(tokens, pos, state)",
         )
     return error
@@ -89,7 +89,7 @@ def replay(
         for suffix, copy in zip(suffixes, copies, strict=True):
             suffix.copy_(copy)
         scored = cached.score(tokens, *args).view(batch, block, -1)
-        if relative_error(last, scored[:, -1], _compute_dtype(weights, row) in NARROW) > 0.2:
+        if relative_error(last, scored[:, -1], coarsest_dtype([*weights, row]) in NARROW) > 0.2:
             scored = torch.full_like(scored, float("nan"))
         rows.append(scored)
         at.append(positions)
@@ -126,7 +126,7 @@ def check_causal(lm: CausalLM, ids: Tensor, weights: Sequence[Tensor]) -> None:
             if node not in typing.hiding and _leaks(typing, node, value, moved[node], changed):
                 raise CacheError(
                     "the model is not causal: a position reads later ones",
-                    f"the first op that leaks is {user_line(node)}",
+                    f"the first op that leaks is {describe(node)}",
                     "give attention a causal mask (is_causal=True), or use an autoregressive model",
                 )
 
@@ -143,7 +143,7 @@ def check_hidden(typing: Typing, values: dict[fx.Node, Tensor]) -> None:
         if shown.any():
             raise CacheError(
                 "the model is not causal: attention to later positions is open",
-                f"later keys are not hidden in {user_line(node)}",
+                f"later keys are not hidden in {describe(node)}",
                 "hide them with -inf (or False) before keys are chosen, and again in the mask that attention gets",
             )
 
@@ -168,7 +168,7 @@ def _leaks(typing: Typing, node: fx.Node, before: Tensor, after: Tensor, changed
 def _trace_values(lm: CausalLM, typing: Typing, ids: Tensor, weights: Sequence[Tensor]) -> dict[fx.Node, Tensor]:
     """Floating per-position values, attention probabilities and what must hide keys, by node, in program order."""
 
-    class Recorder(FewRows):
+    class Recorder(SkinnyProducts):
         def __init__(self) -> None:
             super().__init__(lm.graph_module)
             self.values: dict[fx.Node, Tensor] = {}
@@ -182,7 +182,7 @@ def _trace_values(lm: CausalLM, typing: Typing, ids: Tensor, weights: Sequence[T
             return value
 
     recorder = Recorder()
-    recorder.run(*_in_order(lm, ids, weights))
+    recorder.run(*lm.arguments(ids, weights))
     return recorder.values
 
 
@@ -193,24 +193,18 @@ def _is_checked(node: fx.Node, axes: object) -> bool:
     return not over_keys or ("softmax" in str(node.target) and (K,) in axes)
 
 
-def _in_order(lm: CausalLM, ids: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    """Arguments in the order of the graph's placeholders."""
-    by_node = dict(zip(lm.weights, weights, strict=True))
-    return [ids if n is lm.ids else by_node[n] for n in lm.graph.nodes if n.op == "placeholder"]
-
-
-class FewRows(fx.Interpreter):
-    """Products of few rows by the kernel for them: ATen takes several times as long on many processors."""
+class SkinnyProducts(fx.Interpreter):
+    """Runs a graph with its linear layers in the kernel for few rows: ATen takes several times as long on many CPUs."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         return super().call_function(linear if target is torch.ops.aten.linear.default else target, args, kwargs)
 
 
-def _rows(
+def original_rows(
     lm: CausalLM, ids: Tensor, weights: Sequence[Tensor], interpreter: type[fx.Interpreter] = fx.Interpreter
 ) -> Tensor:
-    """The original model's rows for ids [B, S], also when S is one."""
-    result = interpreter(lm.graph_module).run(*_in_order(lm, ids, weights))
+    """The original model's rows [B, V] for ids [B, S], op by op, so that S may be one."""
+    result = interpreter(lm.graph_module).run(*lm.arguments(ids, weights))
     return result[0] if isinstance(result, (list, tuple)) else result
 
 
@@ -218,9 +212,3 @@ def _random_tokens(lm: CausalLM, cached: CachedLM, weights: Sequence[Tensor], to
     generator = torch.Generator().manual_seed(0)
     device = next((w.device for w in weights), torch.device("cpu"))
     return torch.randint(0, cached.vocab_size, (lm.batch, total), generator=generator).to(device)
-
-
-def _compute_dtype(weights: Sequence[Tensor], rows: Tensor) -> torch.dtype:
-    """The coarsest floating dtype that takes part."""
-    present = {w.dtype for w in weights if w.is_floating_point()} | {rows.dtype}
-    return next((d for d in (torch.bfloat16, torch.float16, torch.float32) if d in present), torch.float64)

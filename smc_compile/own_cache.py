@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from smc_compile.errors import CacheError
-from smc_compile.passes.closeness import TOLERANCE, relative_error
+from smc_compile.passes.closeness import allowed_error, coarsest_dtype, relative_error
 
 State = tuple[Tensor, list[Tensor]]  # what is no tensor, pickled [R, bytes] uint8; then the cache's tensors, rows first
 KNOWN = ("past_key_values", "cache_params", "cache", "state")  # where the result is a tuple (logits, cache)
@@ -167,7 +167,7 @@ class OwnCache(nn.Module):
         total = PROMPT + sum(BLOCKS)
         ids = self._tokens(2, total)
         expected = self(ids)
-        tolerance = max(TOLERANCE.get(_dtype(self.model, expected), 1e-4), FINEST)
+        tolerance = max(allowed_error(coarsest_dtype([*self.model.parameters(), expected])), FINEST)
         singly = float("inf")
         for told in (True, False) if "position_ids" in _parameters(self.model) else (False,):
             self.positions = told
@@ -307,12 +307,6 @@ def _differing_axis(two: tuple[int, ...], three: tuple[int, ...]) -> int:
     if len(changed) > 1 or (two[changed[0]], three[changed[0]]) != (2, 3):
         raise _refusal("a tensor of the model's cache has no axis of rows", f"{two} with two rows, {three} with three")
     return changed[0]
-
-
-def _dtype(model: nn.Module, logits: Tensor) -> torch.dtype:
-    """The coarsest floating dtype that takes part."""
-    present = {p.dtype for p in model.parameters() if p.is_floating_point()} | {logits.dtype}
-    return next((d for d in (torch.bfloat16, torch.float16, torch.float32) if d in present), torch.float64)
 
 
 def _refusal(what: str, why: str) -> CacheError:

@@ -11,7 +11,8 @@ import torch
 from torch import fx
 
 from smc_compile.errors import CacheError
-from smc_compile.passes.ir import CausalLM, user_line
+from smc_compile.passes.fx_tools import describe
+from smc_compile.passes.ir import CausalLM
 
 BATCH, QUERY, KEY, REPEAT, OTHER = "batch", "query", "key", "repeat", "other"
 
@@ -91,7 +92,7 @@ def refuse(node: fx.Node, why: str, fix: str = "") -> CacheError:
         "wrap a model that has a cache of its own: smc_compile.OwnCache(model); or write the explicit protocol "
         "step(tokens, pos, state) -> (logits, state) with initial_state(batch)"
     )
-    return CacheError(f"no cache can be synthesized: {why}", user_line(node), fix or default)
+    return CacheError(f"no cache can be synthesized: {why}", describe(node), fix or default)
 
 
 def expression(size: Any) -> sympy.Expr:

@@ -1,4 +1,4 @@
-"""What the rules of the axis analysis share: their registry, arguments by name, broadcasting."""
+"""What the rules of the axis analysis share: their registry, broadcasting, and the axes that an op may mix."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from smc_compile.passes.axes.axis_types import (
     expression,
     refuse,
 )
+from smc_compile.passes.fx_tools import op_name
 
 Rule = Callable[[Typing, fx.Node], Any]
 RULES: dict[str, Rule] = {}
@@ -29,21 +30,9 @@ MIXED = {QUERY: "positions", BATCH: "requests", KEY: "the positions that attenti
 END = 2**62  # slices write "to the end" as a huge integer
 
 
-def op_name(node: fx.Node) -> str:
-    target = node.target
-    return target._overloadpacket.__name__ if isinstance(target, torch._ops.OpOverload) else str(target)
-
-
-def arguments(node: fx.Node) -> dict[str, Any]:
-    """A node's arguments by schema name, defaults filled in."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    bound = {a.name: a.default_value for a in schema if a.has_default_value()}
-    bound.update({a.name: value for a, value in zip(schema, node.args, strict=False)})
-    bound.update(node.kwargs)
-    return bound
-
-
 def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register the rule of these ops, by name."""
+
     def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(names, function))
         return function
@@ -77,7 +66,7 @@ def merge_axis(node: fx.Node, left: Axis | None, right: Axis | None) -> Axis | N
 
 
 def outline(axis: Axis) -> Axis:
-    """An axis that tells no repeated factor from a varying one."""
+    """The axis with repeated factors written as varying ones."""
     return tuple(Atom(OTHER, atom.size) if atom.kind == REPEAT else atom for atom in axis)
 
 
@@ -109,6 +98,7 @@ def settle(typing: Typing, node: fx.Node, axis: Axis | None, size: Any) -> Axis:
 
 
 def tensors(values: Iterable[Any]) -> list[fx.Node]:
+    """The values that are nodes of tensors."""
     return [v for v in values if isinstance(v, fx.Node) and isinstance(v.meta.get("val"), torch.Tensor)]
 
 
@@ -125,10 +115,12 @@ def require_plain(node: fx.Node, axis: Axis, keys_allowed: bool = False) -> None
 
 
 def dims_of(value: Any, rank: int) -> list[int]:
+    """The axes that a ``dim`` argument names, counted from the front: one, several, or all for None and []."""
     if value is None or value == []:
         return list(range(rank))
     return [axis_index(d, rank) for d in (value if isinstance(value, (list, tuple)) else [value])]
 
 
 def plain(size: int) -> Axis:
+    """An axis of this size without positions or requests."""
     return () if size == 1 else (Atom(OTHER, size),)

@@ -1,11 +1,12 @@
 """Sparse attention: a query chooses the keys it attends to, by a ``topk`` over its scores.
 
-What ``topk`` returns are numbers of keys. In the cached form the keys are the P+S slots of a cache, so there they are
-numbers of slots: right where they mark those same keys in a mask over them (``scatter``), wrong as numbers of anything
-else. Slots that a query does not see (of later tokens, of padding, not yet written) must not take the place of others:
-the scores hide them before the choice, which is checked on values (:mod:`verify`). Where fewer than k are seen, hidden
-ones fill up the k, as later positions do in the original; whatever masks these, masks those. Of equal scores ``topk``
-takes any, in the original as here: only there may the two choose differently.
+``topk`` returns numbers of keys. In the cached form the keys are the P+S slots of a cache, so these are numbers of
+slots. They are right where they mark the same keys in a mask over slots (``scatter``), and wrong as any other number.
+
+Slots that a query does not see (later tokens, padding, not yet written) must not displace others. So the scores must
+hide them before the choice; ``validate.check_hidden`` checks that on values. Where a query sees fewer than k keys,
+hidden slots fill up the k, as later positions do in the original, and the same mask hides both. Of equal scores
+``topk`` may take any: only then may the two forms choose differently.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor, fx
 
 from smc_compile.passes.axes.axis_types import CHOSEN, Atom, Axes, Axis, K, Q, Typing, expression, refuse
-from smc_compile.passes.axes.helpers import arguments, axis_index, merge_axis, op_name, operand_axes, settle, tensors
+from smc_compile.passes.axes.helpers import axis_index, merge_axis, operand_axes, settle, tensors
+from smc_compile.passes.fx_tools import arguments, op_name, reachable
 
 # Ops that hand numbers of keys on as they are. A reshape is none of them: how many are chosen depends on the region.
 HANDED_ON = {"_to_copy", "to", "clone", "contiguous", "detach", "alias", "unsqueeze", "squeeze", "transpose", "permute"}
@@ -30,36 +32,17 @@ def choose_keys(scores: Tensor, count: int, dim: int, in_order: bool) -> tuple[T
     return values, slots
 
 
-def choose_at_most_all(graph: fx.Graph) -> None:
-    """Let each ``topk`` of a fixed number along the sequence choose all entries where there are fewer, in place.
-
-    ``if S > k: scores.topk(k)`` leaves the ``topk`` in a trace of a longer sequence.
-    """
-    for node in list(graph.nodes):
-        if node.target is not torch.ops.aten.topk.default:
-            continue
-        bound = arguments(node)
-        size = bound["self"].meta["val"].shape[bound["dim"]]
-        if isinstance(size, int) or not isinstance(bound["k"], int):
-            continue
-        with graph.inserting_before(node):
-            length = graph.call_function(torch.ops.aten.sym_size.int, (bound["self"], bound["dim"]))
-            least = graph.call_function(torch.sym_min, (length, bound["k"]))
-        length.meta["val"], least.meta["val"] = size, bound["k"]
-        node.args = (bound["self"], least, *node.args[2:])
-
-
 def is_over_keys(typing: Typing, node: fx.Node) -> bool:
     """Whether a ``topk`` runs along the positions that attention reads."""
     bound = arguments(node)
-    axes = typing.of(bound["self"])
+    axes = typing.of(bound["input"])
     return axes[axis_index(bound["dim"], len(axes))] == (K,)
 
 
 def choice(typing: Typing, node: fx.Node) -> list[Axes]:
     """Axes of a ``topk`` over keys: values and numbers of keys along an axis of their own."""
     bound = arguments(node)
-    scores = bound["self"]
+    scores = bound["input"]
     if not bound["largest"]:
         raise refuse(node, "the keys with the least scores are chosen, but hidden keys have the least", "negate them")
     if not _is_masked(typing, scores):
@@ -91,17 +74,8 @@ def _count(typing: Typing, node: fx.Node, k: sympy.Expr) -> int:
 
 def _is_masked(typing: Typing, scores: fx.Node) -> bool:
     """Whether something on the way from the products to the scores combines them with a table over [Q, K]."""
-    seen: set[fx.Node] = set()
-    stack = [scores]
-    while stack:
-        node = stack.pop()
-        if node in seen or not _has_keys(typing, node):
-            continue
-        seen.add(node)
-        if any(_is_table(typing, source) for source in node.all_input_nodes):
-            return True
-        stack.extend(node.all_input_nodes)
-    return False
+    over_keys = reachable([scores], lambda node: [s for s in node.all_input_nodes if _has_keys(typing, s)])
+    return any(_is_table(typing, source) for node in over_keys for source in node.all_input_nodes)
 
 
 def _has_keys(typing: Typing, node: fx.Node) -> bool:
@@ -150,7 +124,7 @@ def refuse_numbers_of_keys(node: fx.Node) -> None:
 def scatter_over_keys(typing: Typing, node: fx.Node) -> Axes:
     """Axes of ``x [..., Q, K].scatter(dim, chosen, value)``: a mark on each chosen key, rows as in ``x``."""
     bound = arguments(node)
-    source, d = bound["self"], axis_index(bound["dim"], node.meta["val"].dim())
+    source, d = bound["input"], axis_index(bound["dim"], node.meta["val"].dim())
     sizes = [expression(size) for size in node.meta["val"].shape]
     written = tensors([bound["index"], bound.get("src")])
     axes = operand_axes(typing, source)

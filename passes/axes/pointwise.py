@@ -14,16 +14,15 @@ from smc_compile.passes.axes.axis_types import Axes, K, Typing, refuse
 from smc_compile.passes.axes.helpers import (
     RULES,
     Rule,
-    arguments,
     axis_index,
     broadcast,
     dims_of,
-    op_name,
     plain,
     require_plain,
     rule,
     tensors,
 )
+from smc_compile.passes.fx_tools import arguments, op_name
 
 
 def rule_for(node: fx.Node) -> Rule:
@@ -68,7 +67,7 @@ def reduction(typing: Typing, node: fx.Node) -> Any:
     bound = arguments(node)
     if len(tensors(node.args)) == 2:  # max(a, b) is pointwise
         return pointwise(typing, node)
-    source = typing.of(bound.get("self", bound.get("input")))
+    source = typing.of(bound["input"])
     dims = dims_of(bound.get("dim"), len(source))
     for d in dims:
         require_plain(node, source[d], keys_allowed=True)
@@ -82,9 +81,7 @@ def reduction(typing: Typing, node: fx.Node) -> Any:
       "flip", "roll", "cummax")  # fmt: skip
 def along_axis(typing: Typing, node: fx.Node) -> Any:
     bound = arguments(node)
-    source = typing.of(bound.get("self", bound.get("input"))) if typing.is_dependent(bound.get("self")) else None
-    if source is None:
-        source = broadcast(typing, node, tensors([bound.get("self"), bound.get("index")]))
+    source = typing.of(bound["input"])
     for d in dims_of(bound.get("dim", bound.get("dims", -1)), len(source)):
         require_plain(node, source[d], keys_allowed="softmax" in op_name(node))
     return [source] * len(node.meta["val"]) if isinstance(node.meta["val"], (tuple, list)) else source
@@ -95,7 +92,7 @@ def topk(typing: Typing, node: fx.Node) -> Any:
     if op_name(node) == "topk" and key_selection.is_over_keys(typing, node):
         return key_selection.choice(typing, node)
     bound = arguments(node)
-    source = list(typing.of(bound["self"]))
+    source = list(typing.of(bound["input"]))
     d = axis_index(bound["dim"], len(source))
     require_plain(node, source[d])
     if isinstance(bound["k"], fx.Node):

@@ -1,4 +1,4 @@
-"""Axes through products: linear layers, matmul, attention."""
+"""Axes through products: linear layers, matrix products, attention."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from smc_compile.passes.axes.axis_types import (
     expression,
     refuse,
 )
-from smc_compile.passes.axes.helpers import arguments, merge_axis, op_name, outline, plain, require_plain, rule
-from smc_compile.passes.ir import user_line
+from smc_compile.passes.axes.helpers import merge_axis, outline, plain, require_plain, rule
+from smc_compile.passes.fx_tools import arguments, describe, op_name
 
 
 @rule("linear")
@@ -71,7 +71,7 @@ def contract(typing: Typing, node: fx.Node, left: Any, right: Any) -> Axes:
 
 
 def _require_one_sequence(node: fx.Node, batch: Axes, rows: Axis) -> None:
-    """The queries stand along the rows of a product, or alone on an axis in front of them: once, in any case."""
+    """Refuse a product unless positions stand on one axis of it: its rows, or an axis of their own before the rows."""
     positions = [axis for axis in (*batch, rows) for atom in axis if atom.kind in (QUERY, KEY)]
     if len(positions) != 1 or (rows not in positions and positions != [(Q,)]):
         raise refuse(node, "attention runs over the positions of the sequence once for each position")
@@ -110,7 +110,7 @@ def attention(typing: Typing, node: fx.Node) -> Axes:
     bound = arguments(node)
     query, key, value = (_matrix_axes(typing, bound[name]) for name in ("query", "key", "value"))
     if bound["dropout_p"]:
-        raise CacheError("the model is in training mode with dropout", user_line(node), "call model.eval() first")
+        raise CacheError("the model is in training mode with dropout", describe(node), "call model.eval() first")
     if query[-2] != (Q,) or key[-2] != (Q,) or value[-2] != (Q,):
         raise refuse(node, "attention does not run over the positions of the sequence")
     if typing.is_dependent(bound["attn_mask"]):

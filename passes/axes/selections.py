@@ -10,10 +10,8 @@ from torch import fx
 from smc_compile.passes.axes.axis_types import KEY, QUERY, Atom, Axes, Axis, K, Q, Typing, expression, refuse
 from smc_compile.passes.axes.helpers import (
     END,
-    arguments,
     axis_index,
     merge_axis,
-    op_name,
     operand_axes,
     plain,
     require_plain,
@@ -22,12 +20,13 @@ from smc_compile.passes.axes.helpers import (
     tensors,
 )
 from smc_compile.passes.axes.key_selection import scatter_over_keys
+from smc_compile.passes.fx_tools import arguments, op_name
 
 
 @rule("slice")
 def slice_axis(typing: Typing, node: fx.Node) -> Axes:
     bound = arguments(node)
-    axes = list(typing.of(bound["self"]))
+    axes = list(typing.of(bound["input"]))
     d = axis_index(bound["dim"], len(axes))
     start, end, step = bound["start"] or 0, bound["end"], bound["step"]
     whole = step == 1 and start == 0 and (end is None or _covers(typing, end, axes[d]))
@@ -86,7 +85,7 @@ def select(typing: Typing, node: fx.Node) -> Axes:
 @rule("cat", "concat", "concatenate")
 def cat(typing: Typing, node: fx.Node) -> Axes:
     bound = arguments(node)
-    operands = [x for x in bound["tensors"] if tuple(x.meta["val"].shape) != (0,)]  # nothing, allowed beside any rank
+    operands = [x for x in bound["tensors"] if tuple(x.meta["val"].shape) != (0,)]  # cat allows an empty one
     d = axis_index(bound["dim"], node.meta["val"].dim())
     if len(operands) == 1:
         return tuple(operand_axes(typing, operands[0]))  # type: ignore[arg-type]
@@ -123,7 +122,7 @@ def _with_extra(typing: Typing, node: fx.Node, operands: Any, key: list[int], d:
 def gather(typing: Typing, node: fx.Node) -> Axes:
     bound = arguments(node)
     d = axis_index(bound["dim"], node.meta["val"].dim())
-    source, index = operand_axes(typing, bound["self"]), operand_axes(typing, bound["index"])
+    source, index = operand_axes(typing, bound["input"]), operand_axes(typing, bound["index"])
     require_plain(node, source[d] or ())
     require_plain(node, index[d] or ())
     axes = [merge_axis(node, x, y) for x, y in zip(source, index, strict=True)]
@@ -167,7 +166,7 @@ def scatter(typing: Typing, node: fx.Node) -> Axes:
     bound = arguments(node)
     if bound["index"] in typing.slots:
         return scatter_over_keys(typing, node)
-    parts = [operand_axes(typing, part) for part in tensors([bound["self"], bound["index"], bound.get("src")])]
+    parts = [operand_axes(typing, part) for part in tensors([bound["input"], bound["index"], bound.get("src")])]
     return _written(typing, node, parts, axis_index(bound["dim"], node.meta["val"].dim()))
 
 
@@ -175,7 +174,7 @@ def scatter(typing: Typing, node: fx.Node) -> Axes:
 def slice_scatter(typing: Typing, node: fx.Node) -> Axes:
     bound = arguments(node)
     d = axis_index(bound["dim"], node.meta["val"].dim())
-    parts = [operand_axes(typing, bound["self"]), operand_axes(typing, bound["src"])]
+    parts = [operand_axes(typing, bound["input"]), operand_axes(typing, bound["src"])]
     if op_name(node) == "select_scatter":
         parts[1].insert(d, ())
     return _written(typing, node, parts, d)

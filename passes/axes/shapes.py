@@ -22,13 +22,14 @@ from smc_compile.passes.axes.axis_types import (
     refuse,
     split_atoms,
 )
-from smc_compile.passes.axes.helpers import arguments, axis_index, broadcast, dims_of, op_name, plain, rule
+from smc_compile.passes.axes.helpers import axis_index, broadcast, dims_of, plain, rule
 from smc_compile.passes.axes.selections import require_sliceable
+from smc_compile.passes.fx_tools import arguments, op_name
 
 
 @rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "_reshape_alias", "view_copy")
 def view(typing: Typing, node: fx.Node) -> Axes:
-    source = typing.of(arguments(node).get("self", node.args[0]))
+    source = typing.of(arguments(node)["input"])
     sizes = _sizes(node)
     axes = split_atoms([atom for axis in source for atom in axis], sizes, typing)
     if axes is None:
@@ -71,7 +72,7 @@ def _repeated(node: fx.Node, size: Any) -> Axis:
 @rule("repeat_interleave")
 def repeat_interleave(typing: Typing, node: fx.Node) -> Axes:
     bound = arguments(node)
-    source = list(typing.of(bound["self"]))
+    source = list(typing.of(bound["input"]))
     if not isinstance(bound["repeats"], int) or bound["dim"] is None:
         raise refuse(node, "repeat_interleave with a tensor of repeats, or without dim")
     d = axis_index(bound["dim"], len(source))

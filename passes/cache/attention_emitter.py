@@ -9,7 +9,6 @@ import torch
 from torch import fx
 
 from smc_compile.passes.axes.axis_types import BATCH, KEY, OTHER, QUERY, REPEAT, Atom, Axes, B, K, Q, Typing
-from smc_compile.passes.axes.helpers import arguments
 from smc_compile.passes.cache.attention_ops import (
     attention_over_cache,
     causal_mask,
@@ -24,6 +23,7 @@ from smc_compile.passes.cache.attention_ops import (
 from smc_compile.passes.cache.emitter import Emitter
 from smc_compile.passes.cache.head_layout import HeadLayout, padded, product
 from smc_compile.passes.cache.position_tables import add, multiply
+from smc_compile.passes.fx_tools import arguments
 from smc_compile.passes.ir import CacheSite
 
 aten = torch.ops.aten

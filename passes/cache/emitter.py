@@ -26,7 +26,7 @@ from smc_compile.passes.axes.axis_types import (
     expression,
     refuse,
 )
-from smc_compile.passes.axes.helpers import arguments, axis_index, op_name
+from smc_compile.passes.axes.helpers import axis_index
 from smc_compile.passes.axes.key_selection import choose_keys
 from smc_compile.passes.cache.head_layout import product
 from smc_compile.passes.cache.position_tables import (
@@ -36,11 +36,11 @@ from smc_compile.passes.cache.position_tables import (
     grows,
     is_fill,
     is_over_positions,
-    live_nodes,
     multiply,
     sequence_size,
 )
-from smc_compile.passes.ir import CacheSite, output_values
+from smc_compile.passes.fx_tools import ancestors, arguments, erase_dead_code, op_name, output_values
+from smc_compile.passes.ir import CacheSite
 
 aten = torch.ops.aten
 
@@ -94,14 +94,14 @@ class Emitter(ABC):
         self.env[lm.ids] = self.tokens
         self.rows_in = self.call(aten.sym_size.int, self.tokens, 0)
         self.length = self.call(aten.sym_size.int, self.tokens, 1)
-        live = live_nodes(lm.graph)
+        live = ancestors(*output_values(lm.graph))
         for node in lm.graph.nodes:
             if node.op in ("call_function", "get_attr") and node in live:
                 self._emit(node)
         (rows,) = output_values(lm.graph)
         result = self.env[rows]
         self.graph.output((result, *self.site_values) if self.mode == PREFILL else result)
-        self.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+        erase_dead_code(self.graph)
         self.graph.lint()
         self.module = fx.GraphModule(lm.graph_module, self.graph)
         return self
@@ -221,9 +221,9 @@ class Emitter(ABC):
     def _choice(self, node: fx.Node) -> fx.Node:
         """The keys that each query chooses, of as many slots as there are."""
         bound = arguments(node)
-        d = axis_index(bound["dim"], len(self.typing.of(bound["self"])))
+        d = axis_index(bound["dim"], len(self.typing.of(bound["input"])))
         count = self.typing.of(node)[0][d][0].size  # the axes of (values, numbers of keys) are a list of two
-        return self.call(choose_keys, self.env[bound["self"]], count, d, bound["sorted"])
+        return self.call(choose_keys, self.env[bound["input"]], count, d, bound["sorted"])
 
     def _keys_of(self, emitted: Any, source: fx.Node) -> Any:
         """The key length of an emitted score-like value, for reshapes that keep the key axis."""
@@ -238,8 +238,8 @@ class Emitter(ABC):
 
     def _slice(self, node: fx.Node) -> Any:
         bound = arguments(node)
-        source = self.env[bound["self"]]
-        before, after = self.typing.of(bound["self"]), self.typing.of(node)
+        source = self.env[bound["input"]]
+        before, after = self.typing.of(bound["input"]), self.typing.of(node)
         d = axis_index(bound["dim"], len(before))
         if before == after:
             return source
@@ -341,7 +341,7 @@ class Emitter(ABC):
     def _last(self, node: fx.Node) -> fx.Node:
         """``x[:, -1]``: every new position of a scored block counts as the last of its own prefix."""
         bound = arguments(node)
-        source, axes = self.env[bound["self"]], self.typing.of(bound["self"])
+        source, axes = self.env[bound["input"]], self.typing.of(bound["input"])
         d = axis_index(bound["dim"], len(axes))
         keep = op_name(node) == "slice"
         if self.mode != SCORE:

@@ -1,4 +1,4 @@
-"""What depends on positions and not on tokens: rotary angles, position embeddings, masks, evaluated once as tables."""
+"""Values that depend on positions and not on tokens (rotary angles, position embeddings, masks), computed as tables."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import fx
 
 from smc_compile.errors import CacheError
 from smc_compile.passes.axes.axis_types import K, Typing, expression, refuse
-from smc_compile.passes.axes.helpers import arguments, axis_index, op_name
-from smc_compile.passes.ir import output_values
+from smc_compile.passes.axes.helpers import axis_index
+from smc_compile.passes.fx_tools import ancestors, arguments, op_name, output_values, reachable
 
-HIDDEN = -3e4  # what hides a key is at most this: no score comes near, and float16 still holds it
+HIDDEN = -3e4  # a mask adds at most this to the score of a hidden key: no score comes near, and float16 holds it
 
 
 def is_over_positions(node: fx.Node) -> bool:
@@ -36,7 +36,7 @@ def growing_axes(table: fx.Node) -> tuple[int, ...]:
 def frontier(typing: Typing) -> list[fx.Node]:
     """Token-free values over positions that token-dependent ops read: they become tables."""
     found: list[fx.Node] = []
-    live = live_nodes(typing.lm.graph)
+    live = ancestors(*output_values(typing.lm.graph))
     for node in typing.lm.graph.nodes:
         if node not in typing.dependent or node not in live:
             continue
@@ -61,55 +61,45 @@ def may_shift(typing: Typing, table: fx.Node) -> bool:
     """Whether a table over keys alone is only added to scores on their way into a softmax, which no shift changes."""
     if growing_axes(table) != (table.meta["val"].dim() - 1,):
         return False
-    stack = [(table, user) for user in table.users]
-    while stack:
-        source, node = stack.pop()
-        axes = typing.axes.get(node)
-        if not isinstance(axes, tuple) or axes[-1:] != ((K,),):
-            return False
-        if op_name(node) in ("softmax", "_softmax") and axis_index(arguments(node)["dim"], len(axes)) == len(axes) - 1:
-            continue
-        if not _keeps_a_shift(node, source):
-            return False
-        stack.extend((node, user) for user in node.users)
-    return True
+    shifted = reachable([table], lambda node: () if _is_softmax_over_keys(typing, node) else node.users) - {table}
+    return all(
+        _is_over_keys(typing, node)
+        and (
+            _is_softmax_over_keys(typing, node)
+            or all(_keeps_a_shift(node, source) for source in node.all_input_nodes if source in shifted | {table})
+        )
+        for node in shifted
+    )
+
+
+def _is_over_keys(typing: Typing, node: fx.Node) -> bool:
+    """Whether the last axis of a value is that of the keys."""
+    axes = typing.axes.get(node)
+    return isinstance(axes, tuple) and axes[-1:] == ((K,),)
+
+
+def _is_softmax_over_keys(typing: Typing, node: fx.Node) -> bool:
+    if op_name(node) not in ("softmax", "_softmax") or not _is_over_keys(typing, node):
+        return False
+    rank = len(typing.of(node))
+    return axis_index(arguments(node)["dim"], rank) == rank - 1
 
 
 def _keeps_a_shift(node: fx.Node, source: fx.Node) -> bool:
-    """Whether a number added to all of ``source`` is added to all of the result, what is hidden apart."""
+    """Whether a number added to all of ``source`` is added to all of the result, except to entries that are hidden."""
     name, bound = op_name(node), arguments(node) if isinstance(node.target, torch._ops.OpOverload) else {}
     if name in ("add", "sub"):
         return True
     if name == "masked_fill":
         hides = not isinstance(bound["value"], fx.Node) and bound["value"] <= HIDDEN
-        return hides and bound["self"] is source and bound["mask"] is not source
+        return hides and bound["input"] is source and bound["mask"] is not source
     return name in ("_to_copy", "to", "clone")
 
 
-def live_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes that the outputs need."""
-    seen, stack = set(), list(output_values(graph))
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            stack.extend(node.all_input_nodes)
-    return seen
-
-
 def grows(node: fx.Node) -> bool:
-    """Whether any ancestor is a size of the sequence."""
-    seen, stack = set(), [node]
-    while stack:
-        current = stack.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        value = current.meta.get("val")
-        if isinstance(value, torch.SymInt) and value.node.expr.free_symbols:
-            return True
-        stack.extend(current.all_input_nodes)
-    return False
+    """Whether a value is computed from a size of the sequence, or is one."""
+    values = (source.meta.get("val") for source in ancestors(node))
+    return any(isinstance(value, torch.SymInt) and value.node.expr.free_symbols for value in values)
 
 
 def table_graph(typing: Typing, tables: Sequence[fx.Node]) -> fx.GraphModule:
@@ -117,13 +107,7 @@ def table_graph(typing: Typing, tables: Sequence[fx.Node]) -> fx.GraphModule:
     graph = fx.Graph()
     length = graph.placeholder("length")
     env: dict[fx.Node, Any] = {node: graph.placeholder(node.name) for node in typing.lm.weights}
-    needed: set[fx.Node] = set()
-    stack = list(tables)
-    while stack:
-        node = stack.pop()
-        if node not in needed:
-            needed.add(node)
-            stack.extend(n for n in node.all_input_nodes if not sequence_size(typing, node))
+    needed = reachable(tables, lambda node: () if sequence_size(typing, node) else node.all_input_nodes)
     for node in typing.lm.graph.nodes:
         if node in env or node not in needed:
             continue
@@ -158,12 +142,12 @@ def affine(graph: fx.Graph, length: Any, size: Any, typing: Typing) -> Any:
 
 
 def multiply(x: int, y: int) -> int:
-    """A size inside an emitted graph."""
+    """A product of sizes, as a node of an emitted graph."""
     return x * y
 
 
 def add(x: int, y: int) -> int:
-    """A size inside an emitted graph."""
+    """A sum of sizes, as a node of an emitted graph."""
     return x + y
 
 

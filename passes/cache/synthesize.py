@@ -13,7 +13,8 @@ from smc_compile.passes.axes.infer import type_axes
 from smc_compile.passes.cache.attention_emitter import AttentionEmitter
 from smc_compile.passes.cache.emitter import ADVANCE, PREFILL, SCORE
 from smc_compile.passes.cache.position_tables import frontier, growing_axes, may_shift, table_graph
-from smc_compile.passes.ir import CachedLM, CacheSite, CausalLM, output_values
+from smc_compile.passes.fx_tools import output_values
+from smc_compile.passes.ir import CachedLM, CacheSite, CausalLM
 
 log = logging.getLogger(__name__)
 

@@ -1,15 +1,85 @@
-"""Ops that are taken apart before the axis analysis, so that attention written with them is seen as a product."""
+"""Ops that are taken apart before the axis analysis, in tensor code, so that attention in them is seen as a product.
+
+A decomposition takes the op's arguments and returns what the op returns, or NotImplemented where it does not cover
+them. torch.export runs them while it traces the graph again; ops in place and nested graphs go then as well.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from torch._dynamo.utils import counters
+
+from smc_compile.passes.axes.axis_types import refuse
+from smc_compile.passes.capture.export_lm import user_inputs
+from smc_compile.passes.fx_tools import descendants, mutated_inputs, op_name
+
+aten = torch.ops.aten
+Decompositions = dict[Any, Callable[..., Any]]  # by op
+
+ALWAYS: Decompositions = {}
+COUNTING: Decompositions = {}  # only where a graph counts tokens along the positions, as in cumsum(ids != padding)
 
 
+def decomposition(op: Any, table: Decompositions = ALWAYS) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register tensor code for an op; where it is used, it is counted under its name, as a rewrite is."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            result = function(*args, **kwargs)
+            counters["smc_compile"][function.__name__] += result is not NotImplemented
+            return result
+
+        table[op] = counted
+        return function
+
+    return register
+
+
+def decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The program without ops of the tables, writes in place and nested graphs.
+
+    Raises:
+        CacheError: naming a convolution of values that depend on tokens.
+    """
+    dependent = sorted(descendants(user_inputs(program)[0]))
+    counts = any(node.target is aten.cumsum.default and _is_count(node) for node in dependent)
+    if _is_functional(program.graph) and not counts:
+        return program  # decomposing traces everything again, which costs as much as the export
+    _refuse_convolutions(dependent)
+    return program.run_decompositions(ALWAYS | (COUNTING if counts else {}))
+
+
+def _is_count(node: fx.Node) -> bool:
+    """A running sum of integers along an axis that grows with the sequence."""
+    source, dim = node.args[:2]
+    value = source.meta["val"]  # type: ignore[union-attr]
+    return not value.is_floating_point() and not isinstance(value.shape[dim], int)
+
+
+def _is_functional(graph: fx.Graph) -> bool:
+    """No op writes in place, and none is left to decompose or inline (`with torch.no_grad()` makes a nested graph)."""
+    nested = any(isinstance(node.target, torch._ops.HigherOrderOperator) for node in graph.nodes)
+    return not nested and not any(mutated_inputs(node) or node.target in ALWAYS for node in graph.nodes)
+
+
+def _refuse_convolutions(dependent: Iterable[fx.Node]) -> None:
+    """Refuse before minutes go by what will be refused anyway: such models often unroll to very long graphs."""
+    for node in dependent:
+        if str(node.target).startswith("aten.conv"):
+            raise refuse(node, f"{op_name(node)} has no position-by-position form")
+
+
+# ---- in tensor code --------------------------------------------------------------------------------------------------
+
+
+@decomposition(aten.einsum.default)
 def einsum_as_matmul(equation: str, operands: Sequence[Tensor], path: object = None) -> Tensor:
     """Two-operand einsum as permute, reshape and matmul, so that attention written with it is seen as a product."""
     inputs, _, output = equation.replace(" ", "").partition("->")
@@ -38,6 +108,7 @@ def einsum_as_matmul(equation: str, operands: Sequence[Tensor], path: object = N
     return y.permute([order.index(c) for c in output])
 
 
+@decomposition(aten.baddbmm.default)
 def baddbmm_as_bmm(x: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """``beta * x + alpha * left @ right`` as a product and a sum: attention scores with a bias added."""
     product = torch.bmm(left, right)
@@ -47,6 +118,7 @@ def baddbmm_as_bmm(x: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, a
     return (x if beta == 1 else x * beta) + product
 
 
+@decomposition(aten.index_put.default)
 def index_put_as_where(x: Tensor, indices: Sequence[Any], values: Tensor, accumulate: bool = False) -> Tensor:
     """``x[mask] = value`` with one value for all places."""
     mask = indices[0]
@@ -55,6 +127,7 @@ def index_put_as_where(x: Tensor, indices: Sequence[Any], values: Tensor, accumu
     return torch.where(mask.reshape(*mask.shape, *[1] * (x.dim() - mask.dim())), values, x)
 
 
+@decomposition(aten.cumsum.default, COUNTING)
 def running_count_as_attention(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
     """A running sum of integers over the positions, as attention with weight one on every position so far.
 
@@ -63,15 +136,16 @@ def running_count_as_attention(x: Tensor, dim: int, *, dtype: torch.dtype | None
     if x.dtype.is_floating_point or x.dtype.is_complex or isinstance(x.shape[dim], int):
         return NotImplemented
     values = x.movedim(dim, -1).double().unsqueeze(-1)  # [..., S, 1]
-    scores = torch.matmul(values, values.transpose(-2, -1))  # their value is of no account, that they stand [S, S] is
+    scores = torch.matmul(values, values.transpose(-2, -1))  # [..., S, S]; only their shape is used
     length = torch.arange(x.shape[dim], device=x.device)
     seen = length[None, :] <= length[:, None]
     sums = torch.matmul(torch.where(seen, scores * 0 + 1, 0.0), values).squeeze(-1)
     return sums.movedim(-1, dim).to(dtype or torch.int64)
 
 
+@decomposition(aten.gather.default, COUNTING)
 def gather_as_index(x: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Tensor:
-    """A gather from rows that are all the same, one row expanded: the row at these indices."""
+    """A gather from one row that is expanded over the other axes: that row at these indices."""
     others = [i for i in range(x.dim()) if i != dim % x.dim()]
     if any(isinstance(x.shape[i], int) and x.shape[i] != 1 and x.stride(i) != 0 for i in others):
         return NotImplemented
@@ -81,15 +155,3 @@ def gather_as_index(x: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = F
     for i in reversed(others):
         row = row.select(i, 0)
     return row[index]
-
-
-DECOMPOSED: dict[Any, Callable[..., Any]] = {
-    torch.ops.aten.einsum.default: einsum_as_matmul,
-    torch.ops.aten.index_put.default: index_put_as_where,
-    torch.ops.aten.baddbmm.default: baddbmm_as_bmm,
-}
-# Only where a graph counts tokens of some kind along the positions, as in cumsum(ids != padding).
-COUNTING: dict[Any, Callable[..., Any]] = {
-    torch.ops.aten.cumsum.default: running_count_as_attention,
-    torch.ops.aten.gather.default: gather_as_index,
-}

@@ -7,6 +7,7 @@ positions the two do not broadcast, so that S is at most c, and the size is ``c 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
 
@@ -16,20 +17,22 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from smc_compile.passes.axes.axis_types import expression
+from smc_compile.passes.ir import CausalLM
 
 
-def bound_length(graph: fx.Graph, length: torch.SymInt) -> int | None:
-    """Find the bound, and rewrite the sizes in the values of ``graph`` as they are below it; None for no bound."""
+def bound_length(lm: CausalLM) -> CausalLM:
+    """The model with the bound in ``max_positions``, and the sizes in its values rewritten as they are below it."""
+    graph, length = lm.graph, lm.ids.meta["val"].shape[1]
     symbol = length.node.expr
     sizes = {size for node in graph.nodes for size in _sizes(node) if _largest(size)}
     bounds = [c for c in sorted(_turning_points(sizes, symbol)) if not _fits(graph, symbol, (c + 1, 2 * c + 3))]
     if not bounds:
-        return None
+        return lm
     rules = {term: _below(term, symbol, bounds[0]) for size in sizes for term in _largest(size)}
     for node in graph.nodes:
         if any(size in sizes for size in _sizes(node)):
             node.meta["val"] = _rewritten(node.meta["val"], rules, length)
-    return bounds[0]
+    return replace(lm, max_positions=min(bounds[0], lm.max_positions or bounds[0]))
 
 
 def _sizes(node: fx.Node) -> list[sympy.Expr]:

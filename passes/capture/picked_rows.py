@@ -1,4 +1,4 @@
-"""Rows that a mask picks, which are handled and put back: all rows are handled, and the mask decides at the end.
+"""Rows that a mask picks, that are worked on and put back: all rows are worked on, and the mask decides at the end.
 
     y[mask] = f(x[mask])        becomes        y = where(mask, f(x), y)
 
@@ -13,23 +13,27 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.utils import counters
-from torch._subclasses.fake_tensor import FakeTensor
 
 from smc_compile.passes.axes.axis_types import expression
-from smc_compile.passes.capture.shape_only import sizes_of
+from smc_compile.passes.fx_tools import descendants, value_without_data
+from smc_compile.passes.ir import CausalLM
+from smc_compile.passes.rewrites import new_node, sizes_of
 
 aten = torch.ops.aten
 ROW_BY_ROW = {aten.linear.default, aten.layer_norm.default, aten.rms_norm.default, aten.clone.default,
               aten.contiguous.default, aten._to_copy.default, aten.to.dtype, aten.dropout.default}  # fmt: skip
 
 
-def handle_all_rows(graph: fx.Graph, dependent: set[fx.Node]) -> None:
-    """Rewrite each pick from a value of ``dependent`` whose rows all come back under the same mask, in place."""
-    for pick in [node for node in graph.nodes if _picks(node) and node in dependent]:
+def handle_all_rows(lm: CausalLM) -> CausalLM:
+    """Rewrite, in place, each pick from a value that depends on tokens, if its rows all come back by the same mask."""
+    dependent = descendants(lm.ids)
+    for pick in [node for node in lm.graph.nodes if _picks(node) and node in dependent]:
         between = _between(pick)
         if between is not None:
-            _rewrite(graph, pick, between)
+            _rewrite(lm.graph, pick, between)
             counters["smc_compile"]["picked_rows"] += 1
+    lm.graph_module.recompile()
+    return lm
 
 
 def _picks(node: fx.Node) -> bool:
@@ -81,34 +85,19 @@ def _rewrite(graph: fx.Graph, pick: fx.Node, between: list[fx.Node]) -> None:
     rows, mask = pick.args[0], pick.args[1][0]  # type: ignore[index]
     axes = mask.meta["val"].dim()  # type: ignore[union-attr]
     with graph.inserting_before(pick):
-        every = rows if axes == 1 else _call(pick, aten.flatten.using_ints, rows, 0, axes - 1)
+        every = rows if axes == 1 else new_node(pick, aten.flatten.using_ints, rows, 0, axes - 1)
     pick.replace_all_uses_with(every)  # type: ignore[arg-type]
     graph.erase_node(pick)
     for node in between:
         if node.target is not aten.index_put.default:
-            node.meta["val"] = _value(node)
+            node.meta["val"] = value_without_data(node)
             continue
         old, _, new = node.args
         with graph.inserting_before(node):
-            new = _call(node, aten.reshape.default, new, sizes_of(graph, old))
+            new = new_node(node, aten.reshape.default, new, sizes_of(node, old))
             shown = mask
             for _ in range(old.meta["val"].dim() - axes):  # type: ignore[union-attr]
-                shown = _call(node, aten.unsqueeze.default, shown, -1)
-            chosen = _call(node, aten.where.self, shown, new, old)
+                shown = new_node(node, aten.unsqueeze.default, shown, -1)
+            chosen = new_node(node, aten.where.self, shown, new, old)
         node.replace_all_uses_with(chosen)
         graph.erase_node(node)
-
-
-def _call(origin: fx.Node, target: Any, *args: Any) -> fx.Node:
-    """A new node in the place of ``origin``, on whose source line it stands."""
-    node = origin.graph.call_function(target, args)
-    node.meta = {**origin.meta, "val": _value(node)}
-    return node
-
-
-def _value(node: fx.Node) -> Any:
-    """What a node computes, as a value without data, from the values of its operands."""
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
-    fake = next(x for x in (s.meta["val"] for s in node.all_input_nodes) if isinstance(x, FakeTensor))
-    with fake.fake_mode:
-        return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""Recover what a loop samples from: walk back from the draw to the logits or probabilities that fix its distribution."""
+"""Recover what a loop samples from: back from the draw to the logits or probabilities that fix its distribution."""
 
 from __future__ import annotations
 
@@ -7,15 +7,24 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import fx
 from torch._dynamo.utils import counters
 
 from smc_compile.errors import LoopError
-from smc_compile.passes.axes.pointwise import arguments, op_name
-from smc_compile.passes.ir import CausalLM, output_values, user_line
+from smc_compile.passes.fx_tools import (
+    ancestors,
+    arguments,
+    descendants,
+    describe,
+    erase_dead_code,
+    op_name,
+    output_values,
+    run_node,
+)
+from smc_compile.passes.ir import CausalLM
+from smc_compile.passes.rewrites import new_node
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -78,13 +87,13 @@ def match_sampler(lm: CausalLM) -> tuple[CausalLM, Sampler]:
     else:
         raise LoopError(
             "the loop's sampler is not recognised",
-            f"the token comes from {user_line(draw)}",
+            f"the token comes from {describe(draw)}",
             "draw with torch.multinomial(probs, 1), argmax(probs / exponential noise), Gumbel-max or argmax",
         )
     if noise := _noise_sources(rows):
         raise LoopError(
             "the probabilities that the loop samples from are random themselves",
-            user_line(noise[0]),
+            describe(noise[0]),
             "compute them from the logits alone",
         )
     temperature = _temperature(rows, kind)
@@ -141,7 +150,7 @@ def _multinomial(draw: fx.Node) -> tuple[fx.Node, str, str]:
     if bound["num_samples"] != 1:
         raise LoopError(
             "the loop draws several tokens at once",
-            user_line(draw),
+            describe(draw),
             "draw one token an iteration: multinomial(probs, 1)",
         )
     rows, kind = _distribution_of_probs(draw.args[0])  # type: ignore[arg-type]
@@ -170,13 +179,13 @@ def _argmax(draw: fx.Node) -> tuple[fx.Node, str, str]:
         draw = draw.args[0]  # type: ignore[assignment]
     if arguments(draw).get("k", 1) != 1:
         raise LoopError(
-            "the loop draws several tokens at once", user_line(draw), "draw one token an iteration: topk(x, 1)"
+            "the loop draws several tokens at once", describe(draw), "draw one token an iteration: topk(x, 1)"
         )
     scores = draw.args[0]
     assert isinstance(scores, fx.Node)
     dim = arguments(draw).get("dim")
     if dim not in (-1, _rank(scores) - 1):
-        raise LoopError("the loop takes argmax over an axis that is not the vocabulary", user_line(draw), "use dim=-1")
+        raise LoopError("the loop takes argmax over an axis that is not the vocabulary", describe(draw), "use dim=-1")
     if not _noise_sources(scores):
         return scores, "greedy", "argmax (greedy)"
     scores = _through(scores)
@@ -198,24 +207,15 @@ def _argmax(draw: fx.Node) -> tuple[fx.Node, str, str]:
             return logits, "logits", "Gumbel-max"
     raise LoopError(
         "the loop's sampler is not recognised",
-        f"argmax of {user_line(scores)}",
+        f"argmax of {describe(scores)}",
         "write argmax(probs / noise) with noise ~ Exponential(1), or argmax(logits + noise) with standard Gumbel noise",
     )
 
 
-def _closure(node: fx.Node) -> list[fx.Node]:
-    seen, stack = {node}, [node]
-    while stack:
-        for source in stack.pop().all_input_nodes:
-            if source not in seen:
-                seen.add(source)
-                stack.append(source)
-    return [n for n in node.graph.nodes if n in seen]
-
-
 def _noise_sources(node: fx.Node) -> list[fx.Node]:
+    """The random ops that a value is computed from, in order."""
     random = torch.Tag.nondeterministic_seeded
-    named = [n for n in _closure(node) if _name(n) and _name(n) not in OFF_IN_EVAL]
+    named = [n for n in sorted(ancestors(node)) if _name(n) and _name(n) not in OFF_IN_EVAL]
     return [n for n in named if random in getattr(n.target, "tags", ())]
 
 
@@ -227,7 +227,7 @@ def _is_noise(node: fx.Node, scores: fx.Node) -> bool:
     if sources[0].meta["val"].shape[-1] != scores.meta["val"].shape[-1]:
         return False
     after = {sources[0]}
-    for n in _closure(node):
+    for n in sorted(ancestors(node)):
         if after.isdisjoint(n.all_input_nodes) or n is sources[0]:
             continue
         if not (torch.Tag.pointwise in n.target.tags or op_name(n) in MOVEMENT):  # type: ignore[union-attr]
@@ -253,7 +253,7 @@ def _check_distribution(noise: fx.Node, name: str, sign: int = 1) -> None:
     if not distance < NOISE_TOLERANCE:
         raise LoopError(
             f"the noise of the loop's sampler is not {name}, so argmax does not draw from softmax",
-            f"{user_line(noise)}: Kolmogorov-Smirnov distance {distance:.3f}, allowed {NOISE_TOLERANCE}",
+            f"{describe(noise)}: Kolmogorov-Smirnov distance {distance:.3f}, allowed {NOISE_TOLERANCE}",
             f"use {name} noise, scaled by nothing (divide the logits by the temperature instead)",
         )
 
@@ -272,20 +272,15 @@ def _draw_noise(noise: fx.Node, count: int) -> torch.Tensor:
         value.uniform_(bound.get("from", 0.0), bound.get("to", 1.0), generator=generator)
     else:
         value.normal_(bound.get("mean", 0.0), bound.get("std", 1.0), generator=generator)
-    env = {source: value}
-    for node in _closure(noise):
-        if node is source or node.op != "call_function" or not any(n in env for n in node.all_input_nodes):
-            continue
-        if op_name(node) in MOVEMENT:
-            env[node] = env[node.all_input_nodes[0]]
-        else:
-            args = fx.map_arg(node.args, lambda n: env[n])
-            env[node] = node.target(*args, **node.kwargs)  # type: ignore[operator, misc]
-    return env[noise]
+    values = {source: value}
+    for node in sorted(ancestors(noise) & descendants(source) - {source}):
+        moved = op_name(node) in MOVEMENT
+        values[node] = values[node.all_input_nodes[0]] if moved else run_node(node, values)
+    return values[noise]
 
 
 def _temperature(rows: fx.Node, kind: str) -> float:
-    """The scalar that divides the logits, found by walking back from the distribution to the model's output; 1.0 if none."""
+    """The scalar that divides the logits, found on the way back from ``rows`` to the model's output; 1.0 if none."""
     node, in_logits = rows, kind != "probs"  # a factor of probabilities is no temperature
     while node.op == "call_function":
         name, factor = _name(node), node.args[1] if len(node.args) > 1 else None
@@ -312,28 +307,22 @@ def _cut(lm: CausalLM, rows: fx.Node, orders: Sequence[fx.Node], kind: str) -> C
     env: dict[fx.Node, fx.Node] = {}
     for node in lm.graph.nodes:
         if node.op != "output":
-            env[node] = graph.node_copy(node, lambda n: env[n])
+            env[node] = graph.node_copy(node, env.__getitem__)
     result = env[rows]
     if _rank(rows) == 3 and rows.meta["val"].shape[1] == 1:  # logits[:, -1:]
-        result = _call(graph, aten.squeeze.dim, result, 1)
+        result = new_node(result, aten.squeeze.dim, result, 1)
     for order in reversed(orders):
         ranked = env[_ranking(order).args[0]]  # type: ignore[union-attr, index]
-        result = _by_token(graph, result, env[order], ranked, 0.0 if kind == "probs" else -math.inf)
+        result = _by_token(result, env[order], ranked, 0.0 if kind == "probs" else -math.inf)
     graph.output((result,))
-    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    erase_dead_code(graph)
     module = fx.GraphModule(lm.graph_module, graph)
     cut = replace(lm, graph_module=module, ids=env[lm.ids], weights=tuple(env[w] for w in lm.weights))
     cut.verify()
     return cut
 
 
-def _by_token(graph: fx.Graph, ranks: fx.Node, order: fx.Node, ranked: fx.Node, missing: float) -> fx.Node:
+def _by_token(ranks: fx.Node, order: fx.Node, ranked: fx.Node, missing: float) -> fx.Node:
     """``ranks`` [B, k] scattered to the tokens that ``order`` names: rows [B, V], ``missing`` where there is none."""
-    rows = _call(graph, aten.full_like.default, ranked, missing, dtype=ranks.meta["val"].dtype)
-    return _call(graph, aten.scatter.src, rows, -1, order, ranks)
-
-
-def _call(graph: fx.Graph, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-    node = graph.call_function(target, args, kwargs)
-    node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]), **kwargs)
-    return node
+    rows = new_node(ranked, aten.full_like.default, ranked, missing, dtype=ranks.meta["val"].dtype)
+    return new_node(ranks, aten.scatter.src, rows, -1, order, ranks)

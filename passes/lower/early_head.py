@@ -1,4 +1,4 @@
-"""The head of a model for one position only: a choice among positions moves above what acts on each of them alone.
+"""The head of a model for one position only: the choice of a position moves before the ops that treat all alike.
 
 A step reads the logits of its last position. As written, the head (a product with the whole vocabulary) runs over every
 position of a prompt first, and its logits [B, P, V] can be larger than the model.
@@ -14,7 +14,8 @@ import torch
 from torch import fx
 from torch._dynamo.utils import counters
 
-from smc_compile.passes.ir import CachedLM, output_values
+from smc_compile.passes.fx_tools import output_values
+from smc_compile.passes.ir import CachedLM
 
 aten = torch.ops.aten
 # Element by element, with nothing beside the tensor that has axes of its own.
@@ -24,13 +25,13 @@ UNARY: frozenset[Callable[..., Any]] = frozenset(
 SCALED: frozenset[Callable[..., Any]] = frozenset([aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor])
 
 
-def early_choice(cached: CachedLM) -> CachedLM:
+def early_head(cached: CachedLM) -> CachedLM:
     """The same model; ``prefill`` and ``advance`` multiply fewer rows with the head."""
     return replace(cached, prefill=choose_early(cached.prefill), advance=choose_early(cached.advance))
 
 
 def choose_early(module: fx.GraphModule) -> fx.GraphModule:
-    """Where the rows [B, V] are chosen from [B, T, V], choose above the ops that made those."""
+    """Where the rows [B, V] are chosen from [B, T, V], choose before the last ops of those, in place."""
     choice = output_values(module.graph)[0]
     if choice.target is aten.select.int and choice.args[1] in (1, -2) and len(choice.users) == 1:
         while _acts_on_each_position(choice.args[0]):

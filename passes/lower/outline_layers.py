@@ -16,7 +16,8 @@ from torch import fx
 from torch._dynamo.utils import counters
 
 from smc_compile.passes.cache.position_tables import add, multiply
-from smc_compile.passes.ir import CachedLM, output_values
+from smc_compile.passes.fx_tools import output_values
+from smc_compile.passes.ir import CachedLM
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Linear layers of a few rows go to a kernel of their own on a CPU.
+"""Linear layers of a few rows go to a kernel of ours on a CPU.
 
 A cycle multiplies N or N*(K+1) rows with every weight: too many for a matrix-vector kernel, too few for the libraries'
 products, which reach half the speed of memory there. In bfloat16 on a processor without instructions for it, they
@@ -7,37 +7,23 @@ emulate, and are slower still.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, fx
-from torch._dynamo.utils import counters
 
 import smc_compile.kernels.skinny_linear  # noqa: F401  (registers the op)
-from smc_compile.passes.ir import CachedLM
+from smc_compile.passes.rewrites import CACHED, new_node, rewrite
 
-# Where the kernel beats ATen, measured on AVX-512 without bf16 instructions and on AVX2, for which others are taken
-# (smallest weights in numbers).
+# Where the kernel beats ATen: numbers of rows, and the fewest numbers in a weight. Measured on AVX-512 without bf16
+# instructions, and on AVX2, which stands for all other processors.
 FEWEST = 2 if torch.cpu._is_avx512_supported() else 1
 ROWS = {torch.float32: range(FEWEST, 97), torch.bfloat16: range(1, 513)}
 SMALLEST = {torch.float32: 2**18, torch.bfloat16: 2**16}
 EMULATED = not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def skinny_linear(cached: CachedLM) -> CachedLM:
-    """The same model with its linear layers sent to :func:`linear`."""
-    return replace(
-        cached, prefill=_rewrite(cached.prefill), score=_rewrite(cached.score), advance=_rewrite(cached.advance)
-    )
-
-
-def _rewrite(module: fx.GraphModule) -> fx.GraphModule:
-    for node in module.graph.nodes:
-        if node.target is torch.ops.aten.linear.default:
-            node.target = linear
-            counters["smc_compile"]["few_row_products"] += 1
-    module.recompile()
-    return module
+@rewrite(torch.ops.aten.linear.default, stage=CACHED)
+def skinny_products(node: fx.Node) -> fx.Node:
+    return new_node(node, linear, *node.args, **node.kwargs)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -33,7 +33,7 @@ try:
 except GenerationError:
     pass
 caches = {k: v for k, v in counters["inductor"].items() if k.startswith("fxgraph_cache_")}
-ours = {k: counters["smc_compile"][k] for k in ("layers_outlined", "few_row_products")}
+ours = {k: counters["smc_compile"][k] for k in ("layers_outlined", "skinny_products")}
 print(json.dumps({"caches": caches, "ours": ours}))
 """
 

@@ -10,9 +10,10 @@ from helpers.models import CACHEABLE
 from torch import Tensor, fx, nn
 
 from smc_compile.passes.cache.synthesize import synthesize_cache
-from smc_compile.passes.capture.export_lm import OwnedWeights, export_lm
+from smc_compile.passes.capture.export_lm import OwnedWeights
 from smc_compile.passes.ir import CachedLM, CausalLM
-from smc_compile.passes.validate import _rows
+from smc_compile.passes.pipeline import capture
+from smc_compile.passes.validate import original_rows
 
 
 class Last(nn.Module):
@@ -44,7 +45,7 @@ def tokens(batch: int, length: int, vocab: int = 11, seed: int = 0) -> Tensor:
 
 
 def export(step: nn.Module, batch: int = 2) -> CausalLM:
-    return export_lm(step, torch.zeros(batch, 2, dtype=torch.long))[0]
+    return capture(step, torch.zeros(batch, 2, dtype=torch.long))[0]
 
 
 def export_then(then: Callable[[Tensor], Tensor], batch: int = 2, **sizes: int) -> CausalLM:
@@ -68,7 +69,7 @@ def traced(name: str, dtype: torch.dtype = torch.float64, batch: int = 2) -> Tra
 
 @lru_cache
 def _traced(name: str, dtype: torch.dtype, batch: int) -> Traced:
-    lm, owned = export_lm(Last(model(name, dtype)), torch.zeros(batch, 2, dtype=torch.long))
+    lm, owned = capture(Last(model(name, dtype)), torch.zeros(batch, 2, dtype=torch.long))
     return lm, synthesize_cache(lm), owned
 
 
@@ -79,4 +80,4 @@ def op_names(graph: fx.Graph) -> list[str]:
 def rows_of(lm: CausalLM, ids: Tensor, weights: list[Tensor]) -> Tensor:
     """What the graph returns for ids, run op by op."""
     with torch.no_grad():
-        return _rows(lm, ids, weights)
+        return original_rows(lm, ids, weights)

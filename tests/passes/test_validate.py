@@ -17,9 +17,9 @@ from smc_compile.errors import CacheError, ValidationError
 from smc_compile.passes.cache.attention_ops import attention_over_cache, hidden_later, write_cache
 from smc_compile.passes.cache.position_tables import at_positions
 from smc_compile.passes.cache.synthesize import synthesize_cache
-from smc_compile.passes.capture.export_lm import export_lm
 from smc_compile.passes.closeness import relative_error
 from smc_compile.passes.ir import CachedLM
+from smc_compile.passes.pipeline import capture
 from smc_compile.passes.validate import check_causal, validate
 
 
@@ -124,10 +124,10 @@ def test_causal_models_pass(name: str) -> None:
     ],
 )
 def test_a_model_that_reads_later_positions_is_refused_by_op(name: str, op: str) -> None:
-    lm, owned = export_lm(Last(REFUSED[name][0]()), torch.zeros(2, 2, dtype=torch.long))
+    lm, owned = capture(Last(REFUSED[name][0]()), torch.zeros(2, 2, dtype=torch.long))
     with pytest.raises(CacheError, match="not causal") as caught:
         validate(lm, synthesize_cache(lm), owned())
-    assert f"the first op that leaks is {op}" in caught.value.why
+    assert f"the first op that leaks is `{op}" in caught.value.why
     assert "models.py:" in caught.value.why
 
 

@@ -15,8 +15,8 @@ from smc_compile.passes.axes.axis_types import CHOSEN, Atom, B, K, Q
 from smc_compile.passes.axes.infer import type_axes
 from smc_compile.passes.axes.key_selection import choose_keys
 from smc_compile.passes.cache.synthesize import synthesize_cache
-from smc_compile.passes.capture.export_lm import export_lm
 from smc_compile.passes.closeness import relative_error
+from smc_compile.passes.pipeline import capture
 from smc_compile.passes.validate import replay, validate
 
 INF = math.inf
@@ -93,7 +93,7 @@ def step(way: str, k: int) -> Step:
 
 def differs(module: Step, ids: Tensor, prompt: int, blocks: list[int], batch: int = 2) -> float:
     """How far the cached form, traced at ``batch``, is from the step itself at every prefix."""
-    lm, owned = export_lm(module, torch.zeros(batch, 2, dtype=torch.long))
+    lm, owned = capture(module, torch.zeros(batch, 2, dtype=torch.long))
     with torch.no_grad():
         actual, at = replay(synthesize_cache(lm), ids, owned(), prompt, blocks)
         expected = torch.stack([module(ids[:, :end]) for end in range(1, ids.shape[1] + 1)], 1)
@@ -128,7 +128,7 @@ def test_slots_that_are_hidden_take_no_place(way: str) -> None:
     """Two prompts, the second padded, three particles each, a cache with spare slots that hold large numbers."""
     b, n, p, t, spare = 2, 3, 5, 4, 6
     module = step(way, 3)
-    lm, owned = export_lm(module, torch.zeros(2, 2, dtype=torch.long))
+    lm, owned = capture(module, torch.zeros(2, 2, dtype=torch.long))
     cached, weights = synthesize_cache(lm), owned()
     prompts, suffixes = tokens(b, p), tokens(b * n, t, seed=1)
     lengths, far = torch.tensor([p, p - 2]), p + t
@@ -181,7 +181,7 @@ def test_at_most_all_are_chosen(count: int, found: list[int]) -> None:
 
 def test_validation_passes_with_rounding_errors_only() -> None:
     for way in WAYS:
-        lm, owned = export_lm(step(way, 4), torch.zeros(2, 2, dtype=torch.long))
+        lm, owned = capture(step(way, 4), torch.zeros(2, 2, dtype=torch.long))
         assert validate(lm, synthesize_cache(lm), owned()) < 1e-12
 
 
@@ -289,7 +289,7 @@ def similar(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("then", [peeking, slightly_hidden, chosen_alone, similar])
 def test_a_choice_or_mask_that_is_open_to_later_keys_is_not_causal(then) -> None:
-    lm, owned = export_lm(Step(lambda x: then(x)[:, -1]), torch.zeros(2, 2, dtype=torch.long))
+    lm, owned = capture(Step(lambda x: then(x)[:, -1]), torch.zeros(2, 2, dtype=torch.long))
     with pytest.raises(CacheError, match=r"not causal.*later positions is open") as caught:
         validate(lm, synthesize_cache(lm), owned())
     assert "later keys are not hidden in" in caught.value.why
@@ -299,7 +299,7 @@ def test_the_rows_of_the_traced_graph_are_those_of_the_step() -> None:
     """Lengths below k too, where a branch of the step chooses nothing."""
     for way in WAYS:
         module = step(way, 4)
-        lm, owned = export_lm(module, torch.zeros(2, 2, dtype=torch.long))
+        lm, owned = capture(module, torch.zeros(2, 2, dtype=torch.long))
         for length in (1, 3, 4, 5, 11):
             ids = tokens(2, length)
             torch.testing.assert_close(rows_of(lm, ids, owned()), module(ids).detach(), rtol=1e-12, atol=1e-12)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from smc_compile.errors import CacheError
 from smc_compile.passes.cache.synthesize import synthesize_cache
-from smc_compile.passes.capture.export_lm import export_lm
 from smc_compile.passes.closeness import TOLERANCE, relative_error
+from smc_compile.passes.pipeline import capture
 from smc_compile.passes.validate import check_prefix_tables, replay
 
 VOCAB = 17
@@ -174,7 +174,7 @@ class ExpandedMask(nn.Module):
 @pytest.mark.parametrize("batch", [1, 2, 3])
 def test_a_batch_expanded_inside_the_model_follows_the_rows(traced_batch: int, batch: int) -> None:
     net = build(ExpandedMask).double()
-    lm, owned = export_lm(Last(net), torch.zeros(traced_batch, 2, dtype=torch.long))
+    lm, owned = capture(Last(net), torch.zeros(traced_batch, 2, dtype=torch.long))
     ids = tokens(batch, 9, net.vocab)
     with torch.no_grad():
         actual, at = replay(synthesize_cache(lm), ids, owned(), 4, [3, 2])

@@ -7,7 +7,7 @@ import torch
 from helpers.traces import Step, op_names, rows_of, tokens
 
 from smc_compile.passes.capture.decompositions import baddbmm_as_bmm, gather_as_index, index_put_as_where
-from smc_compile.passes.capture.export_lm import export_lm
+from smc_compile.passes.pipeline import capture
 
 
 def values(*sizes: int) -> torch.Tensor:
@@ -55,7 +55,7 @@ def test_a_write_by_mask_is_traced_as_where() -> None:
         return y[:, -1]
 
     step = Step(then)
-    lm, owned = export_lm(step, tokens(2, 2))
+    lm, owned = capture(step, tokens(2, 2))
     assert "index_put.default" not in op_names(lm.graph)
     assert torch.equal(rows_of(lm, tokens(2, 6), owned()), step(tokens(2, 6)))
 
@@ -70,7 +70,7 @@ def test_a_running_count_of_tokens_becomes_attention() -> None:
         def forward(self, ids):
             return then(ids)
 
-    lm, owned = export_lm(Counting(), tokens(2, 2))
+    lm, owned = capture(Counting(), tokens(2, 2))
     assert "cumsum.default" not in op_names(lm.graph)
     assert "matmul.default" in op_names(lm.graph)
     ids = tokens(2, 30, vocab=5)
@@ -78,7 +78,7 @@ def test_a_running_count_of_tokens_becomes_attention() -> None:
 
 
 def test_running_sums_of_other_numbers_stay() -> None:
-    lm, _ = export_lm(Step(lambda x: x.cumsum(1)[:, -1]), tokens(2, 2))
+    lm, _ = capture(Step(lambda x: x.cumsum(1)[:, -1]), tokens(2, 2))
     assert "cumsum.default" in op_names(lm.graph)
 
 

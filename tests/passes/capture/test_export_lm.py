@@ -11,7 +11,7 @@ from torch import nn
 
 from smc_compile.errors import CacheError
 from smc_compile.passes.capture.decompositions import einsum_as_matmul
-from smc_compile.passes.capture.export_lm import export_lm
+from smc_compile.passes.pipeline import capture
 
 # ---- the graph -------------------------------------------------------------------------------------------------------
 
@@ -83,7 +83,7 @@ class Affine(nn.Module):
 
 def test_owned_weights_are_looked_up_at_every_call() -> None:
     step = Affine()
-    lm, owned = export_lm(step, torch.zeros(2, 2, dtype=torch.long))
+    lm, owned = capture(step, torch.zeros(2, 2, dtype=torch.long))
     ids = tokens(2, 3)
     with torch.no_grad():
         step.embed.weight = nn.Parameter(torch.randn(11, 4))  # replaced
@@ -94,13 +94,13 @@ def test_owned_weights_are_looked_up_at_every_call() -> None:
 
 def test_owned_weights_are_not_copies() -> None:
     step = Affine()
-    owned = export_lm(step, torch.zeros(2, 2, dtype=torch.long))[1]
+    owned = capture(step, torch.zeros(2, 2, dtype=torch.long))[1]
     assert any(w is step.embed.weight for w in owned())
 
 
 def test_explicit_weights_follow_the_owned_ones() -> None:
     step, extra = Affine(), torch.randn(4)
-    lm, owned = export_lm(step, torch.zeros(2, 2, dtype=torch.long), [extra])
+    lm, owned = capture(step, torch.zeros(2, 2, dtype=torch.long), [extra])
     ids = tokens(2, 3)
     assert len(lm.weights) == len(owned()) + 1
     torch.testing.assert_close(rows_of(lm, ids, [*owned(), 2 * extra]), step(ids, 2 * extra))
@@ -166,36 +166,6 @@ def test_a_branch_on_data_is_refused(then) -> None:
 def test_a_step_of_one_length_is_refused() -> None:
     with pytest.raises(CacheError, match="length"):
         export_then(one_length_only)
-
-
-# ---- a branch on the length ------------------------------------------------------------------------------------------
-
-
-def test_a_branch_that_computes_the_same_for_short_sequences_is_fine() -> None:
-    """As for a window that is cut only where it is shorter than the text."""
-    step = Step(lambda x: (x.clamp(max=1e6) if x.shape[1] > 4 else x)[:, -1])
-    lm, owned = export_lm(step, tokens(2, 2))
-    torch.testing.assert_close(rows_of(lm, tokens(2, 3), owned()), step(tokens(2, 3)).detach())
-
-
-@pytest.mark.parametrize(
-    ("short", "why"),
-    [
-        (lambda x: 2 * x, "at 2 positions the branch of longer ones computes something else"),
-        (lambda x: x + (x.shape[1] == 4), "at 4 positions"),
-    ],
-)
-def test_a_branch_that_computes_something_else_is_refused(short, why: str) -> None:
-    with pytest.raises(CacheError, match="another branch for short sequences") as caught:
-        export_then(lambda x: (x if x.shape[1] > 4 else short(x))[:, -1])
-    assert why in caught.value.why
-    assert "without a Python branch" in caught.value.fix
-
-
-def test_a_branch_that_fails_for_short_sequences_is_refused() -> None:
-    with pytest.raises(CacheError, match="another branch") as caught:
-        export_then(lambda x: (x[:, :, :8] + x[:, 3:4] if x.shape[1] > 4 else x)[:, -1])
-    assert "at 2 positions the branch of longer ones fails" in caught.value.why
 
 
 def test_gru_is_refused_by_name() -> None:

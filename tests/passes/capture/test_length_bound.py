@@ -9,8 +9,8 @@ from torch import Tensor
 
 from smc_compile.errors import CacheError
 from smc_compile.passes.cache.synthesize import synthesize_cache
-from smc_compile.passes.capture.export_lm import export_lm
 from smc_compile.passes.closeness import relative_error
+from smc_compile.passes.pipeline import capture
 from smc_compile.passes.validate import check_prefix_tables, replay, validate
 
 LONGEST = 20
@@ -46,7 +46,7 @@ def test_a_table_that_fits_longer_texts_is_no_bound() -> None:
 def test_a_bias_counted_from_the_end_is_cached() -> None:
     """The table moves as text grows, all of it by the same number, which the softmax does not see."""
     step = Step(lambda x: from_the_end(x)[:, -1])
-    lm, owned = export_lm(step, tokens(2, 2))
+    lm, owned = capture(step, tokens(2, 2))
     cached = synthesize_cache(lm)
     assert True in cached.shifting
     assert cached.max_positions == LONGEST
@@ -82,7 +82,7 @@ def in_other_rows(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("then", [times, squared, beside_zeros, in_other_rows])
 def test_a_shift_that_matters_is_refused(then) -> None:
     step = Step(lambda x: then(x)[:, -1])
-    lm, owned = export_lm(step, tokens(2, 2))
+    lm, owned = capture(step, tokens(2, 2))
     cached = synthesize_cache(lm)
     assert True not in cached.shifting
     with pytest.raises(CacheError, match=r"not causal|changes when the sequence grows"):
@@ -96,7 +96,7 @@ def test_a_mask_that_changes_with_the_length_does_not_pass_as_a_shift() -> None:
         scores = x @ x.mT + torch.arange(x.shape[1]) / x.shape[1]
         return (scores.masked_fill(hidden(x), LEAST).softmax(-1) @ x)[:, -1]
 
-    lm, owned = export_lm(Step(then), tokens(2, 2))
+    lm, owned = capture(Step(then), tokens(2, 2))
     cached = synthesize_cache(lm)
     with pytest.raises(CacheError, match="changes when the sequence grows"):
         check_prefix_tables(cached, owned(), 12)

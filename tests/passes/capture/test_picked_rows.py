@@ -10,7 +10,7 @@ from torch import Tensor
 
 from smc_compile.errors import CacheError
 from smc_compile.passes.cache.synthesize import synthesize_cache
-from smc_compile.passes.capture.export_lm import export_lm
+from smc_compile.passes.pipeline import capture
 from smc_compile.passes.validate import validate
 
 WEIGHT = torch.randn(8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -50,7 +50,7 @@ WAYS = {f.__name__: f for f in (by_token, by_head, by_request)}
 @pytest.mark.parametrize("batch", [1, 2])
 def test_the_graph_computes_the_step_without_picking(way: str, batch: int) -> None:
     step = Step(lambda x: WAYS[way](x)[:, -1])
-    lm, owned = export_lm(step, tokens(batch, 2))
+    lm, owned = capture(step, tokens(batch, 2))
     assert not {"index.Tensor", "index_put.default"} & set(op_names(lm.graph))
     for length in (2, 9):
         ids = tokens(batch, length)
@@ -63,7 +63,7 @@ def test_the_cached_form_reproduces_it(way: str) -> None:
         x = WAYS[way](x)
         return F.scaled_dot_product_attention(x, x, x.sin(), is_causal=True)[:, -1]
 
-    lm, owned = export_lm(Step(then), tokens(2, 2))
+    lm, owned = capture(Step(then), tokens(2, 2))
     assert validate(lm, synthesize_cache(lm), owned()) < 1e-12
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from smc_compile.errors import LoopError
 from smc_compile.passes.cache.synthesize import synthesize_cache
-from smc_compile.passes.capture.export_lm import export_lm
 from smc_compile.passes.capture.sampler import Sampler, match_sampler
 from smc_compile.passes.ir import CausalLM
+from smc_compile.passes.pipeline import capture
 from smc_compile.passes.validate import validate
 from smc_compile.runtime.algorithms.next_token import NextTokenDistribution
 
@@ -199,7 +199,7 @@ def step(sample: Callable[[Tensor], Drawn], last: Callable[[Tensor], Tensor] = l
 
 @lru_cache
 def matched(sample: Callable[[Tensor], Drawn]) -> tuple[CausalLM, Sampler, list[Tensor]]:
-    lm, owned = export_lm(step(sample), torch.zeros(BATCH, 2, dtype=torch.long))
+    lm, owned = capture(step(sample), torch.zeros(BATCH, 2, dtype=torch.long))
     return *match_sampler(lm), [w.detach() for w in owned()]
 
 

@@ -7,8 +7,8 @@ from torch import Tensor, fx, nn
 
 from smc_compile.pairs.llama import Llama, LlamaConfig
 from smc_compile.passes.cache.synthesize import synthesize_cache
-from smc_compile.passes.capture.export_lm import export_lm
-from smc_compile.passes.lower.early_head import choose_early, early_choice
+from smc_compile.passes.lower.early_head import choose_early, early_head
+from smc_compile.passes.pipeline import capture
 from smc_compile.program.model import LastLogits
 
 aten = torch.ops.aten
@@ -26,8 +26,8 @@ class Capped(nn.Module):
 
 
 def test_head_and_what_follows_it_see_one_position():
-    lm, _ = export_lm(LastLogits(Capped().eval()), torch.zeros(2, 2, dtype=torch.int64))
-    cached = early_choice(synthesize_cache(lm))
+    lm, _ = capture(LastLogits(Capped().eval()), torch.zeros(2, 2, dtype=torch.int64))
+    cached = early_head(synthesize_cache(lm))
     for graph in (cached.prefill.graph, cached.advance.graph):
         tail = [node.target for node in graph.nodes if node.op == "call_function"][-5:]
         assert tail[0] is aten.select.int
@@ -36,10 +36,10 @@ def test_head_and_what_follows_it_see_one_position():
 
 
 def test_the_score_pass_keeps_all_positions():
-    lm, _ = export_lm(LastLogits(Llama(LlamaConfig(17, 16, 2, 2, 1, 24)).eval()), torch.zeros(2, 2, dtype=torch.int64))
+    lm, _ = capture(LastLogits(Llama(LlamaConfig(17, 16, 2, 2, 1, 24)).eval()), torch.zeros(2, 2, dtype=torch.int64))
     before = synthesize_cache(lm)
     targets = [node.target for node in before.score.graph.nodes]
-    assert [node.target for node in early_choice(before).score.graph.nodes] == targets
+    assert [node.target for node in early_head(before).score.graph.nodes] == targets
 
 
 def choice_of(op) -> fx.GraphModule:

@@ -10,10 +10,10 @@ from torch._dynamo.utils import counters
 import smc_compile
 from smc_compile.pairs.llama import Llama, LlamaConfig
 from smc_compile.passes.cache.synthesize import synthesize_cache
-from smc_compile.passes.capture.export_lm import export_lm
 from smc_compile.passes.capture.sampler import match_sampler
 from smc_compile.passes.lower import outline_layers as pass_file
 from smc_compile.passes.lower.outline_layers import MIN_REPEATS, Layered, find_layers, outline
+from smc_compile.passes.pipeline import capture
 
 LAYERS = MIN_REPEATS + 2
 KINDS = ("score", "advance")
@@ -32,7 +32,7 @@ class Step(torch.nn.Module):
 @lru_cache
 def cached(layers):
     step = Step(layers)
-    lm, owned = export_lm(step, torch.zeros(2, 5, dtype=torch.int64))
+    lm, owned = capture(step, torch.zeros(2, 5, dtype=torch.int64))
     return synthesize_cache(match_sampler(lm)[0]), owned
 
 

@@ -8,9 +8,10 @@ import torch
 from smc_compile.kernels import skinny_linear as op_file
 from smc_compile.pairs.llama import Llama, LlamaConfig
 from smc_compile.passes.cache.synthesize import synthesize_cache
-from smc_compile.passes.capture.export_lm import export_lm
 from smc_compile.passes.lower import skinny_products as pass_file
-from smc_compile.passes.lower.skinny_products import ROWS, linear, skinny_linear
+from smc_compile.passes.lower.skinny_products import ROWS, linear
+from smc_compile.passes.pipeline import capture
+from smc_compile.passes.rewrites import rewrite_cached
 from smc_compile.program.model import LastLogits
 
 
@@ -99,10 +100,10 @@ def test_compiled_equals_eager(compiler):
 
 def test_every_linear_layer_of_a_model_is_rewritten_and_nothing_else():
     model = Llama(LlamaConfig(17, 16, 2, 2, 1, 24)).eval()
-    lm, _ = export_lm(LastLogits(model), torch.zeros(2, 2, dtype=torch.int64))
+    lm, _ = capture(LastLogits(model), torch.zeros(2, 2, dtype=torch.int64))
     before = synthesize_cache(lm)
     targets = {kind: [node.target for node in getattr(before, kind).graph.nodes] for kind in ("score", "advance")}
-    after = skinny_linear(before)
+    after = rewrite_cached(before)
     aten = torch.ops.aten.linear.default
     for kind, old in targets.items():
         new = [node.target for node in getattr(after, kind).graph.nodes]

@@ -1,0 +1,47 @@
+"""Short sequences, for which the step may take another branch than the one that was traced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx, nn
+
+from smc_compile.errors import CacheError
+from smc_compile.passes.ir import CausalLM
+
+
+def check_short_texts(
+    step: nn.Module, lm: CausalLM, fewest: int, weights: Sequence[Tensor], explicit: Sequence[Tensor]
+) -> None:
+    """Compare ``lm`` with ``step`` at every length below ``fewest``, the shortest that the trace stands for.
+
+    Args:
+        weights: those of ``lm``: the step's own and the explicit ones.
+        explicit: those that ``step`` is called with.
+
+    Raises:
+        CacheError: when the two differ, or the graph cannot compute it.
+    """
+    ids = torch.arange(lm.batch * fewest).view(lm.batch, fewest) % 2
+    ids = ids.to(next((w.device for w in weights), ids.device))
+    for length in range(2, fewest):
+        text = ids[:, :length]
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(0)
+            expected = step(text, *explicit)
+            torch.manual_seed(0)
+            try:
+                actual = fx.Interpreter(lm.graph_module).run(*lm.arguments(text, weights))[0]
+            except RuntimeError as error:
+                raise _branches(length, f"the branch of longer ones fails: {str(error).splitlines()[0]}") from error
+        if not torch.allclose(actual.double(), expected.double(), rtol=1e-3, atol=1e-4, equal_nan=True):
+            raise _branches(length, "the branch of longer ones computes something else")
+
+
+def _branches(length: int, why: str) -> CacheError:
+    return CacheError(
+        "the model takes another branch for short sequences",
+        f"at {length} positions {why}",
+        "make the forward tensor code without a Python branch on ids.shape (masks and windows by comparing positions)",
+    )
