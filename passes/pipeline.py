@@ -1,7 +1,7 @@
 """All passes in their order, each with one input and one output type.
 
-``recover_loop``: Dynamo's graph of a decode loop -> one iteration of it, the step.
-``trace_model``: step -> ExportedProgram -> CausalLM -> (CausalLM, Sampler) -> CachedLM.
+    `recover_loop`    Dynamo's graph of a loop -> DecodeLoop, which holds one iteration: the step
+    `trace_model`     step -> ExportedProgram -> CausalLM -> (CausalLM, Sampler) -> CachedLM
 
 A value is verified after each pass that makes or changes it, where it can be (``CausalLM.verify``).
 """

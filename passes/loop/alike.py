@@ -43,6 +43,7 @@ def _samples(iterations: Iterations, leaf: Leaf, values: dict[int, int]) -> list
 
 
 def _compare_iteration(iterations: Iterations, iteration: int, varying: Varying) -> None:
+    """Compare the nodes behind a token with those behind token 0; integers that differ are added to `varying`."""
     pairs = {iterations.tokens[0]: iterations.tokens[iteration]}
     pending = [iterations.tokens[0]]
     while pending:
@@ -73,6 +74,7 @@ def _operand_pairs(
 
 
 def _compare_calls(iterations: Iterations, first: fx.Node, other: fx.Node, iteration: int, varying: Varying) -> None:
+    """Compare the targets and the arguments of two calls."""
     if first is not other and (first.op == "placeholder" or other.op == "placeholder"):
         raise _unlike(first, other, iteration, f"the input `{first.name}`", f"`{other.name}`")
     if first.op != other.op or not _same_target(first, other):
@@ -94,7 +96,7 @@ def _compare_calls(iterations: Iterations, first: fx.Node, other: fx.Node, itera
 def _read_alike(
     iterations: Iterations, first: tuple[fx.Node, fx.Node], other: tuple[fx.Node, fx.Node], iteration: int
 ) -> bool:
-    """Both read the history exactly, both read it in a buffer of one length, or neither reads it."""
+    """Whether both read their whole text, both read it in a buffer of the same length, or neither reads it."""
     length, found = iterations.read_length(*first, 0), iterations.read_length(*other, iteration)
     if length is None or found is None:
         return length is found

@@ -20,15 +20,19 @@ _COMPARISONS = frozenset(["eq", "ne", "isin", "lt", "le", "gt", "ge", "where", "
 
 @dataclass
 class Iterations:
-    """An unrolled loop seen as iterations; iteration t ends at ``tokens[t]`` and reads the prompt and ``tokens[:t]``.
+    """An unrolled loop seen as iterations: number t reads the prompt and ``tokens[:t]`` and draws ``tokens[t]``.
 
-    With ``cached``, iterations may hand values on to later ones, in inputs too.
+    Attributes:
+        cached: iterations may hand values on to later ones, also by writing to inputs.
+        writers: storage -> the nodes that write to it.
+        history: the columns of the prompt and of all tokens.
+        carriers: the nodes whose results are text: the prompt and the tokens.
     """
 
     layouts: Layouts
     tokens: Sequence[fx.Node]
     cached: bool = False
-    writers: dict[int, list[fx.Node]] = field(default_factory=dict)  # storage -> nodes that write to it
+    writers: dict[int, list[fx.Node]] = field(default_factory=dict)
     history: tuple[int, ...] = ()
     carriers: frozenset[fx.Node] = frozenset()
 
@@ -38,11 +42,11 @@ class Iterations:
         self.writers = find_writers(self.layouts.nodes, self.cached)
 
     def reads_history(self, node: fx.Node, source: fx.Node, iteration: int) -> bool:
-        """True if `source` is the whole history of the iteration when `node` reads it, be it followed by padding."""
+        """Whether `node` finds the whole text of the iteration in `source`, alone or with padding behind it."""
         return self.read_length(node, source, iteration) is not None
 
     def read_length(self, node: fx.Node, source: fx.Node, iteration: int) -> int | None:
-        """The columns of the history and of constant padding that `node` reads; None if it reads something else."""
+        """How many columns, of text and of padding behind it, `node` reads; None if it reads something else."""
         reading = self.layouts.readings.get((node, source))
         if reading is None or not reading.exact or reading.columns is None:
             return None
@@ -57,10 +61,11 @@ class Iterations:
         return {pair: (self.layouts.batch,) if self.layouts.readings[pair].ndim == 2 else () for pair in found}
 
     def length(self, iteration: int) -> int:
+        """S, the length of the text that an iteration reads."""
         return self.layouts.prompt_length + iteration
 
     def check_reading(self, node: fx.Node, source: fx.Node, iteration: int) -> None:
-        """A reading of tokens must be the whole history, if need be in another arrangement ([S, B], flat)."""
+        """Refuse a reading of tokens that is not the whole text, in whatever arrangement ([S, B], flat)."""
         reading = self.layouts.readings.get((node, source))
         if reading is None or not reading.sources & self.carriers:
             return
@@ -100,7 +105,7 @@ class Iterations:
         return " + ".join(shown[:8]) + (" + ..." if len(shown) > 8 else "")
 
     def predecessors(self, node: fx.Node, iteration: int) -> list[fx.Node]:
-        """What a node needs: its inputs, except the history, and the earlier writes to their storage."""
+        """What a node needs besides the text: its inputs, and the earlier writes to their storage."""
         needed: dict[fx.Node, None] = {}
         for source in node.all_input_nodes:
             if self.reads_history(node, source, iteration):
@@ -117,7 +122,11 @@ class Iterations:
 
 
 def find_writers(nodes: Sequence[fx.Node], to_inputs: bool = False) -> dict[int, list[fx.Node]]:
-    """Storage -> nodes that write to it, in program order. Writes to inputs and parameters are refused by default."""
+    """Storage -> nodes that write to it, in program order.
+
+    Raises:
+        LoopError: a node writes to an input or a parameter, and ``to_inputs`` is False.
+    """
     inputs = [node for node in nodes if node.op in ("placeholder", "get_attr")]
     owners = {info.storage: node for node in inputs if (info := tensor_info(node)) is not None}
     writers: dict[int, list[fx.Node]] = defaultdict(list)
@@ -137,7 +146,11 @@ def find_writers(nodes: Sequence[fx.Node], to_inputs: bool = False) -> dict[int,
 
 
 def iteration_nodes(iterations: Iterations, iteration: int) -> list[fx.Node]:
-    """The closure of an iteration's token, in program order. Refuses any reading of tokens but the whole history."""
+    """The nodes that compute an iteration's token from its text, in program order.
+
+    Raises:
+        LoopError: one of them reads tokens in another way than as the whole text.
+    """
     order, nodes = iterations.layouts.order, iterations.layouts.nodes
     queue, found = [-order[iterations.tokens[iteration]]], {iterations.tokens[iteration]}
     while queue:

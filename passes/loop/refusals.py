@@ -63,12 +63,13 @@ def _is_float(node: fx.Node) -> bool:
 
 
 def refuse_uncounted_tokens(concrete: Concrete, tokens: Sequence[fx.Node]) -> None:
-    """Each iteration of a while_loop must append one token: others count as one each."""
+    """Each iteration of a while_loop must append one token: those that were not unrolled count as one each."""
     found = [token.meta.get("iteration") for token in tokens]
     if concrete.unrolled and found != list(range(concrete.unrolled)):
         raise LoopError(
             "An iteration of torch.while_loop does not append one token to the sequence.",
-            f"{len(tokens)} tokens follow the prompt after {concrete.unrolled} iterations, up to {describe(tokens[-1])}",
+            f"{len(tokens)} tokens follow the prompt after {concrete.unrolled} iterations, up to "
+            f"{describe(tokens[-1])}",
             "carry (i, buf), write the token that is drawn at column i, and return buf",
         )
 

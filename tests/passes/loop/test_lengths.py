@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
@@ -41,6 +41,7 @@ small = st.integers(-20, 20)
 # ---- from several lengths ------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(small, small, st.lists(st.integers(1, 50), min_size=2, max_size=5, unique=True))
 def test_fit_finds_the_line(slope, offset, lengths):
     affine = Affine(slope, offset)
