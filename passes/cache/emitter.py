@@ -256,9 +256,9 @@ class Emitter(ABC):
             return False
         pairs = zip(axes[len(axes) - len(sizes) :], sizes, strict=True)
         alone = exact or self.typing.lm.batch > 1  # else an axis of one broadcasts
-        return any(B in axis and self._is_whole(axis, size) and (alone or axis != (B,)) for axis, size in pairs)
+        return any(B in axis and self._spans(axis, size) and (alone or axis != (B,)) for axis, size in pairs)
 
-    def _is_whole(self, axis: Axis, size: Any) -> bool:
+    def _spans(self, axis: Axis, size: Any) -> bool:
         """Whether a token-free axis of this size has an entry for each of ``axis``, and does not broadcast."""
         return bool(expression(size) == self.typing.axis_size(axis))
 
@@ -291,7 +291,7 @@ class Emitter(ABC):
         for d, (size, axis) in enumerate(zip(sizes, mine, strict=True)):
             if axis == (B,) and size == self.typing.lm.batch:
                 result = self.call(aten.slice.Tensor, result, d, 0, 1)
-            elif axis[:1] == (B,) and len(axis) > 1 and not size.free_symbols and self._is_whole(axis, size):
+            elif axis[:1] == (B,) and len(axis) > 1 and not size.free_symbols and self._spans(axis, size):
                 result = self._over_rows(result, d, len(sizes), axis, None if by_row else self._rows(node))
                 shared = False
         if by_row:
