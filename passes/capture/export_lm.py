@@ -66,7 +66,7 @@ def _export(step: nn.Module, inputs: tuple[Tensor, ...], length: object) -> torc
         warnings.simplefilter("ignore")
         program = torch.export.export(_Positional(step), inputs, dynamic_shapes=(dynamic,), strict=False)
         dependent = _token_dependent(program.graph, _user_inputs(program)[0])
-        counts = any(node.target is torch.ops.aten.cumsum.default and _is_count(node) for node in dependent)
+        counts = any(_is_count(node) for node in _reads_tokens(dependent))
         if _is_functional(program.graph) and not counts:
             return program  # decomposing traces everything again, which costs as much as the export
         _refuse_convolutions(dependent)
@@ -123,8 +123,20 @@ def _token_dependent(graph: fx.Graph, ids: fx.Node) -> dict[fx.Node, None]:
     return dependent
 
 
+def _reads_tokens(dependent: Iterable[fx.Node]) -> list[fx.Node]:
+    """Of nodes that depend on tokens, in order, those that depend on more than how many tokens there are."""
+    nodes = list(dependent)
+    found = set(nodes[:1])  # the tokens themselves
+    for node in nodes[1:]:
+        if node.target is not torch.ops.aten.sym_size.int and not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return [node for node in nodes if node in found]
+
+
 def _is_count(node: fx.Node) -> bool:
     """A running sum of integers along an axis that grows with the sequence."""
+    if node.target is not torch.ops.aten.cumsum.default:
+        return False
     source, dim = node.args[:2]
     value = source.meta["val"]  # type: ignore[union-attr]
     return not value.is_floating_point() and not isinstance(value.shape[dim], int)
