@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 
 from smc_compile.passes.axes.axis_types import refuse
 from smc_compile.passes.capture.export_lm import user_inputs
-from smc_compile.passes.fx_tools import descendants, mutated_inputs, op_name
+from smc_compile.passes.fx_tools import descendants, mutated_inputs, op_name, reachable
 
 aten = torch.ops.aten
 Decompositions = dict[Any, Callable[..., Any]]  # by op
@@ -49,15 +49,22 @@ def decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedPro
         CacheError: naming a convolution of values that depend on tokens.
     """
     dependent = sorted(descendants(user_inputs(program)[0]))
-    counts = any(node.target is aten.cumsum.default and _is_count(node) for node in dependent)
+    counts = any(_is_count(node) for node in _reads_tokens(user_inputs(program)[0]))
     if _is_functional(program.graph) and not counts:
         return program  # decomposing traces everything again, which costs as much as the export
     _refuse_convolutions(dependent)
     return program.run_decompositions(ALWAYS | (COUNTING if counts else {}))
 
 
+def _reads_tokens(ids: fx.Node) -> set[fx.Node]:
+    """The nodes that depend on more than how many tokens there are."""
+    return reachable([ids], lambda node: [user for user in node.users if user.target is not aten.sym_size.int])
+
+
 def _is_count(node: fx.Node) -> bool:
     """A running sum of integers along an axis that grows with the sequence."""
+    if node.target is not aten.cumsum.default:
+        return False
     source, dim = node.args[:2]
     value = source.meta["val"]  # type: ignore[union-attr]
     return not value.is_floating_point() and not isinstance(value.shape[dim], int)

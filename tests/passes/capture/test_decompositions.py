@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.traces import Step, op_names, rows_of, tokens
+from helpers.traces import Step, export_then, op_names, rows_of, tokens
 
 from smc_compile.passes.capture.decompositions import baddbmm_as_bmm, gather_as_index, index_put_as_where
 from smc_compile.passes.pipeline import capture
@@ -86,3 +86,12 @@ def test_a_gather_from_one_repeated_row() -> None:
     row, index = values(1, 9), tokens(3, 4, vocab=9)
     assert torch.equal(gather_as_index(row.expand(3, 9), 1, index), row.expand(3, 9).gather(1, index))
     assert gather_as_index(values(3, 9), 1, index) is NotImplemented
+
+
+def test_a_count_of_positions_alone_stays_as_it_is() -> None:
+    """It reads no token, as in the masks of transformers: the whole step need not be traced again for it."""
+    lm = export_then(lambda x: (x * torch.ones(x.shape[1], dtype=torch.int64).cumsum(0)[:, None])[:, -1])
+    assert "cumsum.default" in op_names(lm.graph)
+    weights = [torch.randn(11, 8, dtype=torch.float64)]
+    ids = tokens(2, 5)
+    torch.testing.assert_close(rows_of(lm, ids, weights), 5 * weights[0][ids[:, -1]])
