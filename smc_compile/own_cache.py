@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from smc_compile.errors import CacheError
 from smc_compile.passes.closeness import allowed_error, coarsest_dtype, relative_error
 
-State = tuple[Tensor, list[Tensor]]  # what is no tensor, pickled [R, bytes] uint8; then the cache's tensors, rows first
+PackedCache = tuple[Tensor, list[Tensor]]  # what is no tensor, pickled [R, bytes] uint8; then the cache's tensors, rows first
 KNOWN = ("past_key_values", "cache_params", "cache", "state")  # where the result is a tuple (logits, cache)
 PROMPT, BLOCKS = 5, (3, 2)  # lengths of the check at construction
 NEAR = 1.25  # blocks may be so many times further from the model than single tokens
@@ -71,13 +71,13 @@ class OwnCache(nn.Module):
         options = {"use_cache": False} if self._options else {}
         return _logits(self.model(ids, **options))
 
-    def initial_state(self, batch: int) -> State:
+    def initial_state(self, batch: int) -> PackedCache:
         """No tensors yet: the model makes them when it sees the prompt."""
         return self._pack(self._make_cache() if self._make_cache else None, batch, is_empty=True)
 
     @torch._dynamo.disable
     @torch.no_grad()
-    def step(self, tokens: Tensor, pos: Any, state: State) -> tuple[Tensor, State]:
+    def step(self, tokens: Tensor, pos: Any, state: PackedCache) -> tuple[Tensor, PackedCache]:
         """Logits [R, T, V] of ``tokens`` [R, T] after ``state``, and the state after them; ``state`` is not changed."""
         cache, is_empty = self._unpack(state), not state[1]
         pieces = (tokens,) if is_empty or self.blocks else tokens.split(1, 1)
@@ -104,7 +104,7 @@ class OwnCache(nn.Module):
 
     # ---- the state as tensors -----------------------------------------------------------------------------------
 
-    def _pack(self, cache: Any, rows: int, is_empty: bool = False) -> State:
+    def _pack(self, cache: Any, rows: int, is_empty: bool = False) -> PackedCache:
         """A cache as tensors with rows first; what is no tensor, or has no rows, is the same for all rows."""
         buffer = io.BytesIO()
         pickler = _Pickler(buffer, self._held, apart=not is_empty)
@@ -126,7 +126,7 @@ class OwnCache(nn.Module):
         ]
         return rest.to(device).repeat(rows, 1), leaves
 
-    def _unpack(self, state: State) -> Any:
+    def _unpack(self, state: PackedCache) -> Any:
         """The cache that a state stands for, with tensors of its own: models write into them."""
         rest, leaves = state
         axes = self._row_axes or [0] * len(leaves)

@@ -53,6 +53,7 @@ FILES = {  # rooms of single files: in smc_compile/ all others are public, in pa
 # Imports of ours that stand inside a function, and why they may.
 INSIDE = {
     ("smc_compile.kernels.copy_rows", "smc_compile.kernels.copy_rows_kernel"): "Triton is optional",
+    ("smc_compile.generate", "smc_compile.transformers"): "the transformers library is optional",
     ("smc_compile.dev.kernel_audit.copy_rows_region", "smc_compile.kernels.copy_rows_kernel"): "Triton is optional",
 }
 

@@ -130,10 +130,10 @@ def sizes_of(node: fx.Node) -> Iterator[tuple[Leaf, int]]:
 
 # ---- readings of one call ------------------------------------------------------------------------------------------
 
-Reading = tuple[tuple[Leaf, Affine], ...]  # what some leaves of a call are; all others are constants
+LeafReading = tuple[tuple[Leaf, Affine], ...]  # what some leaves of a call are; all others are constants
 
 
-def readings(options: Sequence[Sequence[tuple[Leaf, Affine] | None]]) -> Iterator[Reading]:
+def readings(options: Sequence[Sequence[tuple[Leaf, Affine] | None]]) -> Iterator[LeafReading]:
     """Every way to choose one option for each number; None leaves it a constant."""
     for combination in itertools.product(*options):
         yield tuple(choice for choice in combination if choice is not None)
@@ -250,13 +250,13 @@ class _State:
 
     at: int
     values: list[dict[fx.Node, Any]]
-    chosen: list[Reading]
+    chosen: list[LeafReading]
 
     def copy(self) -> _State:
         return _State(self.at, [dict(values) for values in self.values], list(self.chosen))
 
 
-Branches = list[tuple[_State, list[Reading]]]  # where several readings fit a call: those that were not taken
+Branches = list[tuple[_State, list[LeafReading]]]  # where several readings fit a call: those that were not taken
 
 
 class _Search:
@@ -278,7 +278,7 @@ class _Search:
                     raise UnclearLengths(self.calls.nodes[state.at], several=True)
         return {leaf: affine for reading in found for leaf, affine in reading}
 
-    def first(self, state: _State, branches: Branches) -> list[Reading] | None:
+    def first(self, state: _State, branches: Branches) -> list[LeafReading] | None:
         """The first choice of readings that fits all calls; ``branches`` collects where others fit one call."""
         budget = _BACKTRACKS
         while True:
@@ -295,7 +295,7 @@ class _Search:
                 state = saved.copy()
                 self.apply(state, others.pop(0))
 
-    def fits_too(self, state: _State, reading: Reading) -> bool:
+    def fits_too(self, state: _State, reading: LeafReading) -> bool:
         """Whether all calls can be fitted after this reading of the next one."""
         state = state.copy()
         try:
@@ -321,20 +321,20 @@ class _Search:
             self.apply(state, fitting[0])
         self.check_result(state)
 
-    def apply(self, state: _State, reading: Reading) -> None:
+    def apply(self, state: _State, reading: LeafReading) -> None:
         results = self.run(state, self.calls.nodes[state.at], reading)
         if results is None:
             raise _Misfit
         self.keep(state, results, reading)
 
-    def keep(self, state: _State, results: Sequence[Any], reading: Reading) -> None:
+    def keep(self, state: _State, results: Sequence[Any], reading: LeafReading) -> None:
         node = self.calls.nodes[state.at]
         for values, result in zip(state.values, results, strict=True):
             values[node] = result
         state.at += 1
         state.chosen.append(reading)
 
-    def fitting(self, state: _State, node: fx.Node) -> list[Reading]:
+    def fitting(self, state: _State, node: fx.Node) -> list[LeafReading]:
         """Readings that fit a call, the likeliest first: numbers that are L or -L as lengths, then related ones."""
         length = self.calls.length
         numbers = [(leaf, v) for leaf, v in sizes_of(node) if leaf not in self.calls.known]
@@ -355,7 +355,7 @@ class _Search:
             return Affine(v // length, 0)
         return Affine(1, v - length) if 0 < abs(v - length) <= 2 else None
 
-    def run(self, state: _State, node: fx.Node, reading: Reading) -> list[Any] | None:
+    def run(self, state: _State, node: fx.Node, reading: LeafReading) -> list[Any] | None:
         """The node's values at every length, or None if it fails or they change unevenly."""
         known = {leaf: affine for leaf, affine in self.calls.known.items() if leaf[0] is node}
         results = []

@@ -22,7 +22,7 @@ from smc_compile.bench.peak_memory import peak_bytes, reset_peak
 from smc_compile.errors import SMCError
 from smc_compile.result import Generation
 
-Answer = Tensor | Generation
+Produced = Tensor | Generation
 CPU = torch.device("cpu")
 NAMES = {"eager": "eager loop", "autoregressive": "compiled loop"}  # of methods, in a table
 UNCOMPILED = ("eager", "transformers", "assisted")
@@ -36,12 +36,12 @@ class Contestant:
     """
 
     method: str
-    run: Callable[[int], Answer]
+    run: Callable[[int], Produced]
     new_tokens: int
     n_particles: int | None = None
     lookahead: int | None = None
     note: str | None = None
-    warm_up: Callable[[int], Answer] | None = None  # a shorter first call than ``run``
+    warm_up: Callable[[int], Produced] | None = None  # a shorter first call than ``run``
     batch: int = 1
     passes: Sequence[PassCost] | None = None  # what a step reads and multiplies at least
     steps: Callable[[], int] | None = None  # of the last run, where a step is no token and ``run`` gives no Generation
