@@ -11,7 +11,6 @@ from torch import Tensor, fx
 from smc_compile.errors import SMCError
 from smc_compile.passes.fx_tools import mutated_inputs, output_values
 
-Sizes = tuple[int, ...]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from smc_compile.errors import CacheError
 from smc_compile.passes.closeness import allowed_error, coarsest_dtype, relative_error
 
-PackedCache = tuple[Tensor, list[Tensor]]  # what is no tensor, pickled [R, bytes] uint8; then the cache's tensors, rows first
+# What is no tensor, pickled [R, bytes] uint8; then the tensors of the cache, rows first.
+PackedCache = tuple[Tensor, list[Tensor]]
 KNOWN = ("past_key_values", "cache_params", "cache", "state")  # where the result is a tuple (logits, cache)
 PROMPT, BLOCKS = 5, (3, 2)  # lengths of the check at construction
 NEAR = 1.25  # blocks may be so many times further from the model than single tokens

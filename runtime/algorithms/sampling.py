@@ -54,15 +54,3 @@ def sample_inverse_cdf(probs: Tensor, u: Tensor) -> Tensor:
     mass = _mass(probs.gather(-1, token.clamp_max(vocabulary - 1))).to(torch.float64)
     mass = torch.where(token < vocabulary, mass, 0.0)
     return block * BLOCK + _first_above(mass, mass.cumsum(-1), target - before)
-
-
-def log_softmax_gather(logits: Tensor, token: Tensor) -> Tensor:
-    """log softmax(logits)[token].  logits: [..., V]; token: [...] int64 -> [...], float32, or float64 if logits are.
-
-    Only the normaliser is computed, never the whole row. The largest logit is subtracted first: a common offset costs
-    no precision. A token masked to -inf gives -inf; a row with nothing but -inf gives NaN, as log_softmax does.
-    """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    largest = logits.amax(-1)
-    chosen = logits.gather(-1, token[..., None])[..., 0]
-    return (chosen - largest) - (logits - largest[..., None]).exp().sum(-1).log()
