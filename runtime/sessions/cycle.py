@@ -77,7 +77,7 @@ class Status(NamedTuple):
 
 
 Cycle = Callable[[CycleState, Uniforms], tuple[CycleState, CycleInfo]]
-# (texts [R, G] with the new block, log weights [B, N]) -> log weights [B, N], which requests were settled [B] bool
+# (tokens [R, capacity] with the new block, log weights [B, N]) -> log weights [B, N], which requests were settled [B]
 Settle = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -150,11 +150,16 @@ def cycle_of(
             log_w, settled = settle(state.texts.tokens, log_w)
         number = generated if isinstance(generated, Tensor) else remaining.new_full((), generated)
         caps = run.request.new_tokens
-        ended = end(log_w, judged, stopped, particles, weights, run.eos_ids, caps, number, u.tries, u.ancestors)
+        ending = end(log_w, judged, stopped, particles, weights, run.eos_ids, caps, number, u.tries, u.ancestors)
         after = CycleState(
-            state.texts, ended.particles, ended.weights, target or state.target, draft or state.draft, generated + width
+            texts=state.texts,
+            particles=ending.particles,
+            weights=ending.weights,
+            target=target or state.target,
+            draft=draft or state.draft,
+            generated=generated + width,
         )
-        return after, CycleInfo(ended.source, ended.since, ended.ess, ended.ancestors, ended.status, settled)
+        return after, CycleInfo(ending.source, ending.since, ending.ess, ending.ancestors, ending.status, settled)
 
     return cycle
 
