@@ -21,23 +21,34 @@ tests/runtime/execution/test_admitted_code.py fails where torch changes what the
 
 from __future__ import annotations
 
+import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch._dynamo import eval_frame
 
 
-def admitted_code(function: types.FunctionType) -> Callable[..., Any] | None:
-    """The code that Dynamo's guards chose for the last call of a compiled ``function``, as a function without guards.
+def admitted_code(function: types.FunctionType, args: Sequence[Any]) -> Callable[..., Any] | None:
+    """Compiled code of ``function`` whose guards hold for ``args``, as a function that checks no guards.
 
-    None where the call was not compiled, or where a stance of ``torch.compiler.set_stance`` decides what runs. The
-    answer holds for this thread only as long as no other thread calls ``function`` in between.
+    None where there is none, or where a stance of ``torch.compiler.set_stance`` decides what runs.
     """
-    entries = eval_frame._debug_get_cache_entry_list(function.__code__)  # the one used last stands first
-    if not entries or eval_frame._stance.stance != "default":
+    if eval_frame._stance.stance != "default":
         return None
-    return types.FunctionType(entries[0].code, function.__globals__, function.__name__, None, function.__closure__)
+    entries = eval_frame._debug_get_cache_entry_list(function.__code__)
+    seen = _locals(function, args) if entries else {}
+    code = next((entry.code for entry in entries if entry.guard_manager.check(seen)), None)
+    if code is None:
+        return None
+    return types.FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
+
+
+def _locals(function: types.FunctionType, args: Sequence[Any]) -> dict[str, Any]:
+    """Local variables of a call by name, which guards read: arguments and what the function closes over."""
+    bound = inspect.signature(function).bind(*args)
+    bound.apply_defaults()
+    return inspect.getclosurevars(function).nonlocals | bound.arguments
 
 
 def with_own_code(function: Callable[..., Any], name: str) -> types.FunctionType:

@@ -98,7 +98,6 @@ def compile_function(function: Callable[..., Any], name: str, compiler: str) -> 
     run they are checked at every call.
     """
     compiled: dict[tuple[int, ...], tuple[types.FunctionType, Callable[..., Any]]] = {}
-    checking = threading.RLock()  # held from a call to the question which code it ran
     known = _Known()
 
     def call(*args: Any) -> Any:
@@ -108,13 +107,12 @@ def compile_function(function: Callable[..., Any], name: str, compiler: str) -> 
         if layouts in known.code:
             return known.code[layouts](*args)
         rows = tuple(shape[0] for shape, *_ in layouts if shape)
-        with checking:
-            if rows not in compiled:
-                own = with_own_code(function, name)
-                compiled[rows] = own, torch.compile(own, fullgraph=True, dynamic=False, **lowered_by(compiler))
-            own, checked = compiled[rows]
-            result = checked(*args)
-            code = None if _run.id is None else admitted_code(own)
+        if rows not in compiled:
+            own = with_own_code(function, name)
+            compiled[rows] = own, torch.compile(own, fullgraph=True, dynamic=False, **lowered_by(compiler))
+        own, checked = compiled[rows]
+        result = checked(*args)
+        code = None if _run.id is None else admitted_code(own, args)
         if code is not None:
             known.code[layouts] = code
         return result
