@@ -12,7 +12,6 @@ from smc_compile.errors import SMCError
 from smc_compile.passes.fx_tools import mutated_inputs, output_values
 
 
-
 @dataclass(frozen=True)
 class CausalLM:
     """One iteration of a decode loop as a functional ATen graph: ``ids [B, S] -> rows [B, V]`` at the last position.
