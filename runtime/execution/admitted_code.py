@@ -48,7 +48,7 @@ def _locals(function: types.FunctionType, args: Sequence[Any]) -> dict[str, Any]
     """Local variables of a call by name, which guards read: arguments and what the function closes over."""
     bound = inspect.signature(function).bind(*args)
     bound.apply_defaults()
-    return inspect.getclosurevars(function).nonlocals | bound.arguments
+    return {**inspect.getclosurevars(function).nonlocals, **bound.arguments}
 
 
 def with_own_code(function: Callable[..., Any], name: str) -> types.FunctionType:
