@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ class Capture:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._traced = torch.compile(_own_code(function), backend=self._backend, fullgraph=True, dynamic=False)
-        self._outputs: Sequence[Any] | None = None
+        self._answer = _Answer()
 
     def captured(self, *args: Any, **kwargs: Any) -> CapturedCall | None:
         """The graph of a call and its arguments; None where there is nothing to compute.
@@ -61,21 +62,28 @@ class Capture:
 
     @contextmanager
     def _answering(self, outputs: Sequence[Any]) -> Iterator[None]:
-        self._outputs = outputs
+        self._answer.outputs = outputs
         try:
             yield
         finally:
-            self._outputs = None
+            self._answer.outputs = None
 
     def _backend(self, gm: fx.GraphModule, _: Any) -> Callable[..., Any]:
         finder = LoopFinder(gm)
 
         def stand_in(*arguments: Any) -> Sequence[Any]:
-            if self._outputs is None:
+            if self._answer.outputs is None:
                 raise _Captured(CapturedCall(finder, arguments))
-            return self._outputs
+            return self._answer.outputs
 
         return stand_in
+
+
+class _Answer(threading.local):
+    """What the graph returns to this thread: calls of other threads are captured meanwhile, or have answers of their
+    own."""
+
+    outputs: Sequence[Any] | None = None  # None: the call is captured
 
 
 class _Captured(Exception):

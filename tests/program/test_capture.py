@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
+from threading import Thread
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from smc_compile.errors import OptionError
-from smc_compile.program.capture import Capture
+from smc_compile.program.capture import Capture, CapturedCall
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 FACTOR = 2.0
@@ -86,3 +87,17 @@ def test_the_functions_own_error_is_raised() -> None:
 def test_what_is_no_function_is_refused() -> None:
     with pytest.raises(OptionError, match="plain Python function"):
         Capture(partial(scaled, X))
+
+
+def test_an_answer_is_for_the_thread_that_made_it() -> None:
+    """While one thread makes its result, a call of another one is captured: it never gets the other's tokens."""
+    capture = Capture(scaled)
+    capture.captured(X)
+    found: list[CapturedCall | None] = []
+    with capture._answering([7 * X]):
+        other = Thread(target=lambda: found.append(capture.captured(X + 1)))
+        other.start()
+        other.join()
+    (call,) = found
+    assert call is not None
+    assert any(torch.is_tensor(argument) and argument.equal(X + 1) for argument in call.arguments)
