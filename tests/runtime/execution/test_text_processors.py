@@ -8,7 +8,7 @@ from helpers.model_parts import perturbed
 from helpers.toys import TinyTransformerLM
 
 from smc_compile import generate
-from smc_compile.inputs.requests import build_request
+from smc_compile.inputs.requests import build_request, settings_of
 from smc_compile.program.from_model import last_program
 
 VOCAB = 5
@@ -36,8 +36,10 @@ def test_calls_under_way_together_keep_to_their_own(method):
     models = (target, perturbed(target, 0.5)) if method == "smc" else (target,)
     generate(*models, input_ids=PROMPT, max_new_tokens=2, seed=0, logits_processor=[Only(0, 1)], **options)
     session = last_program().session
+    seeds, settings = torch.tensor([3]), settings_of(1, temperature=1.0)
     requests = [
-        build_request(PROMPT, 13, torch.tensor([3]), text_processors=(Only(*tokens),)) for tokens in ((0, 1), (2, 4))
+        build_request(PROMPT, 13, seeds, settings=settings, text_processors=(Only(*tokens),))
+        for tokens in ((0, 1), (2, 4))
     ]
     for first, second in zip(*map(session.cycles, requests), strict=True):
         runs = first, second
