@@ -71,7 +71,7 @@ def test_what_particles_carry_is_taken_and_overwritten_whole():
     for value, whole in zip((*taken.texts, *taken.particles), (*numbered.texts, *numbered.particles), strict=True):
         assert torch.equal(value, whole[rows])
     for value in taken.weights:
-        assert value.flatten(1)[:, 0].tolist() == [2, 0]
+        assert value.reshape(2, -1)[:, 0].tolist() == [2, 0]
     assert taken.target is caches, "caches are the models' to take"
     state.write(numbered)
     for value, other in zip((*state.particles, *state.weights), (*numbered.particles, *numbered.weights), strict=True):
