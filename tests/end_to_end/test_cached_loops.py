@@ -18,8 +18,8 @@ pytest.importorskip("transformers", minversion="5")
 from transformers import DynamicCache, StaticCache
 
 from smc_compile import decode, explain
-from smc_compile.commands.models import build as build_family
 from smc_compile.errors import InputError, LoopError
+from smc_compile.pairs.tiny_transformers import build as build_family
 
 Sample = Callable[[Tensor], Tensor]
 P, N = 5, 7

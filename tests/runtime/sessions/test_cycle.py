@@ -13,7 +13,6 @@ from torch.utils import _pytree as pytree
 
 from smc_compile import generate
 from smc_compile.inputs.requests import build_request, settings_of
-from smc_compile.program.from_model import last_program
 from smc_compile.runtime.execution.region_bodies import Judged
 from smc_compile.runtime.sessions.cycle import EndOfCycle, Status, Uniforms, end_of_cycle
 from smc_compile.runtime.state.particles import ENDLESS, Particles, Weights
@@ -84,8 +83,8 @@ def test_a_cycle_may_be_run_again_from_the_same_state():
     target = TinyTransformerLM(5, max_positions=64).double()
     options = {"n_particles": N, "lookahead": K, "compiler": "eager", "validate": False}
     prompts = torch.tensor([[1, 0, 2], [3, 3, 4]])
-    generate(target, perturbed(target, 0.5), prompts, max_new_tokens=2, seed=1, **options)
-    session = last_program().session
+    generation = generate(target, perturbed(target, 0.5), prompts, max_new_tokens=2, seed=1, **options)
+    session = generation.program.session
     request = build_request(prompts, 13, torch.tensor([1, 2]), settings=settings_of(2, temperature=1.0))
     running = session.cycles(request)
     next(running)
