@@ -14,7 +14,8 @@ from torch import Tensor
 
 import smc_compile
 from smc_compile.errors import OptionError
-from smc_compile.options import Options
+from smc_compile.options import RESAMPLING_METHODS, Options
+from smc_compile.runtime.algorithms.resampling import RESAMPLERS
 
 MODEL, DRAFT = TableLM(), TableLM(seed=1)
 IDS = torch.tensor([[0, 1, 2]])
@@ -132,7 +133,7 @@ def test_good_options_are_taken_as_they_are():
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
         ({"n_particles": "auto"}, "how good the answer must be"),
         ({"n_particles": "Auto"}, "n_particles must be an integer"),
@@ -143,8 +144,8 @@ def test_good_options_are_taken_as_they_are():
         ({"method": "speculative", "lookahead": "auto", "ess_floor": 4}, 'ess_floor is for method="smc"'),
     ],
 )
-def test_a_choice_is_asked_for_with_what_bounds_it(given, told):
-    with pytest.raises(OptionError, match=told):
+def test_a_choice_is_asked_for_with_what_bounds_it(given, message):
+    with pytest.raises(OptionError, match=message):
         Options.parse(given)
 
 
@@ -168,3 +169,7 @@ def test_a_transformers_model_takes_every_option():
     own = ["model", "input_ids", "logits_processor", "stopping_criteria", "generation_config"]
     later = ["token_streamer", "stream", "max_lag", "return_particles", "model_kwargs"]
     assert list(shown) == [*own, *names.values(), *later]
+
+
+def test_each_resampling_scheme_is_an_option():
+    assert list(RESAMPLING_METHODS) == list(RESAMPLERS)

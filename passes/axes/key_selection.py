@@ -40,7 +40,10 @@ def is_over_keys(typing: Typing, node: fx.Node) -> bool:
 
 
 def choice(typing: Typing, node: fx.Node) -> list[Axes]:
-    """Axes of a ``topk`` over keys: values and numbers of keys along an axis of their own."""
+    """Axes of both results of a ``topk`` over keys, values and indices: the scores', with a CHOSEN axis for keys.
+
+    The choice is recorded in ``typing``.
+    """
     bound = arguments(node)
     scores = bound["input"]
     if not bound["largest"]:

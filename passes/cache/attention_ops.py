@@ -1,7 +1,8 @@
 """Attention over a prompt that all particles share and a suffix of their own: the only products a cache changes.
 
 R = B*N rows: particle n of request b is row b*N + n. H counts distinct key heads; M = queries folded over grouped heads
-and new tokens. Prompt keys are read once for all particles of a request: their queries fold into one product's rows.
+and new tokens. Prompt keys are read once for all particles of a request: the queries of all of them are rows of one
+matrix product.
 """
 
 from __future__ import annotations

@@ -335,7 +335,10 @@ class _Search:
         state.chosen.append(reading)
 
     def fitting(self, state: _State, node: fx.Node) -> list[LeafReading]:
-        """Readings that fit a call, the likeliest first: numbers that are L or -L as lengths, then related ones."""
+        """Ways to read a call's numbers as lengths with which it still runs, the likeliest first.
+
+        Numbers equal to L or -L are tried; if none of them fits, others too.
+        """
         length = self.calls.length
         numbers = [(leaf, v) for leaf, v in sizes_of(node) if leaf not in self.calls.known]
         options: list[list[tuple[Leaf, Affine] | None]]

@@ -53,7 +53,7 @@ def _along_axis(layouts: Layouts, node: fx.Node) -> tuple[slice, ...] | None:
 
 
 def _in_brackets(layouts: Layouts, node: fx.Node) -> tuple[Any, ...] | None:
-    """``x[:, i]`` for a tensor i of one element, and ``x[arange(B), i]``."""
+    """The subscript of ``x[:, i]`` or ``x[arange(B), i]`` with the position that i is known to hold; None if not."""
     index = node.args[1] if isinstance(node.args[1], tuple | list) else (node.args[1],)
     places: dict[int, LookupIndex] = {}
     for at, item in enumerate(index):

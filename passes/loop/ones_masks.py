@@ -50,5 +50,5 @@ def _is_ones(node: fx.Node, ones: set[fx.Node]) -> bool:
 
 
 def _sources(node: fx.Node) -> Iterator[fx.Node]:
-    """What a node reads first: the tensor whose cells it moves."""
+    """A node's first argument, if that is a node."""
     yield from (arg for arg in node.args[:1] if isinstance(arg, fx.Node))

@@ -100,7 +100,7 @@ def _columns_in_words(iterations: Iterations, labels: torch.Tensor) -> str:
 
 
 def _axes(shape: tuple[int, ...], batch: int, length: int) -> Iterator[tuple[str, ...]]:
-    """Readings of a shape as batch, time and axes of size 1."""
+    """All ways to name the axes of ``shape`` as batch, time or one (size 1) that fit its sizes."""
     if len(shape) > 4:
         return
     for axes in itertools.product(("batch", "time", "one"), repeat=len(shape)):

@@ -1,4 +1,4 @@
-"""The head of a model for one position only: the choice of a position moves before the ops that treat all alike.
+"""The last position is selected before the ops that act on each position alone, so the head runs for one position.
 
 A step reads the logits of its last position. As written, the head (a product with the whole vocabulary) runs over every
 position of a prompt first, and its logits [B, P, V] can be larger than the model.

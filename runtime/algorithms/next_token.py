@@ -1,4 +1,9 @@
-"""From a model's logits to the distribution of the next token: tensor code that is compiled into the regions."""
+"""From a model's logits to the distribution of the next token: tensor code that is compiled into the regions.
+
+To add a sampler setting: write its warper here and name it in ``SETTINGS``, with its default; say what values it takes
+in ``BOUNDS`` of ``smc_compile/inputs/requests.py``; add it to ``Sampling`` in
+``smc_compile/inputs/sampler_settings.py`` and to the arguments and ``IN_CONFIG`` of ``smc_compile/generate.py``.
+"""
 
 from __future__ import annotations
 

@@ -8,6 +8,9 @@ positive weight gives ancestor 0 throughout.
 
 The cumulative weights are counted in offspring, so they run from 0 to N. A value within rounding of an integer *is*
 that integer: even weights then map to the identity, and floor(N w) does not lose a copy to the last bit.
+
+To add a scheme: write it here, name it in ``RESAMPLERS``, and in ``RESAMPLING_METHODS`` of ``smc_compile/options.py``.
+When to resample is decided in ``weights.py``.
 """
 
 from __future__ import annotations

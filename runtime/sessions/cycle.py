@@ -9,7 +9,9 @@ The function is pure but for what is too large to copy: it writes texts and cach
 it is when every particle got weight zero. Which rows of texts and caches move is said by ``CycleInfo`` and left to the
 caller.
 
-To change how particles are weighed or resampled, change ``end_of_cycle``.
+What happens at the end of a cycle is in ``end_of_cycle``. How a population is resampled is in ``algorithms/weights.py``
+(when, and what becomes of weights and evidence) and ``algorithms/resampling.py`` (who leaves how many copies); the
+weight of a block is computed by ``judge`` in ``execution/region_bodies.py``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Text processors and stopping criteria where requests advance by different counts: called once for each length."""
+"""Text processors and stopping criteria where the texts of a batch differ in length: called once for each length."""
 
 from __future__ import annotations
 

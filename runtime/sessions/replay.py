@@ -220,7 +220,7 @@ def fixed(tensor: Tensor) -> Tensor:
 
 
 def read(run: Run) -> list[Tensor]:
-    """The tensors that a cycle reads and does not write, but for weights."""
+    """The inputs of a cycle that it does not write, weights apart."""
     request = run.request
     contexts = [tensor for prompts, tables, _ in run.contexts for tensor in (*prompts, *tables)]
     settings = [run.settings[name] for name in sorted(run.settings)]

@@ -67,7 +67,7 @@ class Run:
         return self.p.n
 
     def by_row(self) -> None:
-        """Spread over rows what regions read of each request."""
+        """Set what regions read of each row: end ids, padding and settings of its request. [B, ...] -> [R, ...]"""
         r, n = self.request, self.n
         self.eos_ids = EosIds(r.eos_ids.repeat_interleave(n, 0), r.pad.repeat_interleave(n))
         self.settings: Settings = {name: value.repeat_interleave(n) for name, value in r.settings.items()}
@@ -202,8 +202,8 @@ def after_processors(
 ) -> Tensor:
     """Scores [R, T, V] after the text processors, from a model's rows [R, T, V].
 
-    They are those of the last T prefixes of the text with ``extra`` [R, T-1] behind it; what is not ``live`` [R, T]
-    counts for nothing.
+    Scores at t follow the text and the first t tokens of ``extra`` [R, T-1]. Where not ``live`` [R, T] they mean
+    nothing.
     """
     return run.text_processors.apply(run.p.text(run.request, extra), distribution.scores(rows), run.rows, live)
 

@@ -55,7 +55,10 @@ class Slots:
         return torch.arange(self.cursor, self.cursor + self.width, device=self.target.device)
 
     def open(self, last: Tensor) -> None:
-        """Give the slots of this cycle to a block that begins with the pending tokens, at positions ``last`` [B]."""
+        """Write the positions of x_0 .. x_K into this cycle's slots; x_0, the pending token, is at ``last`` [B].
+
+        The draft's are one less.
+        """
         positions = last[:, None] + torch.arange(self.width, device=last.device)
         prompt = self.target.shape[1] - self.size
         self.target[:, prompt + self.current] = positions

@@ -235,7 +235,7 @@ class _Recorder(TorchDispatchMode):
         return result
 
     def repeated(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function`` run once; further calls only count what the first one did."""
+        """A wrapper of which only the first call runs; later ones return its result and add its costs again."""
         done: list[Any] = []
 
         def run(*inputs: Any) -> Any:

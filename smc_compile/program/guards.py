@@ -18,9 +18,11 @@ def program_key(options: Options, *target: Hashable) -> Hashable:
 
 
 def model_state(model: Any) -> Hashable:
-    """What a program takes from a model besides the values of its weights: which object it is, its device and dtype.
+    """What a program takes from a model besides the values of its weights: which object it is, and where it is.
 
-    An object keeps its id while it lives. A program holds its models, so the key holds as long as the program is kept.
+    That is the device and dtype of its first parameter. Attributes that the forward reads, hooks and adapters are not
+    looked at. An object keeps its id while it lives. A program holds its models, so the key holds as long as the
+    program is kept.
     """
     parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
     return id(model), next(((p.device, p.dtype) for p in parameters), None)

@@ -50,15 +50,15 @@ def test_both_floors_hold():
 
 
 @pytest.mark.parametrize(
-    ("floors", "told"),
+    ("floors", "message"),
     [
         ({"ess_floor": 20.0}, r"the best \(N=16, K=1\) leaves 13.1 effective particles"),
         ({"time_budget": 0.5}, r"the fastest \(N=4, K=4\) takes 1.00 ms a token"),
         ({"time_budget": 1.5, "ess_floor": 9.0}, "takes 1.00 ms a token; the best"),
     ],
 )
-def test_floors_that_nothing_keeps_to_are_refused_with_what_is_nearest(floors, told):
-    with pytest.raises(OptionError, match=told):
+def test_floors_that_nothing_keeps_to_are_refused_with_what_is_nearest(floors, message):
+    with pytest.raises(OptionError, match=message):
         fastest(GRID, asked(**floors))
 
 

@@ -52,7 +52,7 @@ def test_a_table_for_each_region_within_a_hundred_columns(listed, capsys):
 
 
 @pytest.mark.parametrize(
-    ("bad", "told"),
+    ("bad", "message"),
     [
         ({"agrees": False}, "differs from eager"),
         ({"verdict": RegionVerdict(problem="no such op"), "agrees": False}, "not run: no such op"),
@@ -61,10 +61,10 @@ def test_a_table_for_each_region_within_a_hundred_columns(listed, capsys):
         ({"kernels": [AuditedKernel("triton_poi_fused_add_0", 2, used=True, problem="ptxas: no")]}, "ptxas: no"),
     ],
 )
-def test_whatever_fails_is_told_and_gives_status_1(listed, capsys, bad, told):
+def test_whatever_fails_is_told_and_gives_status_1(listed, capsys, bad, message):
     assert listed(region(), region(**bad)) == 1
     out = capsys.readouterr().out
-    assert told in out
+    assert message in out
     assert "failed: score" in out
 
 
@@ -83,7 +83,7 @@ def test_rows_are_kept(listed, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (("--target", "sm_12"), "known are"),
         (("--lookahead", "0"), "--lookahead must be at least 1"),
@@ -93,9 +93,9 @@ def test_rows_are_kept(listed, tmp_path, capsys):
         (("--compiler", "max-autotune", "--target", "sm_90"), "--compiler max-autotune needs --device"),
     ],
 )
-def test_bad_options_are_told(options, told, capsys):
+def test_bad_options_are_told(options, message, capsys):
     assert main(["kernels", *options]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 # Kernels run in an interpreter: a quarter of the words.

@@ -30,14 +30,14 @@ def loop(model: nn.Module, ids: Tensor, n: int) -> Tensor:
 
 def test_particles_and_lookahead_are_chosen_once_and_the_result_is_that_of_the_numbers():
     given = {"n_particles": "auto", "lookahead": "auto", "ess_floor": 3.0, **OPTIONS}
-    told = explain(generate, MODEL, DRAFT, IDS, max_new_tokens=12, **given)
+    report = explain(generate, MODEL, DRAFT, IDS, max_new_tokens=12, **given)
     first = generate(MODEL, DRAFT, IDS, max_new_tokens=12, **given)
     choice = choice_of(first.program)
     assert choice is not None
     assert len(choice.candidates) == len(PARTICLES) * len(LOOKAHEADS)
     assert choice.chosen.ess is not None
     assert choice.chosen.ess >= 3.0
-    assert told.sections["choice"] == choice.report()
+    assert report.sections["choice"] == choice.report()
     n, k = choice.chosen.n_particles, choice.chosen.lookahead
     assert (first.stats.n_particles, first.stats.lookahead) == (n, k)
     numbers = generate(MODEL, DRAFT, IDS, max_new_tokens=12, n_particles=n, lookahead=k, **OPTIONS)
@@ -111,10 +111,10 @@ def test_effective_particles_are_predicted():
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [({"n_particles": "auto"}, "how good"), ({"lookahead": "auto", "time_budget": -1}, "time_budget must lie")],
 )
-def test_transformers_hand_the_options_on(given, told):
+def test_transformers_hand_the_options_on(given, message):
     pytest.importorskip("transformers")
-    with pytest.raises(OptionError, match=told):
+    with pytest.raises(OptionError, match=message):
         smc_compile.transformers.generate(MODEL, IDS, **given)

@@ -344,15 +344,15 @@ def test_registered_buffers_are_left_as_they_were():
 
 @untraced
 @pytest.mark.parametrize(
-    ("loop", "told"),
+    ("loop", "reported"),
     [
         (handed_around, "tensors handed from iteration to iteration"),
         (registered_buffers, "4 preallocated tensors of 24 positions"),
     ],
 )
-def test_the_report_tells_of_the_cache(loop, told):
+def test_the_report_tells_of_the_cache(loop, reported):
     lines = explain(loop, FORMS[loop](), prompt(), N, compiler="eager").sections["loop"]
-    assert f"cache in the loop: {told}, replaced by the compiler's own" in lines
+    assert f"cache in the loop: {reported}, replaced by the compiler's own" in lines
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------

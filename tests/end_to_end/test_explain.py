@@ -42,46 +42,46 @@ def branching(model: nn.Module, ids: Tensor, n: int) -> Tensor:
 
 
 def test_a_report_tells_of_loop_sampler_caches_and_regions():
-    told = explain(loop, MODEL, IDS, 5, **OPTIONS)
-    assert told.compiled
-    assert told.reason is None
-    text = str(told)
+    report = explain(loop, MODEL, IDS, 5, **OPTIONS)
+    assert report.compiled
+    assert report.reason is None
+    text = str(report)
     for heading in ("loop", "sampler", "method", "target", "draft", "regions", "time"):
-        assert told.sections[heading], heading
+        assert report.sections[heading], heading
         assert f"{heading}\n  " in text
-    assert told.sections["sampler"] == ["multinomial of softmax: softmax of logits, temperature 0.8"]
+    assert report.sections["sampler"] == ["multinomial of softmax: softmax of logits, temperature 0.8"]
     for model in ("target", "draft"):
-        lines = "\n".join(told.sections[model])
+        lines = "\n".join(report.sections[model])
         assert "cache memory" in lines
         assert "positions: " in lines
         assert "largest relative difference" in lines
-    names = {line.split(":")[0] for line in told.sections["regions"]}
+    names = {line.split(":")[0] for line in report.sections["regions"]}
     assert names == {"draft_head", "draft_step", "score", "weigh"}
 
 
 @untraced
-@pytest.mark.parametrize(("learned", "told_as"), [(64, "no limit up to 32"), (20, "at most 20")])
-def test_the_end_of_learned_positions_is_told(learned, told_as):
+@pytest.mark.parametrize(("learned", "reported_as"), [(64, "no limit up to 32"), (20, "at most 20")])
+def test_the_end_of_learned_positions_is_told(learned, reported_as):
     model = TinyTransformerLM(max_positions=learned)
-    told = explain(loop, model, IDS, 5, **{**OPTIONS, "draft": perturbed(model)})
-    assert f"positions: {told_as}" in told.sections["target"]
+    report = explain(loop, model, IDS, 5, **{**OPTIONS, "draft": perturbed(model)})
+    assert f"positions: {reported_as}" in report.sections["target"]
 
 
 @untraced
 def test_a_greedy_loop_says_what_its_draft_does():
-    told = explain(greedy, MODEL, IDS, 5, **OPTIONS)
-    assert told.sections["sampler"] == ["argmax (greedy): argmax, temperature 1"]
-    assert told.sections["method"][0].startswith("speculative (exact, the greedy text; ")
-    assert told.sections["draft"]
+    report = explain(greedy, MODEL, IDS, 5, **OPTIONS)
+    assert report.sections["sampler"] == ["argmax (greedy): argmax, temperature 1"]
+    assert report.sections["method"][0].startswith("speculative (exact, the greedy text; ")
+    assert report.sections["draft"]
 
 
 @untraced
 def test_a_greedy_loop_says_that_it_needs_no_draft():
-    told = explain(greedy, MODEL, IDS, 5, **{**OPTIONS, "draft": None})
-    assert told.sections["method"][0].startswith("autoregressive (the cached one-token loop; ")
-    assert told.sections["draft"] == []
-    told = explain(greedy, MODEL, IDS, 5, **{**OPTIONS, "method": "autoregressive"})
-    assert told.sections["method"] == ["autoregressive"]
+    report = explain(greedy, MODEL, IDS, 5, **{**OPTIONS, "draft": None})
+    assert report.sections["method"][0].startswith("autoregressive (the cached one-token loop; ")
+    assert report.sections["draft"] == []
+    report = explain(greedy, MODEL, IDS, 5, **{**OPTIONS, "method": "autoregressive"})
+    assert report.sections["method"] == ["autoregressive"]
 
 
 @untraced
@@ -102,12 +102,12 @@ def test_what_decode_has_compiled_can_be_explained():
     ],
 )
 def test_a_refused_loop_has_a_reason_and_no_report(function, model, kind, word):
-    told = explain(function, model, IDS, 5, **OPTIONS)
-    assert not told.compiled
-    assert isinstance(told.reason, kind)
-    assert word in str(told.reason)
-    assert str(told).startswith("cannot be compiled: ")
-    assert told.sections == {}
+    report = explain(function, model, IDS, 5, **OPTIONS)
+    assert not report.compiled
+    assert isinstance(report.reason, kind)
+    assert word in str(report.reason)
+    assert str(report).startswith("cannot be compiled: ")
+    assert report.sections == {}
 
 
 def test_a_bad_option_is_an_error():
@@ -129,13 +129,13 @@ def test_generate_is_explained_with_its_rules():
 
     options = {"max_new_tokens": 5, "compiler": "eager", "n_particles": 3, "lookahead": 2}
     ids = torch.tensor([[1, 2]])
-    told = explain(generate, target, perturbed(target), ids, logits_processor=[traced], top_k=3, **options)
-    assert told.sections["rules on the text"] == ["traced: compiled, on target and draft"]
-    assert told.sections["sampler"] == [
+    report = explain(generate, target, perturbed(target), ids, logits_processor=[traced], top_k=3, **options)
+    assert report.sections["rules on the text"] == ["traced: compiled, on target and draft"]
+    assert report.sections["sampler"] == [
         "softmax of logits after temperature, top_k",
         "draft: the same of its own logits, mixed with 10% of its distribution under the temperature alone",
     ]
-    assert "rules" in {line.split(":")[0] for line in told.sections["regions"]}
-    told = explain(generate, target, perturbed(target), ids, logits_processor=[on_host], **options)
-    assert told.sections["rules on the text"] == ["on_host: on the host, once a position, on target and draft"]
+    assert "rules" in {line.split(":")[0] for line in report.sections["regions"]}
+    report = explain(generate, target, perturbed(target), ids, logits_processor=[on_host], **options)
+    assert report.sections["rules on the text"] == ["on_host: on the host, once a position, on target and draft"]
     assert calls

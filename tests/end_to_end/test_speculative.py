@@ -172,8 +172,8 @@ def test_a_greedy_loop_uses_its_draft():
     assert compiled.last.stats.cycles < 8
     backend = torch.compile(lambda ids: greedy_loop(target, ids, 9), backend="smc", options=options)
     assert torch.equal(backend(PROMPTS), expected)
-    told = smc_compile.explain(greedy_loop, target, PROMPTS, 9, **options)
-    assert told.sections["method"][0].startswith("speculative (exact, the greedy text; ")
+    report = smc_compile.explain(greedy_loop, target, PROMPTS, 9, **options)
+    assert report.sections["method"][0].startswith("speculative (exact, the greedy text; ")
     assert torch.equal(run((target, draft), n=9, method="smc", temperature=0).sequences, expected)
 
 
@@ -192,9 +192,9 @@ def test_a_greedy_request_takes_its_draft_along_where_both_can_be_rolled_back():
         g = run(pair, ids, 9, **options)
         assert torch.equal(g.sequences, loop.sequences)
         assert (g.stats.method, g.particles.shape[1]) == (method, 1)
-        told = smc_compile.explain(generate, *pair, ids, max_new_tokens=9, **{**OPTIONS, **options})
-        assert told.sections["method"][0].startswith(f"{method} (")
-        assert why in told.sections["method"][0]
+        report = smc_compile.explain(generate, *pair, ids, max_new_tokens=9, **{**OPTIONS, **options})
+        assert report.sections["method"][0].startswith(f"{method} (")
+        assert why in report.sections["method"][0]
     with pytest.raises(OptionError, match='"speculative" cannot use this draft'):
         run((model, states), ids, 9, **{**options, "method": "speculative"})
 

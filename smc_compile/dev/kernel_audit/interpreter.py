@@ -114,7 +114,7 @@ def _receive(stream: IO[bytes]) -> Any:
 
 
 def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
-    """Answer until the requests end."""
+    """The child process: read a job, run its code in Triton's interpreter, write result or error; until none comes."""
     from torch._inductor.runtime import triton_helpers
 
     install(triton_helpers.libdevice)
