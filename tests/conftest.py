@@ -9,6 +9,8 @@ from collections.abc import Iterator
 # Read when torch is imported, by this process and those that tests start. Each core has a process of pytest already:
 # Inductor compiles in it, and starts no workers, which would import torch themselves.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# Which vector instructions there are is taken from the processor, not from a trial compilation of each.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 import pytest
 import torch
