@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "base": [],
 }
 FILES = {  # rooms of single files: in smc_compile/ all others are public, in passes/ all others run the passes
-    "base": ["errors", "options", "result"],
+    "base": ["errors", "fingerprint", "options", "result"],
     "__main__": ["__main__"],
     "passes.tools": ["passes.ir", "passes.fx_tools", "passes.closeness", "passes.rewrites"],
 }

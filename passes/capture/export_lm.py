@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from smc_compile.errors import CacheError
+from smc_compile.passes.capture.untouched import untouched
 from smc_compile.passes.fx_tools import erase_dead_code
 from smc_compile.passes.ir import CausalLM
 
@@ -30,7 +31,7 @@ def export_step(step: nn.Module, ids: Tensor, weights: Sequence[Tensor], symboli
     length = torch.export.Dim.DYNAMIC if symbolic else torch.export.Dim.AUTO
     inputs = (ids.new_zeros(ids.shape[0], TRACE_LENGTH), *weights)
     dynamic = ({1: length}, *({} for _ in weights))
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), untouched(step):
         warnings.simplefilter("ignore")
         return torch.export.export(_Positional(step), inputs, dynamic_shapes=(dynamic,), strict=False)
 

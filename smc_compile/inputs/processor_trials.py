@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from smc_compile.inputs.fingerprint import fingerprint, state_of
+from smc_compile.fingerprint import fingerprint
 from smc_compile.inputs.wrapped_processors import WrappedProcessor, as_text_processor
 from smc_compile.runtime.algorithms.tensors import mark_dynamic
 from smc_compile.runtime.execution.region import Region
@@ -117,3 +117,8 @@ def keeps_state(processor: Any, vocab: int, device: torch.device) -> bool:
         log.debug("%s fails on random tokens: %s", name_of(processor), error)
         return True
     return before != fingerprint(processor)
+
+
+def state_of(text_processor: Any) -> Hashable:
+    """The key of a text processor, or of the library's processor in it."""
+    return fingerprint(getattr(text_processor, "processor", text_processor))

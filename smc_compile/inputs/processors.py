@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from smc_compile.errors import OptionError
-from smc_compile.inputs.fingerprint import fingerprint
+from smc_compile.fingerprint import fingerprint
 from smc_compile.inputs.processor_trials import CPU, compiles, reads_text
 from smc_compile.inputs.wrapped_processors import as_text_processor, score_warper
 from smc_compile.runtime.algorithms.next_token import SETTINGS, Warper

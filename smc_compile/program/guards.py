@@ -2,32 +2,113 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 from collections.abc import Hashable
 from typing import Any
 
+import torch
 from torch import nn
 
-from smc_compile.options import Options
+from smc_compile.fingerprint import Snapshot, Walk, fingerprint, first_difference
+from smc_compile.options import Options, is_stateful
+from smc_compile.program.lru import LRU
+
+log = logging.getLogger(__name__)
 
 OF_A_REQUEST = ("seed", "eos_token_id")  # options that every request brings along
+WATCHED = 32  # models: those of as many programs as are kept
+STATES = 16  # of one model
+MANY = 8  # states after which a model is said to change at every call
+_numbers = itertools.count()
 
 
 def program_key(options: Options, *target: Hashable) -> Hashable:
-    """The key of a program: of its target, which the caller describes, its draft and its options."""
+    """The key of a program: of its target, which the caller describes, its draft under torch's modes, and its options."""
     return (*target, model_state(options.draft), options_key(options))
 
 
 def model_state(model: Any) -> Hashable:
-    """What a program takes from a model besides the values of its weights: which object it is, and where it is.
+    """What a program takes from a model besides the values of its weights: a number for one state of it, and the modes.
 
-    That is the device and dtype of its first parameter. Attributes that the forward reads, hooks and adapters are not
-    looked at. An object keeps its id while it lives. A program holds its models, so the key holds as long as the
-    program is kept.
+    The state is all that the forward could read: modules, attributes, hooks, adapters, the shapes and dtypes of
+    weights, and the code with its globals and closures (see ``smc_compile.fingerprint``). A state that comes back has
+    its number again. Objects that follow the step protocol run as Python at every call, and count by identity.
     """
-    parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
-    return id(model), next(((p.device, p.dtype) for p in parameters), None)
+    if not isinstance(model, nn.Module) or is_stateful(model):
+        number = None if model is None else id(model)  # a program holds its models, so the id is not used again
+    else:
+        number = _watched.get_or_make(id(model), lambda: Watch(model)).state()
+    return number, modes()
 
 
 def options_key(options: Options) -> Hashable:
     """The options that decide what is compiled."""
     return tuple(value for name, value in vars(options).items() if name not in ("draft", *OF_A_REQUEST))
+
+
+def modes() -> Hashable:
+    """What torch itself is told for all code, as far as it changes what a trace holds."""
+    autocast = tuple(
+        (device, torch.get_autocast_dtype(device)) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
+    )
+    hooks = [getattr(nn.modules.module, name) for name in ("_global_forward_hooks", "_global_forward_pre_hooks")]
+    return (
+        torch.get_default_dtype(),
+        autocast,
+        torch.is_inference_mode_enabled(),
+        fingerprint(hooks) if any(hooks) else (),
+    )
+
+
+class Watch:
+    """The states in which a model was seen, each with a number that no other state of any model has."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model  # held: its id is the key
+        self._numbers: LRU[Hashable, int] = LRU(STATES)
+        self._snapshots: dict[int, Snapshot] = {}  # the one taken last in each state
+        self._latest: Hashable = None
+        self._seen = 0
+
+    def state(self) -> int:
+        """The number of the present state.
+
+        A snapshot answers in microseconds a module. Where none holds, all is walked through: what was replaced by an
+        equal thing is the same state still.
+        """
+        for number, snapshot in reversed(self._snapshots.items()):
+            if snapshot.holds():
+                self._snapshots[number] = self._snapshots.pop(number)  # tried first at the next call
+                return number
+        walk = Walk()
+        walk.visit(self._model)
+        tokens = tuple(walk.tokens)
+        if tokens not in self._numbers:
+            self._tell_change(tokens)
+        number = self._numbers.get_or_make(tokens, lambda: next(_numbers))
+        self._snapshots.pop(number, None)
+        self._snapshots[number] = walk.snapshot
+        while len(self._snapshots) > STATES:
+            del self._snapshots[next(iter(self._snapshots))]
+        self._latest = tokens
+        return number
+
+    def _tell_change(self, tokens: Hashable) -> None:
+        """Log what changed: a line at level INFO, and a warning where a model is new at every call."""
+        self._seen += 1
+        if self._latest is None:
+            return
+        name, where = type(self._model).__name__, first_difference(self._model, self._latest)  # type: ignore[arg-type]
+        log.info("%s has changed at %s: it is compiled again", name, where)
+        if self._seen == MANY:
+            log.warning(
+                "%s was compiled in %d states, the last two differ at %s: if a forward or a hook writes there at every "
+                "call, keep what it writes outside of the model",
+                name,
+                MANY,
+                where,
+            )
+
+
+_watched: LRU[int, Watch] = LRU(WATCHED)

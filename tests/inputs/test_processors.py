@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from smc_compile.errors import OptionError
-from smc_compile.inputs.fingerprint import fingerprint
+from smc_compile.fingerprint import fingerprint
 from smc_compile.inputs.processor_trials import reads_text
 from smc_compile.inputs.processors import sort_processors
 

@@ -1,0 +1,52 @@
+"""A model is left as it was by what traces it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+_OF_MODULES = ("_parameters", "_buffers", "_modules")
+
+
+@contextmanager
+def untouched(module: nn.Module) -> Iterator[None]:
+    """Afterwards each attribute of ``module`` and the modules in it is the object that it was, and holds what it held.
+
+    The exporter leaves copies of lists and dictionaries in their place, which whoever shares them with the model would
+    not know of. A forward may write into them while it is traced.
+    """
+    attributes = [(inner.__dict__, dict(inner.__dict__)) for inner in module.modules()]
+    held: dict[int, tuple[Any, Any]] = {}
+    for _, before in attributes:
+        for name, value in before.items():
+            if name not in _OF_MODULES:
+                _keep(value, held)
+    try:
+        yield
+    finally:
+        for now, before in attributes:
+            for name in [name for name in now if name not in before]:
+                del now[name]
+            now.update(before)
+        for container, items in held.values():
+            _refill(container, items)
+
+
+def _keep(value: Any, held: dict[int, tuple[Any, Any]]) -> None:
+    """Keep the items of a list or dictionary, and of those in it."""
+    if not isinstance(value, (list, dict)) or id(value) in held:
+        return
+    held[id(value)] = value, value.copy()
+    for item in value.values() if isinstance(value, dict) else value:
+        _keep(item, held)
+
+
+def _refill(container: Any, items: Any) -> None:
+    pairs = zip(container.values(), items.values(), strict=False) if isinstance(items, dict) else zip(container, items)
+    if len(container) == len(items) and all(one is other for one, other in pairs):
+        return
+    container.clear()
+    container.update(items) if isinstance(items, dict) else container.extend(items)
