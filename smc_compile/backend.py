@@ -13,6 +13,7 @@ from smc_compile.auto.choice import settled
 from smc_compile.errors import LoopError, OptionError, SMCError
 from smc_compile.options import Options
 from smc_compile.passes.loop.recover import DecodeLoop
+from smc_compile.program.dynamo_limits import allow_another_variant, guard_hooks
 from smc_compile.program.from_loop import LoopProgram, loop_outputs, program_for
 from smc_compile.program.loop_finder import LoopFinder
 from smc_compile.result import Generation
@@ -31,6 +32,8 @@ def smc(
 
     Errors are raised when the compiled function is called, as themselves: Dynamo would wrap what a backend raises.
     """
+    allow_another_variant()
+    guard_hooks()
     finder = LoopFinder(gm)
     try:
         if mode is not None:

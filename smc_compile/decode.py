@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from smc_compile.backend import answer_loop
 from smc_compile.errors import InputError, LoopError, OptionError, SMCError
@@ -19,7 +18,7 @@ from smc_compile.options import Options
 from smc_compile.passes.loop.kv_loop import ShortPrompt
 from smc_compile.passes.loop.recover import DecodeLoop
 from smc_compile.program.caller_caches import names_a_cache, own_copy, refuse_returned_cache
-from smc_compile.program.capture import Capture, CapturedCall
+from smc_compile.program.capture import Capture, CapturedCall, reachable_models
 from smc_compile.program.from_loop import program_for
 from smc_compile.program.iteration_count import PROBE, IterationCount, find_iteration_count
 from smc_compile.program.model_calls import traceable
@@ -82,7 +81,7 @@ class CompiledLoop:
         bound.apply_defaults()
         caches = names_a_cache(self._function)
         with ExitStack() as stack:
-            for model in reachable_models(self._function, bound):
+            for model in reachable_models(self._function, bound.arguments.values()):
                 stack.enter_context(traceable(model, caches))
             try:
                 return self._answer(bound, bound)
@@ -174,15 +173,6 @@ def with_prompt(call: CapturedCall, loop: DecodeLoop, bound: inspect.BoundArgume
     arguments = list(call.arguments)
     arguments[loop.prompt_index] = bound.arguments[prompts(bound)[0]]
     return arguments
-
-
-def reachable_models(function: Callable[..., Any], bound: inspect.BoundArguments) -> list[nn.Module]:
-    """The modules that a function can reach: its arguments, its free variables and the globals that it names."""
-    assert isinstance(function, types.FunctionType)
-    filled = [cell for cell in function.__closure__ or () if cell != types.CellType()]  # an empty one raises when read
-    cells = [cell.cell_contents for cell in filled]
-    named = [function.__globals__.get(name) for name in function.__code__.co_names]
-    return [value for value in (*bound.arguments.values(), *cells, *named) if isinstance(value, nn.Module)]
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ An object is taken apart into tokens: its class, its attributes, the items of co
 defaults, what it closes over and the globals that it names. ``fingerprint`` gives the tokens. A ``Snapshot`` is taken
 along the way: it says much faster than a second walk that nothing has changed since.
 
-The values of a module's parameters and buffers are no part: they are inputs of what is compiled. Their shapes, dtypes,
+The values of a model's parameters and buffers are no part: they are inputs of what is compiled. Their shapes, dtypes,
 devices and ties are.
 
 Code of libraries is not followed as far as the user's own: of a library's class the forward counts, with the functions
@@ -201,7 +201,7 @@ class Walk:
         self.snapshot.keys.append((values, tuple(values)))
         for name, weight in values.items():
             self._path.append(name)
-            self.add((name, described(weight)))
+            self.add((name, _content(weight) if self.by_content and weight is not None else described(weight)))
             self.snapshot.weights.append((values, name, described(weight)))
             if id(weight) in self._first and weight is not None:
                 holder, other, number = self._first[id(weight)]

@@ -45,8 +45,11 @@ def _keep(value: Any, held: dict[int, tuple[Any, Any]]) -> None:
 
 
 def _refill(container: Any, items: Any) -> None:
-    pairs = zip(container.values(), items.values(), strict=False) if isinstance(items, dict) else zip(container, items)
-    if len(container) == len(items) and all(one is other for one, other in pairs):
+    if list(map(id, _parts(container))) == list(map(id, _parts(items))):
         return
     container.clear()
     container.update(items) if isinstance(items, dict) else container.extend(items)
+
+
+def _parts(container: Any) -> list[Any]:
+    return [*container, *container.values()] if isinstance(container, dict) else container

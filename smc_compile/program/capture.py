@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import threading
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from smc_compile.errors import OptionError
+from smc_compile.program.dynamo_limits import without_limit
+from smc_compile.program.guards import model_state
 from smc_compile.program.loop_finder import LoopFinder
+from smc_compile.program.lru import LRU
+
+KEPT = 16  # states of the models that a function reaches
 
 
 @dataclass(frozen=True)
@@ -34,12 +39,15 @@ class Capture:
 
     Between the two its caller computes what the graph computes, outside of Dynamo. Dynamo's guards decide at every call
     whether an earlier graph still fits: they look at the closures, globals, attributes and constants that the function
-    reads. A graph that fits is not traced again.
+    reads. A graph that fits is not traced again. What the guards leave out, hooks and a class whose methods change, is
+    seen in the states of the models that the function reaches: each has traces of its own.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self._traced = torch.compile(_own_code(function), backend=self._backend, fullgraph=True, dynamic=False)
+        self._function = function
+        self._traced: LRU[Hashable, Callable[..., Any]] = LRU(KEPT)
         self._answer = _Answer()
+        _own_code(function)  # refuses what it cannot copy
 
     def captured(self, *args: Any, **kwargs: Any) -> CapturedCall | None:
         """The graph of a call and its arguments; None where there is nothing to compute.
@@ -50,7 +58,7 @@ class Capture:
             Exception: what Dynamo raises for code that it cannot trace, or the function itself while it is traced.
         """
         try:
-            self._traced(*args, **kwargs)
+            self._call(*args, **kwargs)
         except _Captured as found:
             return found.call
         return None
@@ -58,7 +66,16 @@ class Capture:
     def result(self, outputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
         """What the function returns for arguments that were captured before, with ``outputs`` as those of its graph."""
         with self._answering(outputs):
-            return self._traced(*args, **kwargs)
+            return self._call(*args, **kwargs)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        models = reachable_models(self._function, [*args, *kwargs.values()])
+        key = tuple(model_state(model) for model in models)
+        with without_limit():
+            return self._traced.get_or_make(key, self._compiled)(*args, **kwargs)
+
+    def _compiled(self) -> Callable[..., Any]:
+        return torch.compile(_own_code(self._function), backend=self._backend, fullgraph=True, dynamic=False)
 
     @contextmanager
     def _answering(self, outputs: Sequence[Any]) -> Iterator[None]:
@@ -96,6 +113,28 @@ class _Captured(Exception):
     def __init__(self, call: CapturedCall) -> None:
         super().__init__("captured")
         self.call = call
+
+
+def reachable_models(function: Callable[..., Any], arguments: Iterable[Any]) -> list[nn.Module]:
+    """The modules that a function can reach: its arguments, its free variables, the globals that it names.
+
+    Those in the attributes of an argument, such as ``self``, and in a list or a dictionary, are found too.
+    """
+    assert isinstance(function, types.FunctionType)
+    filled = [cell for cell in function.__closure__ or () if cell != types.CellType()]  # an empty one raises when read
+    cells = [cell.cell_contents for cell in filled]
+    named = [function.__globals__.get(name) for name in function.__code__.co_names]
+    inside = [item for value in (*arguments, *cells) for item in _parts(value)]
+    found = [value for value in (*arguments, *cells, *named, *inside) if isinstance(value, nn.Module)]
+    return list({id(module): module for module in found}.values())
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    if isinstance(value, (list, tuple)):
+        return value
+    if isinstance(value, dict):
+        return value.values()
+    return () if isinstance(value, (nn.Module, torch.Tensor)) else getattr(value, "__dict__", {}).values()
 
 
 def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:

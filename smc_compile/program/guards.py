@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from smc_compile.fingerprint import Snapshot, Walk, fingerprint, first_difference
+from smc_compile.errors import InputError
+from smc_compile.fingerprint import Snapshot, Walk, first_difference
 from smc_compile.options import Options, is_stateful
 from smc_compile.program.lru import LRU
 
@@ -24,7 +25,7 @@ _numbers = itertools.count()
 
 
 def program_key(options: Options, *target: Hashable) -> Hashable:
-    """The key of a program: of its target, which the caller describes, its draft under torch's modes, and its options."""
+    """The key of a program: of its target, which the caller describes, its draft, torch's modes and its options."""
     return (*target, model_state(options.draft), options_key(options))
 
 
@@ -33,9 +34,10 @@ def model_state(model: Any) -> Hashable:
 
     The state is all that the forward could read: modules, attributes, hooks, adapters, the shapes and dtypes of
     weights, and the code with its globals and closures (see ``smc_compile.fingerprint``). A state that comes back has
-    its number again. Objects that follow the step protocol run as Python at every call, and count by identity.
+    its number again. What is no module, or runs as Python at every call, counts by identity.
     """
-    if not isinstance(model, nn.Module) or is_stateful(model):
+    as_python = is_stateful(model) and not getattr(model, "traceable", True)
+    if not isinstance(model, nn.Module) or as_python:
         number = None if model is None else id(model)  # a program holds its models, so the id is not used again
     else:
         number = _watched.get_or_make(id(model), lambda: Watch(model)).state()
@@ -52,13 +54,24 @@ def modes() -> Hashable:
     autocast = tuple(
         (device, torch.get_autocast_dtype(device)) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
     )
-    hooks = [getattr(nn.modules.module, name) for name in ("_global_forward_hooks", "_global_forward_pre_hooks")]
-    return (
-        torch.get_default_dtype(),
-        autocast,
-        torch.is_inference_mode_enabled(),
-        fingerprint(hooks) if any(hooks) else (),
-    )
+    refuse_hooks_of_all_modules()
+    return torch.get_default_dtype(), autocast, torch.is_inference_mode_enabled()
+
+
+def refuse_hooks_of_all_modules() -> None:
+    """Hooks of all modules would apply to our own modules too, which hold the graphs that are compiled.
+
+    Raises:
+        InputError: there are some.
+    """
+    names = ("_global_forward_hooks", "_global_forward_pre_hooks")
+    hooks = [hook for name in names for hook in getattr(nn.modules.module, name).values()]
+    if hooks:
+        raise InputError(
+            "there are hooks for all modules, which would apply to compiled modules too",
+            f"registered: {', '.join(getattr(hook, '__qualname__', type(hook).__name__) for hook in hooks)}",
+            "register them on the model's own modules: module.register_forward_hook(hook)",
+        )
 
 
 class Watch:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers.models import CACHEABLE
+from helpers.toys import TableLM
 from torch import Tensor, nn
 
 import smc_compile
@@ -58,7 +59,7 @@ class Readable(nn.Module):
 @contextmanager
 def value(holder: object, name: str, new: object) -> Iterator[None]:
     """Another value of an attribute, of a weight, or of a module."""
-    own = name in vars(holder) or name in dir(holder) and name not in dir(type(holder))
+    own = name in vars(holder) or (name in dir(holder) and name not in dir(type(holder)))
     before = getattr(holder, name)
     setattr(holder, name, new)
     try:
@@ -107,8 +108,6 @@ class LowRank(nn.Module):
 
 
 def here() -> types.ModuleType:
-    import sys
-
     return sys.modules[__name__]
 
 
@@ -142,27 +141,14 @@ CHANGES: dict[str, Callable[[Readable], object]] = {
     "the class of a module": lambda m: value(m, "__class__", type("Other", (Readable,), {"forward": other_forward})),
     "a hook": lambda m: hook(m.inner, negated),
     "a hook before": lambda m: hook(m.inner, lambda _, inputs: ((inputs[0] + 1) % 17,), pre=True),
-    "a hook of all modules": lambda m: undone_hook(),
     "a wrapped layer": lambda m: value(m.inner.blocks[0].mlp, "down", LowRank(m.inner.blocks[0].mlp.down)),
     "another layer": lambda m: value(m.inner, "head", nn.Linear(16, 17).double()),
     "a layer more": lambda m: value(m.inner, "blocks", nn.ModuleList([*m.inner.blocks, *m.inner.blocks])),
     "other weights": lambda m: value(m.inner.head, "weight", nn.Parameter(-m.inner.head.weight.data)),
-    "weights, in place": lambda m: undone(lambda: m.inner.head.weight.data.neg_(), lambda: m.inner.head.weight.data.neg_()),
+    "weights, in place": lambda m: undone(m.inner.head.weight.data.neg_, m.inner.head.weight.data.neg_),
     "untied from nothing": lambda m: value(m.inner.embed, "weight", m.inner.head.weight),
     "narrow weights": lambda m: undone(lambda: m.float(), lambda: m.double()),
 }
-
-
-@contextmanager
-def undone_hook() -> Iterator[None]:
-    def negate(module: nn.Module, _: object, output: Tensor) -> Tensor:
-        return -output if type(module).__name__ == "Llama" else output
-
-    handle = nn.modules.module.register_module_forward_hook(negate)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def eager(model: nn.Module, ids: Tensor, n: int = 6) -> Tensor:
@@ -212,6 +198,75 @@ def test_a_draft_that_changes_is_seen(method: str) -> None:
         assert other.stats.accepted < alike.stats.accepted == 3
 
 
+def loop(model: nn.Module, ids: Tensor, n: int) -> Tensor:
+    for _ in range(n):
+        ids = torch.cat([ids, model(ids)[:, -1].argmax(-1, keepdim=True)], 1)
+    return ids
+
+
+OPTIONS = {"compiler": "eager", "validate": False}
+WAYS = {
+    "decode": lambda: smc_compile.decode(loop, **OPTIONS),
+    "compile": lambda: torch.compile(loop, backend="smc", options=OPTIONS, fullgraph=True),
+}
+
+
+class Small(nn.Module):
+    """Few nodes to trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.scale = TableLM(17), 1.0
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.inner(ids) * self.scale
+
+
+def rolled(self: Small, ids: Tensor) -> Tensor:
+    return self.inner(ids).roll(2, -1)
+
+
+CHANGES_OF_SMALL: dict[str, Callable[[Small], object]] = {
+    "a number": lambda m: value(m, "scale", -1.0),
+    "a hook": lambda m: hook(m.inner, negated),
+    "a hook before": lambda m: hook(m.inner, lambda _, inputs: ((inputs[0] + 1) % 17,), pre=True),
+    "the forward of the class": lambda m: value(Small, "forward", rolled),
+}
+UNSEEN = "the forward of the class"  # by what Dynamo guards, with any backend
+
+
+@pytest.mark.parametrize(
+    ("way", "name"), [(w, n) for w in WAYS for n in CHANGES_OF_SMALL if w == "decode" or n != UNSEEN]
+)
+@torch.no_grad()
+def test_a_loop_sees_a_change_and_its_end(way: str, name: str) -> None:
+    torch._dynamo.reset()
+    model, compiled_loop = Small().eval(), WAYS[way]()
+    before = eager(model, PROMPT, 3)
+    assert torch.equal(compiled_loop(model, PROMPT, 3), before)
+    with CHANGES_OF_SMALL[name](model):  # type: ignore[attr-defined]
+        assert torch.equal(compiled_loop(model, PROMPT, 3), eager(model, PROMPT, 3))
+    assert torch.equal(compiled_loop(model, PROMPT, 3), before)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_variant_is_one_too_many(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo compiles eight variants of a function and runs the ninth as plain Python. Ours are all compiled."""
+    torch._dynamo.reset()
+    answers = []
+    for module in (smc_compile.backend, sys.modules["smc_compile.decode"]):
+        answer = module.answer_loop
+        monkeypatch.setattr(module, "answer_loop", lambda *given, answer=answer: answers.append(1) or answer(*given))
+    table = TableLM(5)
+    table.rolled = 0
+    table.forward = lambda ids: TableLM.forward(table, ids).roll(table.rolled, -1)
+    compiled_loop = WAYS[way]()
+    with torch._dynamo.config.patch(recompile_limit=3):
+        for table.rolled in range(5):
+            assert torch.equal(compiled_loop(table, PROMPT % 5, 3), eager(table, PROMPT % 5, 3))
+    assert len(answers) == 5
+
+
 def test_a_processor_whose_closure_changes_is_seen(model: nn.Module) -> None:
     banned = [13]
 
@@ -246,3 +301,14 @@ def test_a_model_is_left_as_it_was(model: nn.Module) -> None:
     shared = fresh.flags, fresh.options, fresh.calls
     compiled(fresh)
     assert all(one is other for one, other in zip(shared, (fresh.flags, fresh.options, fresh.calls), strict=True))
+
+
+def test_hooks_of_all_modules_are_refused_by_name(model: nn.Module) -> None:
+    handle = nn.modules.module.register_module_forward_hook(negated)
+    try:
+        with pytest.raises(smc_compile.InputError, match="negated"):
+            compiled(model)
+        with pytest.raises(smc_compile.InputError, match="own modules"):
+            WAYS["decode"]()(Small(), PROMPT, 3)
+    finally:
+        handle.remove()
