@@ -45,7 +45,7 @@ def fingerprint(value: Any) -> Hashable:
 
     Tensors count by their content. What cannot be taken apart is equal to itself alone.
     """
-    walk = Walk(by_content=True)
+    walk = StateWalk(by_content=True)
     walk.visit(value)
     return tuple(walk.tokens)
 
@@ -108,7 +108,7 @@ def described(weight: Any) -> tuple[Any, ...] | None:
     return type(weight), weight.shape, weight.dtype, weight.device
 
 
-class Walk:
+class StateWalk:
     """Takes a value apart into ``tokens``.
 
     Args:
@@ -407,7 +407,7 @@ def _content(value: Any) -> Hashable:
 
 def first_difference(value: Any, before: Iterable[Hashable]) -> str:
     """Where the tokens of a value begin to differ from those of an earlier walk, as a path of attributes."""
-    walk = Walk(named=True)
+    walk = StateWalk(named=True)
     walk.visit(value)
     assert walk.paths is not None
     pairs: Iterator[tuple[Hashable, Hashable, str]] = zip(walk.tokens, before, walk.paths, strict=False)

@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import smc_compile
-from smc_compile.fingerprint import Walk
+from smc_compile.fingerprint import StateWalk
 from smc_compile.program.guards import model_state
 
 
@@ -52,7 +52,7 @@ def main() -> None:
 
     generate()
     call, watch = seconds(generate), seconds(lambda: model_state(model))
-    walk = seconds(lambda: Walk().visit(model), 5)
+    walk = seconds(lambda: StateWalk().visit(model), 5)
     print(f"{given.layers} layers, {sum(p.numel() for p in model.parameters()) / 1e6:.0f} million parameters")
     print(f"shortest call    {call * 1e3:9.2f} ms")
     print(f"nothing changed  {watch * 1e3:9.2f} ms   {watch / call:.2%} of the call")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from smc_compile.errors import InputError
-from smc_compile.fingerprint import Snapshot, Walk, first_difference
+from smc_compile.fingerprint import Snapshot, StateWalk, first_difference
 from smc_compile.options import Options, is_stateful
 from smc_compile.program.lru import LRU
 
@@ -94,7 +94,7 @@ class Watch:
             if snapshot.holds():
                 self._snapshots[number] = self._snapshots.pop(number)  # tried first at the next call
                 return number
-        walk = Walk()
+        walk = StateWalk()
         walk.visit(self._model)
         tokens = tuple(walk.tokens)
         if tokens not in self._numbers:
