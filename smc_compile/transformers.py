@@ -20,6 +20,7 @@ from transformers import GenerationConfig, StopStringCriteria
 
 from smc_compile.auto.choice import settled
 from smc_compile.inputs.generation_config import check_config, pad_of, split_eos_ids, split_warpers
+from smc_compile.inputs.model_arguments import check_model_arguments
 from smc_compile.inputs.processors import sort_processors
 from smc_compile.inputs.prompts import prompts_of
 from smc_compile.inputs.requests import build_request, request_seeds, single_seed
@@ -81,6 +82,7 @@ def generate(
         InputError, GenerationError: as ``smc_compile.generate``.
     """
     config = generation_config or GenerationConfig()
+    check_model_arguments({name: v for name, v in model_kwargs.items() if name not in NAMES.values()}, input_ids)
     prompts = prompts_of(input_ids, model_kwargs.get("attention_mask"), copies=1)
     check_config(config)
     given = {name: model_kwargs[shown] for name, shown in NAMES.items() if shown in model_kwargs}
