@@ -28,6 +28,7 @@ def loop(model: nn.Module, ids: Tensor, n: int) -> Tensor:
     return ids
 
 
+@interpreted
 def test_particles_and_lookahead_are_chosen_once_and_the_result_is_that_of_the_numbers():
     given = {"n_particles": "auto", "lookahead": "auto", "ess_floor": 3.0, **OPTIONS}
     report = explain(generate, MODEL, DRAFT, IDS, max_new_tokens=12, **given)

@@ -86,7 +86,7 @@ def test_compiled_equals_plain(run, compiler):
 
 @pytest.mark.slow
 def test_compiled_speculation_draws_what_interpreted_speculation_draws(run):
-    options = {"n": 9, "n_particles": 2, "method": "speculative", "temperature": 0.8, "seed": 7}
+    options = {"n": 9, "method": "speculative", "temperature": 0.8, "seed": 7}
     compiled, interpreted = run("inductor", **options), plain(run, **options)
     assert torch.equal(compiled.sequences, interpreted.sequences)
     torch.testing.assert_close(compiled.log_probs, interpreted.log_probs, atol=1e-9, rtol=0)

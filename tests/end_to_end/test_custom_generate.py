@@ -49,12 +49,14 @@ def ours(target, draft):
     return call
 
 
+@interpreted
 @pytest.mark.parametrize("method", ["smc", "autoregressive", "speculative"])
 def test_greedy_equals_the_library(target, ours, method):
     expected = target.generate(IDS, max_new_tokens=20, do_sample=False)
     assert torch.equal(ours(max_new_tokens=20, do_sample=False, method=method), expected)
 
 
+@interpreted
 def test_greedy_stops_pads_and_cuts_as_the_library_does(target, ours):
     """Every token serves as the end once: rows end at different places, some not at all."""
     ended = 0
@@ -76,6 +78,7 @@ DISTRIBUTIONS = [
 ]
 
 
+@interpreted
 @pytest.mark.parametrize("settings", DISTRIBUTIONS, ids=str)
 def test_processors_give_the_librarys_distribution(target, ours, settings):
     """The first token of 4096 draws: chi-square at level 1e-4 each, against the library's own processed scores."""

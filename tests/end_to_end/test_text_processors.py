@@ -195,7 +195,7 @@ def test_the_distribution_with_a_stop_in_the_middle_of_a_block(lookahead):
 def test_a_lag_keeps_every_expectation(max_lag, threshold):
     target, draft = table_pair()
     distribution = sequence_distribution(target, PROMPT, 5, VOCAB)
-    g = replicate(target, draft, PROMPT, 5, 2**13, n_particles=4, lookahead=1, ess_threshold=threshold, max_lag=max_lag)
+    g = replicate(target, draft, PROMPT, 5, 2**12, n_particles=4, lookahead=1, ess_threshold=threshold, max_lag=max_lag)
     assert g.stats.settled_early > 0
     frequent = distribution.flatten() > 0.003
     assert abs(z_scores(g.log_evidence.exp(), 1.0)) < 4

@@ -225,6 +225,7 @@ def test_target_and_draft_may_be_of_different_families() -> None:
     assert answer.ess.isfinite().all()
 
 
+@pytest.mark.usefixtures("untraced_regions")
 def test_a_loop_that_unwraps_the_logits_itself() -> None:
     """The library makes a cache by default; what the loop computes does not depend on it."""
     model = build("llama", dtype=torch.float32, num_hidden_layers=1)

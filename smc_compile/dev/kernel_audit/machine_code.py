@@ -101,29 +101,30 @@ def _used(binary: Any, configurations: int) -> MachineCode:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        resources = _disassemble("-res-usage", path)
-        instructions = _disassemble("-sass", path)
-    number = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", resources))
+        printed = _disassemble(path)
+    number = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", printed))
     if "REG" not in number:
-        raise SMCError("the resources of a kernel cannot be read", resources.strip()[:200])
+        raise SMCError("the resources of a kernel cannot be read", printed.strip()[:200])
     return MachineCode(
         registers=int(number["REG"]),
         spills=int(number["STACK"]) + int(number["LOCAL"]),
         shared=int(binary.metadata.shared),
-        loads=len(LOADS.findall(instructions)),
-        stores=len(STORES.findall(instructions)),
+        loads=len(LOADS.findall(printed)),
+        stores=len(STORES.findall(printed)),
         configurations=configurations,
         size=len(cubin),
     )
 
 
-def _disassemble(option: str, cubin: Path) -> str:
-    """What the disassembler that comes with triton prints."""
+def _disassemble(cubin: Path) -> str:
+    """What the disassembler that comes with triton prints: resources and instructions."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     try:
-        done = subprocess.run([tool, option, cubin], capture_output=True, text=True, timeout=120, check=True)
+        done = subprocess.run(
+            [tool, "-res-usage", "-sass", cubin], capture_output=True, text=True, timeout=120, check=True
+        )
     except (OSError, subprocess.SubprocessError) as error:
         raise SMCError("triton's disassembler does not run", f"{tool}: {error} (torch {torch.__version__})") from error
     return done.stdout + done.stderr
