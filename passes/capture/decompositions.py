@@ -48,12 +48,25 @@ def decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedPro
     Raises:
         CacheError: naming a convolution of values that depend on tokens.
     """
+    _drop_idle_dropouts(program.graph)
     dependent = sorted(descendants(user_inputs(program)[0]))
     counts = any(_is_count(node) for node in _reads_tokens(user_inputs(program)[0]))
     if _is_functional(program.graph) and not counts:
         return program  # decomposing traces everything again, which costs as much as the export
     _refuse_convolutions(dependent)
     return program.run_decompositions(ALWAYS | (COUNTING if counts else {}))
+
+
+DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
+
+
+def _drop_idle_dropouts(graph: fx.Graph) -> None:
+    """A dropout that drops nothing returns its input itself; where it is traced again, a later write would be lost."""
+    for node in [node for node in graph.nodes if node.target in DROPOUTS]:
+        _, p, train = (*node.args, *node.kwargs.values())
+        if not train or p == 0:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
 
 
 def _reads_tokens(ids: fx.Node) -> set[fx.Node]:

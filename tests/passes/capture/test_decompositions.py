@@ -95,3 +95,17 @@ def test_a_count_of_positions_alone_stays_as_it_is() -> None:
     weights = [torch.randn(11, 8, dtype=torch.float64)]
     ids = tokens(2, 5)
     torch.testing.assert_close(rows_of(lm, ids, weights), 5 * weights[0][ids[:, -1]])
+
+
+@pytest.mark.parametrize("dropout", ["dropout", "dropout1d", "alpha_dropout"])
+def test_a_dropout_that_drops_nothing_is_its_input(dropout: str) -> None:
+    """What is written into its result is written into its input."""
+
+    def then(x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        getattr(torch.nn.functional, dropout)(y, 0.1, training=False).add_(x)
+        return y[:, -1]
+
+    lm, owned = capture(Step(then), tokens(2, 2))
+    ids = tokens(2, 9)
+    torch.testing.assert_close(rows_of(lm, ids, owned()), Step(then)(ids))
