@@ -28,7 +28,7 @@ from smc_compile.inputs.sampler_settings import Sampling
 from smc_compile.inputs.stopping import Stopping
 from smc_compile.inputs.streaming import Streaming
 from smc_compile.options import Options, option_parameters
-from smc_compile.program.from_model import program_for, vocabulary
+from smc_compile.program.from_model import check_model, program_for, vocabulary
 from smc_compile.program.model_calls import logits_of
 from smc_compile.result import Generation
 
@@ -82,6 +82,7 @@ def generate(
         InputError, GenerationError: as ``smc_compile.generate``.
     """
     config = generation_config or GenerationConfig()
+    check_model(model)
     check_model_arguments({name: v for name, v in model_kwargs.items() if name not in NAMES.values()}, input_ids)
     prompts = prompts_of(input_ids, model_kwargs.get("attention_mask"), copies=1)
     check_config(config)

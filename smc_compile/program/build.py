@@ -10,7 +10,7 @@ from torch import Tensor
 
 from smc_compile.errors import OptionError
 from smc_compile.options import Options
-from smc_compile.program.checks import shared_vocabulary
+from smc_compile.program.checks import check_devices, cut_off, shared_vocabulary
 from smc_compile.program.method import method_for, refuse_states
 from smc_compile.program.model import Model, compile_model
 from smc_compile.program.program import Program
@@ -57,6 +57,9 @@ def build_program(
     draft = compile_draft(options.draft, draft_distribution, options, ids, "draft")
     if method == "speculative":
         refuse_states(target, draft)
+    check_devices(target, draft)
     vocab = shared_vocabulary(target, draft)
+    warnings = cut_off(target, draft, vocab)
     target, draft = (replace(side, distribution=side.distribution.cut(vocab)) for side in (target, draft))
-    return Program(target, draft, options, record=recorder_for(options, target, draft), **text_processors)
+    record = recorder_for(options, target, draft)
+    return Program(target, draft, options, record=record, warnings=tuple(warnings), **text_processors)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
 
 from smc_compile.errors import InputError
@@ -11,26 +9,33 @@ from smc_compile.program.model import Model
 from smc_compile.runtime.execution.incremental import CachedModel
 from smc_compile.runtime.state.request import Request
 
-log = logging.getLogger(__name__)
 PADDED_SHARE = 0.01  # heads that differ by less are padded differently; more is another vocabulary
 
 
+def check_devices(target: Model, draft: Model) -> None:
+    """Target and draft run side by side, each in its own dtype.
+
+    Raises:
+        InputError: they are on different devices.
+    """
+    mine, theirs = target.placement, draft.placement
+    if mine and theirs and mine[0] != theirs[0]:
+        raise InputError(
+            "draft and target are on different devices",
+            f"the target is on {mine[0]}, the draft on {theirs[0]}",
+            f"move the draft: draft.to({str(mine[0])!r})",
+        )
+
+
 def shared_vocabulary(target: Model, draft: Model) -> int | None:
-    """How many rows of the logits are tokens of both models; None when all are. They must agree in device and dtype.
+    """How many rows of the logits are tokens of both models; None when all are.
 
     Heads are often padded to a round number of rows, differently in models of one tokenizer. A difference of less than
     a hundredth is taken for such padding and cut off; a larger one is another vocabulary.
 
     Raises:
-        InputError: when the pair does not fit.
+        InputError: the vocabularies differ.
     """
-    mine, theirs = target.placement, draft.placement
-    if mine and theirs and mine != theirs:
-        raise InputError(
-            "draft and target differ in device or dtype",
-            f"the target is {mine[1]} on {mine[0]}, the draft {theirs[1]} on {theirs[0]}",
-            f"move the draft: draft.to(device={str(mine[0])!r}, dtype={mine[1]})",
-        )
     sizes = [model.vocab_size for model in (target, draft) if model.vocab_size is not None]
     if len(set(sizes)) < 2:
         return None
@@ -40,13 +45,17 @@ def shared_vocabulary(target: Model, draft: Model) -> int | None:
             f"the target has {target.vocab_size} tokens, the draft {draft.vocab_size}",
             "use a draft trained with the target's tokenizer",
         )
-    log.warning(
-        "the target has %d rows of logits, the draft %d: rows from %d on are taken for padding and never drawn",
-        target.vocab_size,
-        draft.vocab_size,
-        min(sizes),
-    )
     return min(sizes)
+
+
+def cut_off(target: Model, draft: Model, vocab: int | None) -> list[str]:
+    """A warning that rows of the logits are taken for padding, where there are any."""
+    if vocab is None:
+        return []
+    return [
+        f"the target has {target.vocab_size} rows of logits, the draft {draft.vocab_size}: rows from {vocab} on are "
+        "taken for padding and never drawn"
+    ]
 
 
 def check_request(request: Request, target: Model, draft: Model | None) -> None:

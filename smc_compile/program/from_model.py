@@ -24,7 +24,13 @@ programs: LRU[Hashable, Program] = LRU(KEPT)
 
 
 def check_model(model: Any) -> None:
-    """Raises InputError for what is no model."""
+    """Raises InputError for what is no model, and for a model with an encoder."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise InputError(
+            "the model is no decoder-only model",
+            f"{type(model).__name__} reads its prompt with an encoder, and writes another text with a decoder",
+            "use a causal language model: its text goes on behind the prompt",
+        )
     if not isinstance(model, nn.Module) and not is_stateful(model):
         raise InputError("model must be an nn.Module or follow the step protocol", f"got {type(model).__name__}")
 

@@ -36,6 +36,7 @@ class Program:
         text_processors: those that compile; they belong to the program.
         on_host: whether each request brings text processors of its own, which run on the host.
         record: what records cycles to be replayed; None runs all of them from the host.
+        warnings: what every result of the program says in ``stats.warnings``.
     """
 
     target: Model
@@ -44,6 +45,7 @@ class Program:
     text_processors: tuple[TextProcessor, ...] = ()
     on_host: bool = False
     record: Record | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def method(self) -> str:
@@ -71,6 +73,7 @@ class Program:
         check_request(request, self.target, self.draft)
         result = self.session.run(request)
         result.stats.n_particles, result.stats.lookahead = self.rows, self.lookahead
+        result.stats.warnings += self.warnings
         result.stats.warnings += beyond_training(request, self.target, self.draft)
         for warning in result.stats.warnings:
             log.warning(warning)

@@ -155,11 +155,9 @@ def test_no_draft():
             call()
 
 
-def test_a_draft_of_another_vocabulary_or_dtype():
+def test_a_draft_of_another_vocabulary():
     with pytest.raises(InputError, match=r"different vocabularies[\s\S]*target has 5 tokens, the draft 6"):
         run(draft=TableLM(V + 1))
-    with pytest.raises(InputError, match=r"differ in device or dtype[\s\S]*the draft torch.float64"):
-        run(draft=TableLM(V).double())
 
 
 def test_active_dropout():

@@ -115,6 +115,20 @@ def test_evidence_times_weight_is_unbiased_for_every_sequence(case):
     assert (g.stats.resamplings > 0) == (options.get("ess_threshold", 0.5) > 0)
 
 
+@pytest.mark.parametrize("narrow", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("side", ["target", "draft"])
+def test_target_and_draft_may_differ_in_dtype(side, narrow):
+    """Each runs in its own: the law is that of the target as it is. Bounds as above, for one pair of N=4."""
+    target, draft = transformer_pair(0.5)
+    target, draft = (target.to(narrow), draft) if side == "target" else (target, draft.to(narrow))
+    distribution = sequence_distribution(target, PROMPT, 3, VOCAB).double()
+    g = replicate(target, draft, PROMPT, 3, 2**12, n_particles=4, lookahead=2, ess_threshold=1.0, validate=False)
+    frequent = distribution.flatten() > 0.003
+    assert abs(z_scores(g.log_evidence.exp(), 1.0)) < 4
+    contributions = evidence_measure(g, distribution)[:, frequent]
+    assert z_scores(contributions, distribution.flatten()[frequent]).abs().max() < 5.5
+
+
 @pytest.mark.parametrize("eos", [None, 2])
 @pytest.mark.parametrize("lookahead", [1, 3])
 def test_one_particle_follows_the_draft_with_target_tokens_between(lookahead, eos):

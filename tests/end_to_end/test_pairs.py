@@ -46,6 +46,7 @@ def test_padding_is_cut_off_with_a_warning(of_target, of_draft, settings, caplog
     torch.testing.assert_close(actual.log_evidence, expected.log_evidence)
     assert actual.particles.max() < VOCAB
     assert f"rows from {VOCAB} on are taken for padding" in caplog.text
+    assert any("taken for padding" in warning for warning in actual.stats.warnings)
 
 
 def test_a_prompt_with_a_padding_row_is_refused():

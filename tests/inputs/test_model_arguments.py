@@ -93,3 +93,16 @@ def test_embeddings_without_tokens_are_refused_by_name(models: dict[str, Any]) -
         models["LlamaForCausalLM"].generate(
             inputs_embeds=torch.zeros(1, 3, 16), max_new_tokens=2, custom_generate=smc_compile.transformers.generate
         )
+
+
+def test_a_model_with_an_encoder_is_refused() -> None:
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    t5 = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=30, decoder_start_token_id=0, **sizes)
+    ).eval()
+    for call in (
+        lambda: smc_compile.generate(t5, None, IDS, max_new_tokens=2, temperature=0),
+        lambda: t5.generate(IDS, max_new_tokens=2, custom_generate=smc_compile.transformers.generate),
+    ):
+        with pytest.raises(InputError, match="no decoder-only model"):
+            call()
