@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 LARGE = 10_000  # items of a container that is not taken apart
 DEEPEST = 100  # levels of objects in objects; what lies below is equal to itself alone
@@ -105,6 +106,10 @@ def described(weight: Any) -> tuple[Any, ...] | None:
     """What is compiled for a weight besides its values."""
     if not isinstance(weight, Tensor):
         return None if weight is None else (Same(weight),)
+    if is_traceable_wrapper_subclass(weight):  # a quantised weight: its parts, and how they are put together
+        names, how = weight.__tensor_flatten__()
+        parts = [described(getattr(weight, name)) for name in names]
+        return type(weight), weight.shape, weight.dtype, repr(how), *parts
     return type(weight), weight.shape, weight.dtype, weight.device
 
 

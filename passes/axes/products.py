@@ -35,7 +35,7 @@ def linear(typing: Typing, node: fx.Node) -> Axes:
     return (*source[:-1], plain(node.meta["val"].shape[-1]))
 
 
-@rule("matmul", "mm", "bmm")
+@rule("matmul", "mm", "bmm", "_int_mm")
 def matmul(typing: Typing, node: fx.Node) -> Axes:
     return contract(typing, node, node.args[0], node.args[1])
 

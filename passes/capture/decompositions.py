@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._dynamo.utils import counters
+from torch._inductor.decomposition import decompositions as inductor_code
 
 from smc_compile.passes.axes.axis_types import refuse
 from smc_compile.passes.capture.export_lm import user_inputs
@@ -51,10 +52,17 @@ def decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedPro
     _drop_idle_dropouts(program.graph)
     dependent = sorted(descendants(user_inputs(program)[0]))
     counts = any(_is_count(node) for node in _reads_tokens(user_inputs(program)[0]))
-    if _is_functional(program.graph) and not counts:
+    composites = _composites(program.graph)
+    if _is_functional(program.graph) and not counts and not composites:
         return program  # decomposing traces everything again, which costs as much as the export
     _refuse_convolutions(dependent)
-    return program.run_decompositions(ALWAYS | (COUNTING if counts else {}))
+    return program.run_decompositions(ALWAYS | composites | (COUNTING if counts else {}))
+
+
+def _composites(graph: fx.Graph) -> dict[Any, Callable[..., Any]]:
+    """Ops of other libraries for which Inductor has tensor code, such as those that quantise activations."""
+    ops = {node.target for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
+    return {op: inductor_code[op] for op in ops if op.namespace not in ("aten", "prims") and op in inductor_code}
 
 
 DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
@@ -63,9 +71,9 @@ DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropo
 def _drop_idle_dropouts(graph: fx.Graph) -> None:
     """A dropout that drops nothing returns its input itself; where it is traced again, a later write would be lost."""
     for node in [node for node in graph.nodes if node.target in DROPOUTS]:
-        _, p, train = (*node.args, *node.kwargs.values())
-        if not train or p == 0:
-            node.replace_all_uses_with(node.args[0])
+        source, share, drops = list(node.args) + list(node.kwargs.values())
+        if isinstance(source, fx.Node) and (share == 0 or not drops):
+            node.replace_all_uses_with(source)
             graph.erase_node(node)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch._functorch.compile_utils import fx_graph_cse
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from smc_compile.errors import CacheError
 from smc_compile.passes.capture.untouched import untouched
@@ -115,8 +117,25 @@ class OwnedWeights:
         return [self._constants[n] if n in self._constants else self._lookup(n) for n in self._names]
 
     def _lookup(self, name: str) -> Tensor:
+        if part := PART_OF_WEIGHT.fullmatch(name):
+            weight = getattr(self._step.get_submodule(part["path"]), part["leaf"])
+            if is_traceable_wrapper_subclass(weight):
+                return list(plain_tensors(weight))[int(part["number"])]
         path, _, leaf = name.rpartition(".")
         return getattr(self._step.get_submodule(path), leaf)
+
+
+# How the exporter names the tensors that a weight of a tensor subclass, such as a quantised one, is made of.
+PART_OF_WEIGHT = re.compile(r"(?:(?P<path>.+)\.)?parametrizations\.(?P<leaf>\w+)\.original(?P<number>\d+)")
+
+
+def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors that a tensor subclass is made of, in the order in which it names them."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from plain_tensors(getattr(tensor, name))
 
 
 class _Positional(nn.Module):

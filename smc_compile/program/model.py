@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smc_compile.errors import InputError
+from smc_compile.errors import InputError, OptionError
 from smc_compile.options import Options, is_stateful
 from smc_compile.passes.pipeline import Traced, trace_model
 from smc_compile.program.guards import model_state
@@ -97,8 +97,24 @@ def with_cache(
 ) -> Model:
     """A model whose cache was synthesized; ``weights`` gives its weights at each call."""
     graphs = traced.cached
+    refuse_bytes_on_cpu(traced, options, role)
     runtime = CachedModel(graphs, weights, options.compiler, role)
     return Model(runtime, graphs.vocab_size, graphs.max_positions, distribution, traced, trained_positions)
+
+
+def refuse_bytes_on_cpu(traced: Traced, options: Options, role: str) -> None:
+    """Inductor's code for activations that are rounded to eight bits is wrong on a CPU (torch 2.13: some rows).
+
+    Raises:
+        OptionError: it would be generated.
+    """
+    products = traced.lm.graph.find_nodes(op="call_function", target=torch.ops.aten._int_mm.default)
+    if products and options.compiler == "inductor" and products[0].meta["val"].device.type == "cpu":
+        raise OptionError(
+            f"the {role}'s activations are rounded to eight bits, and Inductor's code for that is wrong on a CPU",
+            f"{len(products)} products of bytes, torch {torch.__version__}; torch.compile by itself is off too",
+            'pass compiler="aot_eager", or quantise the weights alone',
+        )
 
 
 class LastLogits(nn.Module):
