@@ -118,9 +118,10 @@ class OwnedWeights:
 
     def _lookup(self, name: str) -> Tensor:
         if part := PART_OF_WEIGHT.fullmatch(name):
-            weight = getattr(self._step.get_submodule(part["path"]), part["leaf"])
-            if is_traceable_wrapper_subclass(weight):
-                return list(plain_tensors(weight))[int(part["number"])]
+            weight: Tensor = getattr(self._step.get_submodule(part["path"]), part["leaf"])
+            parts = list(plain_tensors(weight))
+            if parts[0] is not weight:
+                return parts[int(part["number"])]
         path, _, leaf = name.rpartition(".")
         return getattr(self._step.get_submodule(path), leaf)
 
