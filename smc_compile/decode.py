@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from smc_compile.backend import answer_loop
 from smc_compile.errors import InputError, LoopError, OptionError, SMCError
 from smc_compile.options import Options
 from smc_compile.passes.loop.kv_loop import ShortPrompt
 from smc_compile.passes.loop.recover import DecodeLoop
+from smc_compile.program.all_iterations import PINNED, Traces, before_window, check_all_iterations, with_window
 from smc_compile.program.caller_caches import names_a_cache, own_copy, refuse_returned_cache
 from smc_compile.program.capture import Capture, CapturedCall, reachable_models
+from smc_compile.program.even_loops import Doubt, find_doubt
 from smc_compile.program.from_loop import program_for
 from smc_compile.program.iteration_count import PROBE, IterationCount, find_iteration_count
+from smc_compile.program.loop_finder import LoopFinder
 from smc_compile.program.model_calls import traceable
+from smc_compile.program.rehearsal import Rehearsal, Rehearsed
 from smc_compile.result import Generation
+
+log = logging.getLogger(__name__)
 
 
 def decode(function: Callable[..., Any] | None = None, *, trip_count: str | None = None, **options: Any) -> Any:
@@ -68,6 +76,8 @@ class CompiledLoop:
         self._trip_count = trip_count
         self._count: IterationCount | None = None  # found at the first call
         self._capture = Capture(function)
+        self._rehearsal = Rehearsal(function)
+        self._doubts: WeakKeyDictionary[LoopFinder, Doubt | None] = WeakKeyDictionary()
         self.last: Generation | None = None
         self.loop: DecodeLoop | None = None
         functools.update_wrapper(self, function)
@@ -93,24 +103,100 @@ class CompiledLoop:
         mark_lengths(traced)
         if self._count is None:
             self._count = self._find_count(traced)
-        count = self._count
-        iterations = count.iterations(bound.arguments[count.name], prompt_length(bound))
-        short = self._with_value(traced, count.name, count.value(PROBE, prompt_length(traced)))
-        with dynamo_errors():
-            call = self._capture.captured(*short.args, **short.kwargs)
-        found = call.finder.loop_for(call.arguments) if call is not None else None
-        if call is None or found is None:
-            raise LoopError("the function holds no decode loop", "no token is drawn and fed back")
-        program = program_for(found, call.arguments, self._options)
-        loop = count.stretched(found, iterations)
+        iterations = self._count.iterations(bound.arguments[self._count.name], prompt_length(bound))
+        call, found = self._captured(traced)
+        check_longest(found, prompt_length(bound), iterations)
+        window = self._window(bound, traced, call, found, iterations)
+        if window is not None and prompt_length(traced) > before_window(window, found.iterations):
+            traced = self._with_prompts(bound, before_window(window, found.iterations))
+            mark_lengths(traced)
+            call, found = self._captured(traced)
+        program = program_for(found, call.arguments, self._options, window)
         arguments = call.arguments if traced is bound else with_prompt(call, found, bound)
-        check_longest(found, arguments[found.prompt_index].shape[-1], iterations)
+        loop = self._count.stretched(found, iterations)
         outputs, generation = answer_loop(program, loop, arguments, iterations, self._options)
+        short = self._counting(traced, PROBE)
         result = self._capture.result(outputs, *short.args, **short.kwargs)
         if found.cached is not None:
             refuse_returned_cache(result)
-        self.last, self.loop = generation, found
+        self.last, self.loop = generation, with_window(found, window)
         return result
+
+    def _captured(self, traced: inspect.BoundArguments, exact: bool = False) -> tuple[CapturedCall, DecodeLoop]:
+        """The loop that Dynamo sees in a few iterations, ``exact``ly those of this prompt length or any."""
+        short = self._counting(traced, PROBE)
+        with dynamo_errors():
+            call = self._capture.captured(*short.args, **short.kwargs)
+        found = call.finder.loop_for(call.arguments, exact) if call is not None else None
+        if call is None or found is None:
+            raise LoopError("the function holds no decode loop", "no token is drawn and fed back")
+        return call, found
+
+    def _counting(self, arguments: inspect.BoundArguments, iterations: int) -> inspect.BoundArguments:
+        """The arguments of a call that asks for so many iterations."""
+        assert self._count is not None
+        return self._with_value(arguments, self._count.name, self._count.value(iterations, prompt_length(arguments)))
+
+    def _window(
+        self,
+        bound: inspect.BoundArguments,
+        traced: inspect.BoundArguments,
+        call: CapturedCall,
+        found: DecodeLoop,
+        iterations: int,
+    ) -> int | None:
+        """How many tokens the model reads at most, if the text of a call becomes longer than that.
+
+        Raises:
+            LoopError: not all iterations of the call are like the three that were traced.
+        """
+        assert self._count is not None
+        count, rehearsal, doubt = self._count, self._rehearsal, self._doubt(traced, call, found)
+        cached = found.cached is not None
+        models = None if cached or call.writes else reachable_models(self._function, bound.arguments.values())
+
+        def few(length: int) -> Rehearsed:
+            longer, loop = self._captured(self._with_prompts(bound, length, marked=True), exact=True)
+            return Rehearsed(loop, longer.finder)
+
+        def everything(length: int, n: int, opaque: list[nn.Module] | None = models) -> Rehearsed:
+            asked = traced if cached else self._with_prompts(bound, length)
+            asked = self._counting(asked, n - count.extra)
+            log.info("%d iterations are traced: %s", n, doubt)
+            with dynamo_errors():
+                return rehearsal.loop(
+                    lambda capture: capture.captured(*asked.args, **asked.kwargs), opaque, doubt or PINNED
+                )
+
+        traces = Traces(
+            few,
+            everything,
+            lambda length, n: everything(length, n, None),
+            lambda loop: count.stretched(loop, iterations).outputs,
+        )
+        start = Rehearsed(found, call.finder)
+        return check_all_iterations(rehearsal, traces, start, doubt, iterations, prompt_length(bound))
+
+    def _with_prompts(self, bound: inspect.BoundArguments, length: int, marked: bool = False) -> inspect.BoundArguments:
+        """The arguments with prompts of another length; to Dynamo it is a number, unless ``marked``."""
+        given = {name: bound.arguments[name] for name in prompts(bound)}
+        other = {n: torch.cat([p] * -(-length // p.shape[-1]), -1)[..., :length].clone() for n, p in given.items()}
+        arguments = inspect.BoundArguments(self._signature, OrderedDict({**bound.arguments, **other}))
+        if marked:
+            mark_lengths(arguments)
+        return arguments
+
+    def _doubt(self, traced: inspect.BoundArguments, call: CapturedCall, found: DecodeLoop) -> Doubt | None:
+        """Why three iterations need not stand for all; it holds while Dynamo's guards hold."""
+        if call.finder not in self._doubts:
+            caches = [f"L['{name}']" for name, value in traced.arguments.items() if hasattr(value, "get_seq_length")]
+            writes = [name for name in call.writes if not name.startswith(tuple(caches))]
+            assert self._count is not None
+            text, counter = next(iter(prompts(traced)), None), self._count.name
+            read = find_doubt(self._function, traced.arguments, text, counter)
+            written = Doubt(f"{writes[0]} is changed by the loop, which may read it") if writes else None
+            self._doubts[call.finder] = written or read
+        return self._doubts[call.finder]
 
     def _find_count(self, bound: inspect.BoundArguments) -> IterationCount:
         """Trace the function with other values of its integer arguments."""
@@ -184,7 +270,7 @@ def check_longest(loop: DecodeLoop, prompt: int, iterations: int) -> None:
     Raises:
         InputError: the text becomes longer than what the path that was traced is for.
     """
-    if loop.longest is not None and prompt + iterations - 1 > loop.longest:
+    if loop.cached is not None and loop.longest is not None and prompt + iterations - 1 > loop.longest:
         raise InputError(
             "the text becomes longer than what the loop was traced for",
             f"the model reads up to {prompt} + {iterations} - 1 tokens; beyond {loop.longest} the loop takes another "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
@@ -30,14 +31,17 @@ class LoopFinder:
         self._prompt_index: int | None = None
         self.recoveries = 0
 
-    def loop_for(self, arguments: Sequence[Any]) -> DecodeLoop | None:
+    def loop_for(self, arguments: Sequence[Any], exact: bool = False) -> DecodeLoop | None:
         """The loop that the graph is for these arguments of its own; None if it never was one.
+
+        Args:
+            exact: whether its iterations must be those of this very prompt length.
 
         Raises:
             LoopError: there is a loop that cannot be compiled, or there is none with these sizes alone.
         """
         known = self._known(arguments)
-        if known is not None:
+        if known is not None and not (exact and known.prompt_length != arguments[known.prompt_index].shape[-1]):
             return known
         self.recoveries += 1
         loop = find_loop(self._gm, arguments)
@@ -53,15 +57,26 @@ class LoopFinder:
             self._found.setdefault(self._sizes(arguments), {})[loop.prompt_length] = loop
         return loop
 
+    def input_names(self, loop: DecodeLoop) -> list[str]:
+        """The names by which Dynamo knows the prompt and the other inputs of a loop's step."""
+        placeholders = self._gm.graph.find_nodes(op="placeholder")
+        return [placeholders[index].name for index in (loop.prompt_index, *loop.invariant_indices)]
+
     def _known(self, arguments: Sequence[Any]) -> DecodeLoop | None:
         if self._prompt_index is None:
             return None
         found = self._found.get(self._sizes(arguments), {})
         length = arguments[self._prompt_index].shape[-1]
-        if length in found or not found:
+        if length in found or not found or not self._is_affine():
             return found.get(length)
         first, *others = found.values()
         return first if any(_alike(first, other) for other in others) else None
+
+    def _is_affine(self) -> bool:
+        """Whether all integers of the graph are sums and multiples of sizes, so that two lengths show all."""
+        values = (node.meta.get("example_value") for node in self._gm.graph.nodes)
+        sizes = [value.node.expr for value in values if isinstance(value, torch.SymInt)]
+        return all(not size.free_symbols or _is_linear(size) for size in sizes)
 
     def _sizes(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
         """The batch, and the integers that are not the prompt's length."""
@@ -77,6 +92,11 @@ class LoopFinder:
 
 def _expression(size: Any) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt) else None
+
+
+def _is_linear(size: sympy.Expr) -> bool:
+    symbols = sorted(size.free_symbols, key=str)
+    return bool(size.is_polynomial(*symbols)) and sympy.Poly(size, *symbols).total_degree() <= 1
 
 
 def _alike(loop: DecodeLoop, other: DecodeLoop) -> bool:

@@ -1,0 +1,117 @@
+"""A decode loop traced whole: where three iterations need not stand for all others.
+
+`even_loops.find_doubt` reads a loop's source, and Dynamo's guards say up to which length of the text its trace holds.
+Where these leave a doubt, all iterations of the call at hand are traced and compared with the three, the models in them
+as one node each. That costs some 20 ms an iteration, once for a number of iterations and a length of the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+from torch import nn
+
+from smc_compile.errors import LoopError, SMCError
+from smc_compile.passes.loop.recover import DecodeLoop
+from smc_compile.program.capture import Capture, CapturedCall
+from smc_compile.program.even_loops import Doubt
+from smc_compile.program.loop_finder import LoopFinder, step_text
+from smc_compile.program.opaque_models import Opaque, opaque
+
+KEPT = 64  # traces, after which all are forgotten
+ALIKE = (
+    "let every iteration do the same, or split the run: one call for each of its parts. A window may be written as "
+    "model(ids[:, -W:])"
+)
+NO_LOOP = "with all its iterations the function holds no loop"
+Trace = Callable[[Capture], CapturedCall | None]  # captures the loop with some arguments
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """A loop that was traced, and the finder that holds its graph."""
+
+    loop: DecodeLoop
+    finder: LoopFinder
+
+    def step(self) -> tuple[str, ...]:
+        """One iteration in lines, each input by its name."""
+        lines = step_text(self.loop.step.graph).splitlines()
+        return (*self.finder.input_names(self.loop), *lines, str(self.loop.fixed_floats))
+
+
+class Rehearsal:
+    """Traces of one function, and which of them were found to agree."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._forget()
+
+    def _forget(self) -> None:
+        self._capture, self._loops = Capture(self._function), WeakSet[DecodeLoop]()
+        self._agreed: WeakKeyDictionary[DecodeLoop, WeakSet[DecodeLoop]] = WeakKeyDictionary()
+
+    def loop(self, trace: Trace, models: Sequence[nn.Module] | None, doubt: Doubt) -> Rehearsed:
+        """The loop that a trace shows; the first failure of its iterations to be alike is an error.
+
+        Args:
+            models: those that become one node each; None traces them too.
+
+        Raises:
+            LoopError: the iterations differ.
+        """
+        if len(self._loops) > KEPT:
+            self._forget()
+        while True:
+            learned = Opaque.structures
+            try:
+                with opaque(models or ()):
+                    call = trace(self._capture)
+                break
+            except Exception:
+                if Opaque.structures == learned:
+                    raise
+        try:
+            found = call.finder.loop_for(call.arguments) if call is not None else None
+            if call is None or found is None:
+                raise LoopError(NO_LOOP)
+            if found.cached is not None:
+                found.check(call.arguments)
+        except SMCError as error:
+            raise unlike(doubt, error.why or error.what) from error
+        self._loops.add(found)
+        return Rehearsed(found, call.finder)
+
+    def agree(self, short: Rehearsed, long: Rehearsed, doubt: Doubt) -> None:
+        """Require that two loops have one step, or one iteration where their window is full.
+
+        Raises:
+            LoopError: they differ.
+        """
+        if short.loop in self._agreed.setdefault(long.loop, WeakSet()):
+            return
+        if long.loop.window is None:
+            pair = short.step(), long.step()
+        else:
+            pair = short.loop.lines_at(long.loop.window), long.loop.lines_at(long.loop.window)
+        if pair[0] != pair[1] or not pair[0]:
+            raise unlike(doubt, _difference(*pair))
+        self._agreed[long.loop].add(short.loop)
+
+
+def _difference(short: Sequence[str], long: Sequence[str]) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(short, long, strict=False)) if a != b), min(len(short), len(long)))
+    ends = [lines[at] if at < len(lines) else "nothing" for lines in (short, long)]
+    return f"in the first iterations one computes `{ends[0]}`, in later ones `{ends[1]}`"
+
+
+def unlike(doubt: Doubt, why: str, fix: str = "") -> LoopError:
+    """The error for iterations that differ: where that was to be feared, and how it shows."""
+    return LoopError(
+        "The iterations of the decode loop are not alike, so it cannot be compiled as one step.",
+        f"{doubt}: {why}",
+        fix or ALIKE,
+    )
