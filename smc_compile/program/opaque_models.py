@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from smc_compile.fingerprint import as_stand_in
+
 TextShape = tuple[int, ...]
 Sizes = tuple[TextShape | None, ...]  # of the arguments of a call; None for what is no tensor
 Described = tuple[tuple[TextShape, torch.dtype, torch.device], ...]  # the tensors that come back
@@ -137,7 +139,7 @@ def _forward_of(key: str, module: weakref.ref[nn.Module], build: Build | None) -
         assert real is not None
         return type(real).forward(real, *args, **kwargs)
 
-    return forward
+    return as_stand_in(forward)
 
 
 # ---- sizes -----------------------------------------------------------------------------------------------------------
