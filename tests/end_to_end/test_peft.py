@@ -19,7 +19,7 @@ PROMPT = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 pytestmark = pytest.mark.usefixtures("untraced_regions")
 
 
-def llama(layers: int = 2, seed: int = 0) -> nn.Module:
+def llama(layers: int = 1, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=30, hidden_size=16, intermediate_size=24, num_hidden_layers=layers, num_attention_heads=2,
@@ -28,7 +28,7 @@ def llama(layers: int = 2, seed: int = 0) -> nn.Module:
     return LlamaForCausalLM(config).double().eval()
 
 
-def adapted(layers: int = 2) -> nn.Module:
+def adapted(layers: int = 1) -> nn.Module:
     """A model with two adapters, "default" (active) and "second"."""
     model = peft.get_peft_model(llama(layers), lora())
     model.add_adapter("second", lora(rank=3))
@@ -112,8 +112,10 @@ def model() -> nn.Module:
     return adapted()
 
 
-@pytest.mark.parametrize("way", [ours, through_the_library])
-@pytest.mark.parametrize("name", STATES)
+WAYS = [*((name, ours) for name in STATES), ("off", through_the_library), ("the second", through_the_library)]
+
+
+@pytest.mark.parametrize(("name", "way"), WAYS)
 def test_the_text_is_that_of_the_adapters_as_they_are(
     model: nn.Module, name: str, way: Callable[[nn.Module], Tensor]
 ) -> None:

@@ -174,11 +174,11 @@ def standing(rows: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
 # ---- generation ------------------------------------------------------------------------------------------------------
 
 
-IN_FLOAT32 = ("gpt_oss", "mixtral", "qwen3_moe", "deepseek_v32", "hy_v4", "mpt")
+IN_FLOAT32 = ("gpt_oss", "mixtral", "qwen3_moe", "mpt")
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("family", [*FAMILIES, "deepseek_v32", "hy_v4", "mpt"])
+@pytest.mark.parametrize("family", [*FAMILIES, "mpt"])
 def test_greedy_tokens_are_those_of_the_library(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch of two prompts, the first two tokens shorter: padding stands in front.
 
