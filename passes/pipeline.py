@@ -39,6 +39,7 @@ from smc_compile.passes.capture.short_texts import check_short_texts
 from smc_compile.passes.ir import CachedLM, CausalLM
 from smc_compile.passes.loop.alike import compare_iterations
 from smc_compile.passes.loop.as_written import PaddedIteration, cached_iterations
+from smc_compile.passes.loop.branches import drawn_tokens, find_ends, take_marks, without_masks
 from smc_compile.passes.loop.cache_buffers import without_buffers
 from smc_compile.passes.loop.concretise import Concrete, concretise
 from smc_compile.passes.loop.draws import is_draw
@@ -177,15 +178,19 @@ def _refuse_what_pins_the_length(step: nn.Module, ids: Tensor, weights: Sequence
 # ---- from Dynamo's graph to one iteration --------------------------------------------------------------------------
 
 
-def recover_loop(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> DecodeLoop | None:
+def recover_loop(gm: fx.GraphModule, example_inputs: Sequence[Any], tokens_only: bool = False) -> DecodeLoop | None:
     """The decode loop in a graph, or None if no token is drawn and fed back.
 
         prompt -> [iteration 0] -> token 0 -> [iteration 1] -> token 1 -> ...    becomes    step(ids [B, S]) -> token
+
+    With ``tokens_only`` the graph may end its texts (see `loop.branches`), and what it returns is not looked at: the
+    function that it was made of runs on the tokens.
 
     Raises:
         LoopError: there is a loop, but not one that can be compiled.
     """
     concrete = concretise(gm, example_inputs)  # sizes become numbers; of a while_loop, the first iterations
+    marks = take_marks(concrete.graph)
     nodes = list(concrete.graph.nodes)
     if not any(is_draw(node) for node in nodes):
         log.info("no sampling and no argmax in the graph: left as it is")
@@ -196,6 +201,14 @@ def recover_loop(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> DecodeLoo
         log.info("no token is drawn from a sequence and fed back (one iteration is no loop): left as it is")
         return None
     layouts, tokens = found
+    ends = None
+    if tokens_only:
+        drawn = drawn_tokens(nodes, tokens)
+        ends = find_ends(gm, nodes, tokens, drawn, marks, layouts.batch)
+        if tokens != drawn:
+            without_masks(concrete.graph, tokens, drawn)
+            nodes = list(concrete.graph.nodes)
+            layouts, tokens = find_tokens(nodes) or found
     refuse_autocast(nodes)
     refuse_uncounted_tokens(concrete, tokens)
     if carries_cache(layouts, tokens):
@@ -205,7 +218,7 @@ def recover_loop(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> DecodeLoo
         simplify_lookups(layouts)
         iterations = Iterations(layouts, tokens)
         step = _common_step(gm, iterations)
-    return decode_loop(concrete, iterations, step)
+    return decode_loop(concrete, iterations, step, ends, not tokens_only)
 
 
 def _common_step(gm: fx.GraphModule, iterations: Iterations) -> RecoveredStep:

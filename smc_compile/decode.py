@@ -6,8 +6,8 @@ import functools
 import inspect
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -18,11 +18,15 @@ from smc_compile.errors import InputError, LoopError, OptionError, SMCError
 from smc_compile.options import Options
 from smc_compile.passes.loop.kv_loop import ShortPrompt
 from smc_compile.passes.loop.recover import DecodeLoop
+from smc_compile.passes.loop.refusals import EndInLoop
 from smc_compile.program.caller_caches import names_a_cache, own_copy, refuse_returned_cache
-from smc_compile.program.capture import Capture, CapturedCall
-from smc_compile.program.from_loop import program_for
+from smc_compile.program.callers_generator import with_generator
+from smc_compile.program.capture import CapturedCall
+from smc_compile.program.dynamo_refusals import FailedLoop, Untraceable, dynamo_errors, failed_loop
+from smc_compile.program.from_loop import program_for, prompt_of
 from smc_compile.program.iteration_count import PROBE, IterationCount, find_iteration_count
 from smc_compile.program.model_calls import traceable
+from smc_compile.program.written_code import Answered, NumbersReturned, Plain, Written, written_code
 from smc_compile.result import Generation
 
 
@@ -68,7 +72,7 @@ class CompiledLoop:
             )
         self._trip_count = trip_count
         self._count: IterationCount | None = None  # found at the first call
-        self._capture = Capture(function)
+        self._code: Plain | Written = Plain(function)
         self.last: Generation | None = None
         self.loop: DecodeLoop | None = None
         functools.update_wrapper(self, function)
@@ -92,13 +96,38 @@ class CompiledLoop:
     def _answer(self, bound: inspect.BoundArguments, traced: inspect.BoundArguments) -> Any:
         """The result of a call with the arguments ``bound``; ``traced`` are those that Dynamo sees."""
         mark_lengths(traced)
+        try:
+            return self._answer_by(self._code, bound, traced)
+        except (Untraceable, FailedLoop, EndInLoop, NumbersReturned) as error:
+            if isinstance(self._code, Written) or not isinstance(self._function, types.FunctionType):
+                raise
+            found = self._by_twin(traced, error)
+        self._code, self._count = found
+        return self._answer_by(self._code, bound, traced)
+
+    def _by_twin(self, traced: inspect.BoundArguments, error: SMCError) -> tuple[Written, IterationCount]:
+        """The function by its twin.
+
+        Raises:
+            SMCError: that cannot be compiled either. Where the function itself fails, that is its ``error``.
+        """
+        assert isinstance(self._function, types.FunctionType)
+        try:
+            found = written_code(self._function, lambda code: self._find_count(code, traced))
+        except LoopError as other:
+            raise (error if isinstance(error, FailedLoop) else other) from other
+        if found is None:
+            raise (error if isinstance(error, FailedLoop) else without_source(error)) from error
+        return found
+
+    def _answer_by(self, code: Plain | Written, bound: inspect.BoundArguments, traced: inspect.BoundArguments) -> Any:
         if self._count is None:
-            self._count = self._find_count(traced)
+            self._count = self._find_count(code, traced)
         count = self._count
         iterations = count.iterations(bound.arguments[count.name], prompt_length(bound))
         short = self._with_value(traced, count.name, count.value(PROBE, prompt_length(traced)))
         with dynamo_errors():
-            call = self._capture.captured(*short.args, **short.kwargs)
+            call = code.captured(short)
         found = call.finder.loop_for(call.arguments) if call is not None else None
         if call is None or found is None:
             raise LoopError("the function holds no decode loop", "no token is drawn and fed back")
@@ -106,14 +135,18 @@ class CompiledLoop:
         loop = count.stretched(found, iterations)
         arguments = call.arguments if traced is bound else with_prompt(call, found, bound)
         check_longest(found, arguments[found.prompt_index].shape[-1], iterations)
-        outputs, generation = answer_loop(program, loop, arguments, iterations, self._options)
-        result = self._capture.result(outputs, *short.args, **short.kwargs)
+        options = with_generator(self._options, self._function, bound)
+        outputs, generation = answer_loop(program, loop, arguments, iterations, options)
+        ends, prompt = program.end_tokens(found, arguments), prompt_of(found, arguments)
+        models = reachable_models(self._function, bound)
+        answered = Answered(outputs, generation, ends, program.vocabulary, found, prompt, bound, short, models)
+        result = code.result(answered)
         if found.cached is not None:
             refuse_returned_cache(result)
         self.last, self.loop = generation, found
         return result
 
-    def _find_count(self, bound: inspect.BoundArguments) -> IterationCount:
+    def _find_count(self, code: Plain | Written, bound: inspect.BoundArguments) -> IterationCount:
         """Trace the function with other values of its integer arguments."""
         integers = [name for name, value in bound.arguments.items() if type(value) is int]
         names = [self._trip_count] if self._trip_count is not None else integers
@@ -122,8 +155,10 @@ class CompiledLoop:
             changed = self._with_value(bound, name, value)
             try:
                 with dynamo_errors():
-                    call = self._capture.captured(*changed.args, **changed.kwargs)
+                    call = code.captured(changed)
                 return call.finder.loop_for(call.arguments) if call is not None else None
+            except Untraceable:  # so it is for other values
+                raise
             except SMCError as error:
                 return error
             except Exception as error:  # the user's own code, perhaps since the argument does not count iterations
@@ -203,33 +238,10 @@ def check_longest(loop: DecodeLoop, prompt: int, iterations: int) -> None:
         )
 
 
-@contextmanager
-def dynamo_errors() -> Iterator[None]:
-    """Inside, what Dynamo raises becomes a LoopError. Other errors are the user's own and stay as they are."""
-    try:
-        yield
-    except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
-        if "bind arguments" in str(error):
-            raise failed_loop(error, context=True) from error
-        raise LoopError(
-            "the decode loop has Python control flow that depends on data, or code that Dynamo cannot trace",
-            first_lines(error),
-            "remove the branch: pass eos_token_id instead of `if token == eos: break`; keep .item() outside",
-        ) from error
-    except torch._dynamo.exc.TorchRuntimeError as error:
-        raise failed_loop(error) from error
-
-
-def failed_loop(error: Exception, context: bool = False) -> LoopError:
-    """The loop itself fails; with ``context`` Dynamo says where, in lines of its own."""
-    lines = [line.strip() for line in str(error).splitlines() if "context:" in line] if context else []
+def without_source(error: SMCError) -> LoopError:
+    """The refusal of Python code that would be traced if its source were known."""
     return LoopError(
-        "the loop fails with these arguments",
-        "\n".join(line.removeprefix("Developer debug context: ")[:300] for line in lines) or first_lines(error),
-        "run the plain loop to see the error, or name the number of iterations: decode(trip_count='n')",
+        "The decode loop holds Python that needs the value of a token, and its source is not known.",
+        error.why or error.what,
+        "define the function in a file; or leave the branch out and pass eos_token_id",
     )
-
-
-def first_lines(error: Exception, count: int = 3) -> str:
-    """The beginning of an error's message in one line."""
-    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())[: 120 * count]

@@ -21,7 +21,7 @@ from smc_compile.passes.loop.concretise import Concrete, concretise
 from smc_compile.passes.loop.draws import is_draw, is_random
 from smc_compile.passes.loop.iterations import Iterations
 from smc_compile.passes.loop.lengths import longest_text, symbolic_length
-from smc_compile.passes.loop.refusals import FROM_IDS, NO_END
+from smc_compile.passes.loop.refusals import FROM_IDS, NO_END, EndInLoop
 
 log = logging.getLogger(__name__)
 _MORE = 40  # tokens that a prompt is longer by in the second comparison: a cropped cache shows there
@@ -115,7 +115,7 @@ class CachedIterations:
             found.append(_draw([n for n in nodes if n not in earlier], token))
             ops = [[op_name(n) for n in draw.nodes] for draw in (found[0], found[at])]
             if ops[0] != ops[1]:
-                raise LoopError(
+                raise EndInLoop(
                     "The iterations of the decode loop do not draw their tokens alike.",
                     f"iteration 0 draws by {', '.join(ops[0])}; iteration {at} by {', '.join(ops[1])}, "
                     f"at {describe(token)}",
@@ -127,7 +127,7 @@ class CachedIterations:
         """A draw that is replaced under some condition: random tokens need not meet it."""
         for token, values in zip(self.tokens, seen, strict=True):
             if any(value.dtype == torch.bool for value in values):
-                raise LoopError(
+                raise EndInLoop(
                     "A token of the decode loop is replaced after it was drawn.",
                     f"{describe(token)} depends on a condition",
                     NO_END,

@@ -15,6 +15,7 @@ from torch import fx
 
 from smc_compile.passes.fx_tools import describe
 from smc_compile.passes.loop.as_written import CachedIterations, PaddedIteration
+from smc_compile.passes.loop.branches import Ends
 from smc_compile.passes.loop.concretise import Concrete
 from smc_compile.passes.loop.draws import is_draw
 from smc_compile.passes.loop.iterations import Iterations
@@ -40,6 +41,7 @@ class DecodeLoop:
         padded: the iteration as it was written, if it reads a padded buffer.
         cached: the loop as it was written, if its iterations hand on a cache.
         longest: the longest text for which `step` is right, if the loop takes another path for longer ones.
+        ends: how the loop ends its texts, if it does so before it has drawn all of them.
     """
 
     step: fx.GraphModule
@@ -54,6 +56,7 @@ class DecodeLoop:
     padded: PaddedIteration | None = None
     cached: CachedIterations | None = None
     longest: int | None = None
+    ends: Ends | None = None
 
     def check(self, arguments: Sequence[Any]) -> None:
         """Compare `step` with the iterations as they were written, if these read padded buffers or caches.
@@ -139,8 +142,10 @@ def _tokens_returned(layouts: Layouts, tokens: Sequence[fx.Node]) -> list[fx.Nod
 # ---- the loop ------------------------------------------------------------------------------------------------------
 
 
-def decode_loop(concrete: Concrete, iterations: Iterations, found: RecoveredStep) -> DecodeLoop:
-    """The loop around a step.
+def decode_loop(
+    concrete: Concrete, iterations: Iterations, found: RecoveredStep, ends: Ends | None = None, outputs: bool = True
+) -> DecodeLoop:
+    """The loop around a step; its ``outputs`` are looked at, or are none.
 
     Raises:
         LoopError: an output is neither the sequence nor all of its tokens.
@@ -148,7 +153,8 @@ def decode_loop(concrete: Concrete, iterations: Iterations, found: RecoveredStep
     layouts = iterations.layouts
     placeholders = [node for node in layouts.nodes if node.op == "placeholder"]
     drawn = len(iterations.tokens) + concrete.remaining
-    outputs = tuple(_layout_of(iterations, output, concrete.remaining) for output in output_nodes(layouts.nodes))
+    returned = output_nodes(layouts.nodes) if outputs else []
+    layout = tuple(_layout_of(iterations, output, concrete.remaining) for output in returned)
     return DecodeLoop(
         step=found.step,
         prompt_index=placeholders.index(layouts.prompt),
@@ -156,12 +162,13 @@ def decode_loop(concrete: Concrete, iterations: Iterations, found: RecoveredStep
         iterations=drawn,
         prompt_length=layouts.prompt_length,
         batch=layouts.batch,
-        outputs=outputs,
-        report=_report(layouts, drawn, found, outputs),
+        outputs=layout,
+        report=_report(layouts, drawn, found, layout),
         fixed_floats=(*concrete.fixed_floats, *((placeholders.index(node), float(v)) for node, v in found.known)),
         padded=found.padded,
         cached=found.cached,
         longest=longest_text(layouts.prompt) if iterations.cached else None,
+        ends=ends,
     )
 
 

@@ -24,6 +24,10 @@ NO_END = "leave the end-of-sequence handling out of the loop and pass eos_token_
 FROM_IDS = "make masks and positions inside of the function, torch.ones_like(ids) or torch.arange(ids.shape[1])"
 
 
+class EndInLoop(LoopError):
+    """The loop computes with the tokens as one does to end texts."""
+
+
 def refuse_unrecognised_feedback(nodes: Sequence[fx.Node]) -> None:
     """Refuse a loop in which drawn tokens are looked up, though not in a sequence that starts with the prompt."""
     if not any(may_be_prompt(node) or is_random(node) for node in nodes):
@@ -108,7 +112,7 @@ def refuse_other_randomness(nodes: Sequence[fx.Node], token: fx.Node) -> None:
             "draw each token with torch.multinomial(probs, 1) or logits.argmax(-1)",
         )
     if mutated_inputs(token):
-        raise LoopError(
+        raise EndInLoop(
             "A token is changed after it was drawn.",
             f"{describe(token)} writes to it in place, at places that depend on values",
             NO_END,

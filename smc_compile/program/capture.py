@@ -37,7 +37,9 @@ class Capture:
     reads. A graph that fits is not traced again.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], tokens_only: bool = False) -> None:
+        """With ``tokens_only`` the loop's outputs are not looked at: see ``LoopFinder``."""
+        self._tokens_only = tokens_only
         self._traced = torch.compile(_own_code(function), backend=self._backend, fullgraph=True, dynamic=False)
         self._answer = _Answer()
 
@@ -69,7 +71,7 @@ class Capture:
             self._answer.outputs = None
 
     def _backend(self, gm: fx.GraphModule, _: Any) -> Callable[..., Any]:
-        finder = LoopFinder(gm)
+        finder = LoopFinder(gm, self._tokens_only)
 
         def stand_in(*arguments: Any) -> Sequence[Any]:
             if self._answer.outputs is None:
