@@ -20,6 +20,7 @@ from smc_compile.passes.loop.kv_loop import ShortPrompt
 from smc_compile.passes.loop.recover import DecodeLoop
 from smc_compile.passes.loop.refusals import EndInLoop
 from smc_compile.program.caller_caches import names_a_cache, own_copy, refuse_returned_cache
+from smc_compile.program.callables import bound_function, innermost
 from smc_compile.program.callers_generator import with_generator
 from smc_compile.program.capture import CapturedCall
 from smc_compile.program.dynamo_refusals import FailedLoop, Untraceable, dynamo_errors, failed_loop
@@ -63,27 +64,27 @@ class CompiledLoop:
     """
 
     def __init__(self, function: Callable[..., Any], options: Options, trip_count: str | None) -> None:
-        self._function, self._options = function, options
-        self._signature = inspect.signature(function)
+        self._called = bound_function(function)
+        self._function, self._options = self._called.function, options
+        self._signature = inspect.signature(self._function)
         if trip_count is not None and trip_count not in self._signature.parameters:
             raise OptionError(
-                f"trip_count={trip_count!r} is not an argument of {function.__name__}",
+                f"trip_count={trip_count!r} is not an argument of {self._function.__name__}",
                 f"its arguments are {', '.join(self._signature.parameters)}",
             )
         self._trip_count = trip_count
         self._count: IterationCount | None = None  # found at the first call
-        self._code: Plain | Written = Plain(function)
+        self._code: Plain | Written = Plain(self._function)
         self.last: Generation | None = None
         self.loop: DecodeLoop | None = None
-        functools.update_wrapper(self, function)
+        functools.update_wrapper(self, self._function)
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         """As a method: bind like a function."""
         return self if instance is None else functools.partial(self, instance)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        bound = self._signature.bind(*args, **kwargs)
-        bound.apply_defaults()
+        bound = self._called.bind(args, kwargs)
         caches = names_a_cache(self._function)
         with ExitStack() as stack:
             for model in reachable_models(self._function, bound):
@@ -99,7 +100,7 @@ class CompiledLoop:
         try:
             return self._answer_by(self._code, bound, traced)
         except (Untraceable, FailedLoop, EndInLoop, NumbersReturned) as error:
-            if isinstance(self._code, Written) or not isinstance(self._function, types.FunctionType):
+            if isinstance(self._code, Written):
                 raise
             found = self._by_twin(traced, error)
         self._code, self._count = found
@@ -111,7 +112,6 @@ class CompiledLoop:
         Raises:
             SMCError: that cannot be compiled either. Where the function itself fails, that is its ``error``.
         """
-        assert isinstance(self._function, types.FunctionType)
         try:
             found = written_code(self._function, lambda code: self._find_count(code, traced))
         except LoopError as other:
@@ -211,13 +211,19 @@ def with_prompt(call: CapturedCall, loop: DecodeLoop, bound: inspect.BoundArgume
     return arguments
 
 
-def reachable_models(function: Callable[..., Any], bound: inspect.BoundArguments) -> list[nn.Module]:
-    """The modules that a function can reach: its arguments, its free variables and the globals that it names."""
-    assert isinstance(function, types.FunctionType)
+def reachable_models(function: types.FunctionType, bound: inspect.BoundArguments) -> list[nn.Module]:
+    """The modules that a function can reach: its arguments and their attributes, its free variables and the globals
+    that it names."""
+    function = innermost(function)
     filled = [cell for cell in function.__closure__ or () if cell != types.CellType()]  # an empty one raises when read
     cells = [cell.cell_contents for cell in filled]
     named = [function.__globals__.get(name) for name in function.__code__.co_names]
-    return [value for value in (*bound.arguments.values(), *cells, *named) if isinstance(value, nn.Module)]
+    found: list[nn.Module] = []
+    for value in (*bound.arguments.values(), *cells, *named):
+        plain = isinstance(value, Tensor | type | types.ModuleType | types.FunctionType) or isinstance(value, nn.Module)
+        own = list(vars(value).values()) if hasattr(value, "__dict__") and not plain else []
+        found += [module for module in (value, *own) if isinstance(module, nn.Module)]
+    return found
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------

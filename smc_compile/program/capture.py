@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from smc_compile.errors import OptionError
+from smc_compile.program.callables import own_code
 from smc_compile.program.loop_finder import LoopFinder
 
 
@@ -37,10 +37,10 @@ class Capture:
     reads. A graph that fits is not traced again.
     """
 
-    def __init__(self, function: Callable[..., Any], tokens_only: bool = False) -> None:
+    def __init__(self, function: types.FunctionType, tokens_only: bool = False) -> None:
         """With ``tokens_only`` the loop's outputs are not looked at: see ``LoopFinder``."""
         self._tokens_only = tokens_only
-        self._traced = torch.compile(_own_code(function), backend=self._backend, fullgraph=True, dynamic=False)
+        self._traced = torch.compile(own_code(function), backend=self._backend, fullgraph=True, dynamic=False)
         self._answer = _Answer()
 
     def captured(self, *args: Any, **kwargs: Any) -> CapturedCall | None:
@@ -98,18 +98,3 @@ class _Captured(Exception):
     def __init__(self, call: CapturedCall) -> None:
         super().__init__("captured")
         self.call = call
-
-
-def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A copy with code of its own: Dynamo counts recompilations by code, and the function itself is left alone."""
-    if not isinstance(function, types.FunctionType):
-        raise OptionError("decode compiles a plain Python function", f"got {type(function).__name__}")
-    copy = types.FunctionType(
-        function.__code__.replace(),
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy

@@ -15,21 +15,24 @@ import ast
 import builtins
 import inspect
 import logging
+import os
 import sys
 import textwrap
 import time
 import types
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from smc_compile.program import twin_calls
+from smc_compile.program.callables import cells_of, function_like, innermost, wrapped
 
 _CALLS = "__smc_compile__"  # the twin's name for twin_calls
 _VALUES = {"item": "item", "tolist": "as_list"}  # methods that ask for values -> what is called instead
+_DEPTH = 3  # functions that call functions
 _CLOCKS = [time.time, time.perf_counter, time.monotonic, time.process_time]
 
 
@@ -54,22 +57,42 @@ def twin_of(function: types.FunctionType, end: int | None = None) -> Twin | None
 
     With ``end``, what is traced ends before the statement of that line; None if the line is in a loop.
     """
+    branches = _Branches()
+    twin = _twin(function, branches, end)
+    if twin is None:
+        return None
+    return Twin(twin, branches.lines, branches.plan, tuple(dict.fromkeys(branches.quiet)))
+
+
+@dataclass
+class _Branches:
+    """What is known of the branches of a function and of those that it calls."""
+
+    lines: dict[int, str] = field(default_factory=dict)
+    plan: dict[int, bool] = field(default_factory=dict)
+    quiet: list[str] = field(default_factory=list)
+    under_way: list[types.FunctionType] = field(default_factory=list)
+
+
+def _twin(function: types.FunctionType, branches: _Branches, end: int | None = None) -> types.FunctionType | None:
+    inner = wrapped(function)
+    if inner is not None:  # by a decorator: the same around the twin of what it decorates
+        twin = _twin(inner, branches, end)
+        contents = {name: cell for name, cell in cells_of(function).items()}
+        closure = [types.CellType(twin) if cell.cell_contents is inner else cell for cell in contents.values()]
+        return function_like(function, function.__code__, tuple(closure)) if twin is not None else None
     tree = _source(function)
-    if tree is None:
+    if tree is None or (end is not None and not _cut(tree.body, end)):
         return None
-    rewriter = _Rewriter(function)
-    if end is not None and not _cut(tree.body, end):
-        return None
-    body = rewriter.rewrite(tree)
-    code = _compiled(function, body)
+    branches.under_way.append(function)
+    rewriter = _Rewriter(function, branches)
+    cells = {**cells_of(function), _CALLS: types.CellType(twin_calls)}
+    code = _compiled(function, rewriter.rewrite(tree), list(rewriter.called))
+    branches.under_way.pop()
     if code is None:
         return None
-    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-    cells[_CALLS] = types.CellType(twin_calls)
-    closure = tuple(cells[name] for name in code.co_freevars)
-    twin = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
-    twin.__kwdefaults__ = function.__kwdefaults__
-    return Twin(twin, rewriter.branches, rewriter.plan, tuple(dict.fromkeys(rewriter.quiet)))
+    cells |= {name: types.CellType(pair) for name, pair in rewriter.called.items()}
+    return function_like(function, code, tuple(cells[name] for name in code.co_freevars))
 
 
 def _source(function: types.FunctionType) -> ast.FunctionDef | None:
@@ -128,11 +151,13 @@ def _names(statements: Sequence[ast.stmt], context: type[ast.expr_context]) -> s
     return {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, context)}
 
 
-def _compiled(function: types.FunctionType, definition: ast.FunctionDef) -> types.CodeType | None:
-    """The code of a definition that has the free variables of ``function``, and ``_CALLS``."""
+def _compiled(
+    function: types.FunctionType, definition: ast.FunctionDef, more: Sequence[str]
+) -> types.CodeType | None:
+    """The code of a definition that has the free variables of ``function``, ``_CALLS`` and ``more``."""
     own = function.__code__
-    names = [*own.co_freevars, _CALLS]
-    module = ast.parse(f"def outer({', '.join(names)}): pass")
+    names = [*own.co_freevars, _CALLS, *more]
+    module = ast.parse(f"def __smc_outer__({', '.join(names)}): pass")
     outer = module.body[0]
     assert isinstance(outer, ast.FunctionDef)
     outer.body = [definition]
@@ -157,13 +182,11 @@ def _codes_named(code: types.CodeType, name: str) -> Iterator[types.CodeType]:
 class _Rewriter(ast.NodeTransformer):
     """Rewrites one definition and numbers its branches."""
 
-    def __init__(self, function: types.FunctionType) -> None:
-        self.function, self.code = function, function.__code__
-        self.branches: dict[int, str] = {}
-        self.plan: dict[int, bool] = {}
-        self.quiet: list[str] = []
-        filled = zip(self.code.co_freevars, function.__closure__ or (), strict=True)
-        self.names = {name: cell.cell_contents for name, cell in filled if cell != types.CellType()}
+    def __init__(self, function: types.FunctionType, branches: _Branches) -> None:
+        self.function, self.code, self.found = function, function.__code__, branches
+        self.names = {name: cell.cell_contents for name, cell in cells_of(function).items()}
+        self.outermost = len(branches.under_way) == 1
+        self.called: dict[str, tuple[types.FunctionType, types.FunctionType]] = {}  # name -> function, its twin
 
     def rewrite(self, definition: ast.FunctionDef) -> ast.FunctionDef:
         definition.decorator_list, definition.returns = [], None
@@ -191,9 +214,9 @@ class _Rewriter(ast.NodeTransformer):
 
     def numbered(self, test: ast.expr, wanted: bool) -> ast.expr:
         """The number of a new branch."""
-        number = len(self.branches)
-        self.branches[number] = self.line(test)
-        self.plan[number] = wanted
+        number = len(self.found.lines)
+        self.found.lines[number] = self.line(test)
+        self.found.plan[number] = wanted
         return ast.Constant(number)
 
     def line(self, node: ast.expr | ast.stmt) -> str:
@@ -228,7 +251,7 @@ class _Rewriter(ast.NodeTransformer):
         """``a or b`` as a value: ``(lambda x: x if truth(x) else b)(a)``."""
         first, *rest = node.values
         other = rest[0] if len(rest) == 1 else ast.copy_location(ast.BoolOp(node.op, rest), node)
-        name = f"__smc_value_{len(self.branches)}"
+        name = f"__smc_value_{len(self.found.lines)}"
         value: ast.expr = ast.Name(name, ast.Load())
         test = self.call("truth", node, value, self.numbered(first, isinstance(node.op, ast.And)))
         after = self.visit(other)
@@ -239,7 +262,7 @@ class _Rewriter(ast.NodeTransformer):
 
     def visit_Return(self, node: ast.Return) -> ast.AST:
         self.generic_visit(node)
-        if node.value is not None:
+        if node.value is not None and self.outermost:
             node.value = ast.IfExp(self.call("tracing", node), self.call("kept", node, node.value), node.value)
         return node
 
@@ -263,11 +286,13 @@ class _Rewriter(ast.NodeTransformer):
         if called in (int, bool) and not node.keywords:
             return self.call(f"as_{called.__name__}", node, *(self.visit(argument) for argument in node.args))
         self.generic_visit(node)
+        if isinstance(called, types.FunctionType) and (name := self.twin_name(called)) is not None:
+            node.func = self.call("twin_or", node, node.func, ast.Name(name, ast.Load()))
         if called is torch.tensor:
             node.func = self.call("as_tensor", node, node.func)
         stand_in = _stand_in(called)
         if stand_in is not None:
-            self.quiet.append(self.line(node))
+            self.found.quiet.append(self.line(node))
             name = ast.Attribute(ast.Name(_CALLS, ast.Load()), stand_in, ast.Load())
             node.func = ast.copy_location(ast.IfExp(self.call("tracing", node), name, node.func), node)
         for keyword in node.keywords:
@@ -275,6 +300,21 @@ class _Rewriter(ast.NodeTransformer):
                 given = ast.Dict([ast.Constant("generator")], [keyword.value])
                 keyword.arg, keyword.value = None, ast.IfExp(self.call("tracing", node), ast.Dict([], []), given)
         return node
+
+    def twin_name(self, called: types.FunctionType) -> str | None:
+        """The name of (function, its twin) for a function of the user's that holds loops or branches."""
+        for name, (function, _) in self.called.items():
+            if function is called:
+                return name
+        known = self.found.under_way
+        if called in known or len(known) >= _DEPTH or not _is_own(innermost(called)):
+            return None
+        twin = _twin(called, self.found)
+        if twin is None:
+            return None
+        name = f"__smc_called_{len(self.called)}"
+        self.called[name] = (called, twin)
+        return name
 
     def visit_Assign(self, node: ast.Assign) -> ast.AST:
         """``buffer[0, i] = token.item()`` writes a tensor while it is traced."""
@@ -286,7 +326,7 @@ class _Rewriter(ast.NodeTransformer):
     def visit_Expr(self, node: ast.Expr) -> ast.AST:
         """What is called for what it writes is not called while the loop is traced."""
         if isinstance(node.value, ast.Call) and self.writes(node.value.func):
-            self.quiet.append(self.line(node))
+            self.found.quiet.append(self.line(node))
             return self.unless_tracing(node)
         return self.generic_visit(node)
 
@@ -315,7 +355,7 @@ class _Rewriter(ast.NodeTransformer):
             return found if found is not None else getattr(builtins, name, None)
         if isinstance(expression, ast.Attribute):
             owner = self.known(expression.value)
-            if isinstance(owner, types.ModuleType | type):
+            if isinstance(owner, types.ModuleType | types.FunctionType | type):
                 return getattr(owner, expression.attr, None)
         return None
 
@@ -323,6 +363,12 @@ class _Rewriter(ast.NodeTransformer):
 def _leaves(statements: list[ast.stmt]) -> bool:
     """Whether statements leave a loop."""
     return any(isinstance(statement, ast.Break | ast.Return | ast.Raise) for statement in statements)
+
+
+def _is_own(function: types.FunctionType) -> bool:
+    """Whether a function is the user's own, not one of a library."""
+    library = os.sep + "site-packages" + os.sep in function.__code__.co_filename
+    return not library and function.__module__.split(".")[0] not in ("torch", "smc_compile")
 
 
 def _stand_in(called: Any) -> str | None:

@@ -131,6 +131,12 @@ def plain(value: Any) -> Any:
     return value.tensor if isinstance(value, TracedNumber) else value
 
 
+def twin_or(called: Any, pair: tuple[Any, Any]) -> Any:
+    """The twin of what is called, if it is still the function that the twin was made of."""
+    function, twin = pair
+    return twin if called is function else called
+
+
 def contains(value: Any, container: Any) -> Any:
     """``value in container`` for a token that is a tensor while it is traced."""
     if not torch.compiler.is_compiling():

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from smc_compile.errors import LoopError
 from smc_compile.passes.loop.branches import EndTokens
 from smc_compile.passes.loop.recover import DecodeLoop
+from smc_compile.program.callables import innermost
 from smc_compile.program.caller_caches import own_copy
 from smc_compile.program.capture import Capture, CapturedCall
 from smc_compile.program.dynamo_refusals import Untraceable
@@ -60,7 +61,7 @@ class Answered:
 class Plain:
     """A function of tensor code."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: types.FunctionType) -> None:
         self._capture = Capture(function)
 
     def captured(self, bound: inspect.BoundArguments) -> CapturedCall | None:
@@ -131,15 +132,15 @@ def written_code(function: types.FunctionType, trace: Callable[[Written], Any]) 
         try:
             return written, trace(written)
         except Untraceable as error:
-            lines = [line for file, line in error.frames if file == function.__code__.co_filename]
-            own = [line for line in lines if line in _lines(function)]
+            code = innermost(function).__code__
+            own = [line for file, line in error.frames if file == code.co_filename and line in _lines(code)]
             if not own or own[0] == end or twin_of(function, own[0]) is None:
                 raise
             end = own[0]
 
 
-def _lines(function: types.FunctionType) -> range:
-    lines = [line for *_, line in function.__code__.co_lines() if line is not None]
+def _lines(code: types.CodeType) -> range:
+    lines = [line for *_, line in code.co_lines() if line is not None]
     return range(min(lines), max(lines) + 1)
 
 
