@@ -21,7 +21,7 @@ from torch.export import ExportedProgram
 from smc_compile.errors import SMCError
 from smc_compile.passes.axes.infer import type_axes
 from smc_compile.passes.cache.synthesize import synthesize_cache
-from smc_compile.passes.capture import shape_only  # noqa: F401  (registers rewrites)
+from smc_compile.passes.capture import shape_only, single_positions  # noqa: F401  (they register rewrites)
 from smc_compile.passes.capture.decompositions import decompose
 from smc_compile.passes.capture.export_lm import (
     OwnedWeights,
