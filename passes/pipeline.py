@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from smc_compile.errors import SMCError
+from smc_compile.errors import CacheError, SMCError
 from smc_compile.passes.axes.infer import type_axes
 from smc_compile.passes.cache.synthesize import synthesize_cache
 from smc_compile.passes.capture import shape_only, single_positions  # noqa: F401  (they register rewrites)
@@ -35,6 +35,7 @@ from smc_compile.passes.capture.export_lm import (
 from smc_compile.passes.capture.length_bound import bound_length
 from smc_compile.passes.capture.picked_rows import handle_all_rows
 from smc_compile.passes.capture.sampler import Sampler, match_sampler
+from smc_compile.passes.capture.sampler_faults import as_sampler_fault
 from smc_compile.passes.capture.short_texts import check_short_texts
 from smc_compile.passes.ir import CachedLM, CausalLM
 from smc_compile.passes.loop.alike import compare_iterations
@@ -120,7 +121,10 @@ def trace_model(step: nn.Module, ids: Tensor, weights: Sequence[Tensor], check: 
     sampler = None
     if sampled:
         lm, sampler = passes.run(match_sampler, lm)
-    cached = passes.run(synthesize_cache, lm)
+    try:
+        cached = passes.run(synthesize_cache, lm)
+    except CacheError as error:
+        raise (as_sampler_fault(lm, error) if sampled else error) from None
     cached = passes.run(early_head, cached)
     cached = passes.run(rewrite_cached, cached)
     error = passes.run(validate, lm, cached, [*owned(), *weights]) if check else None

@@ -17,8 +17,8 @@ from smc_compile.backend import answer_loop
 from smc_compile.errors import InputError, LoopError, OptionError, SMCError
 from smc_compile.options import Options
 from smc_compile.passes.loop.kv_loop import ShortPrompt
+from smc_compile.passes.loop.needs_value import NeedsValue
 from smc_compile.passes.loop.recover import DecodeLoop
-from smc_compile.passes.loop.refusals import EndInLoop
 from smc_compile.program.caller_caches import names_a_cache, own_copy, refuse_returned_cache
 from smc_compile.program.callables import bound_function, innermost
 from smc_compile.program.callers_generator import with_generator
@@ -99,7 +99,7 @@ class CompiledLoop:
         mark_lengths(traced)
         try:
             return self._answer_by(self._code, bound, traced)
-        except (Untraceable, FailedLoop, EndInLoop, NumbersReturned) as error:
+        except (Untraceable, FailedLoop, NeedsValue, NumbersReturned) as error:
             if isinstance(self._code, Written):
                 raise
             found = self._by_twin(traced, error)

@@ -21,7 +21,8 @@ from smc_compile.passes.loop.concretise import Concrete, concretise
 from smc_compile.passes.loop.draws import is_draw, is_random
 from smc_compile.passes.loop.iterations import Iterations
 from smc_compile.passes.loop.lengths import longest_text, symbolic_length
-from smc_compile.passes.loop.refusals import FROM_IDS, NO_END, EndInLoop
+from smc_compile.passes.loop.needs_value import EndInLoop
+from smc_compile.passes.loop.refusals import FROM_IDS, NO_END
 
 log = logging.getLogger(__name__)
 _MORE = 40  # tokens that a prompt is longer by in the second comparison: a cropped cache shows there

@@ -11,7 +11,8 @@ from torch import fx
 
 from smc_compile.errors import LoopError
 from smc_compile.passes.fx_tools import describe, mutated_inputs, op_name
-from smc_compile.passes.loop.refusals import NO_CACHE, EndInLoop
+from smc_compile.passes.loop.needs_value import EndInLoop
+from smc_compile.passes.loop.refusals import NO_CACHE, NO_END
 from smc_compile.passes.loop.tensor_info import tensor_info
 from smc_compile.passes.loop.token_labels import Layouts
 
@@ -79,7 +80,7 @@ class Iterations:
         if reading.columns and reading.columns[: self.length(iteration)] == self.history[: self.length(iteration)]:
             fix = "give the model the filled part of the buffer only, model(buf[:, :length])[:, -1]"
         if op_name(node) in _COMPARISONS:
-            fix, kind = "leave the end-of-sequence test out of the loop and pass eos_token_id instead", EndInLoop
+            fix, kind = NO_END, EndInLoop
         raise kind(what, f"{found}; an iteration may read only {expected}", fix)
 
     def spell(self, columns: tuple[int, ...] | None) -> str:

@@ -12,6 +12,7 @@ from smc_compile.passes.fx_tools import describe, mutated_inputs, op_name
 from smc_compile.passes.loop.concretise import Concrete
 from smc_compile.passes.loop.draws import is_draw, is_random
 from smc_compile.passes.loop.lengths import symbolic_length
+from smc_compile.passes.loop.needs_value import EndInLoop
 from smc_compile.passes.loop.tensor_info import TOKEN_DTYPES, tensor_info
 from smc_compile.passes.loop.token_labels import may_be_prompt
 
@@ -20,12 +21,11 @@ NO_CACHE = (
     "call the model on all tokens so far, model(ids)[:, -1], without a KV cache (use_cache=False): "
     "the compiler inserts the cache itself"
 )
-NO_END = "leave the end-of-sequence handling out of the loop and pass eos_token_id instead"
+NO_END = (
+    "an end of the text may leave the loop (if token == eos: break) and may fill up rows that have ended "
+    "(torch.where(done, pad, token)); what else reads the text goes to generate(..., logits_processor=[...])"
+)
 FROM_IDS = "make masks and positions inside of the function, torch.ones_like(ids) or torch.arange(ids.shape[1])"
-
-
-class EndInLoop(LoopError):
-    """The loop computes with the tokens as one does to end texts."""
 
 
 def refuse_unrecognised_feedback(nodes: Sequence[fx.Node]) -> None:

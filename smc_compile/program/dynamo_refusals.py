@@ -27,15 +27,18 @@ class FailedLoop(LoopError):
     """The function fails while it is traced: its own fault, or a value that only a run for real would have."""
 
 
-# What Dynamo's message holds -> what is to be done. The first that fits is taken.
+READS_TEXT = "what reads the text before it draws goes to generate(..., logits_processor=[...])"
+BEHIND = "call it behind the loop, or end a text by its words with generate(..., stop_strings=[...], tokenizer=...)"
+
+# What the first lines of Dynamo's message hold -> what is to be done. The first that fits is taken.
 _ADVICE = [
-    (r"Tensor\.item|\.item\(\)|SymNodeVariable\(\)|aten\._local_scalar_dense", "keep the value in a tensor: compare with "
-     "torch.where, and call .item() behind the loop"),
-    (r"Generator", "pass seed=0 as an option instead: draws are the compiler's own, and generators are not read"),
-    (r"[Dd]ata-dependent (branching|jump|expression)|guard on data-dependent", "write it as tensor code, torch.where; or "
-     "let it end the loop, in the function itself"),
-    (r"builtins?\.print|`print`|print\(", "print behind the loop, or watch the tokens with generate(..., streamer=...)"),
-    (r"\bgenerator function|yield", "collect the tokens and return them; smc_compile.generate(..., streamer=...) streams"),
+    (r"TracedNumber", f"a token's number may be compared, kept in a list and made a tensor again; {READS_TEXT}"),
+    (r"torch\.Generator|`Generator|_C\.Generator", "pass the generator as an argument of the function, or pass seed=0 as an option"),
+    (r"[Dd]ata-dependent (branching|jump|expression)|guard on data-dependent",
+     "let the branch end the loop (break, return) in a function whose source is known, or use torch.where"),
+    (r"Tensor\.(item|tolist)|_local_scalar_dense", f"keep it in a tensor: compare with torch.where; {READS_TEXT}"),
+    (r"decode|convert_ids_to_tokens|endswith", BEHIND),
+    (r"[Dd]ynamic shape operator|nonzero|unique", READS_TEXT),
 ]  # fmt: skip
 
 
@@ -45,19 +48,20 @@ def dynamo_errors() -> Iterator[None]:
     try:
         yield
     except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
-        if isinstance(error.__cause__, LoopError):
-            raise error.__cause__ from None
         if "bind arguments" in str(error):
             raise failed_loop(error, context=True) from error
         raise Untraceable(
-            "The decode loop holds code that Dynamo cannot trace.", _reason(error), advice(str(error)), _frames(error)
+            "The decode loop holds code that Dynamo cannot trace.",
+            _reason(error),
+            advice(_reason(error)),
+            _frames(error),
         ) from error
     except torch._dynamo.exc.TorchRuntimeError as error:
         raise failed_loop(error) from error
 
 
 def advice(message: str) -> str:
-    """What a user can do about a message of Dynamo's; '' where that is not known."""
+    """What a user can do about a message of Dynamo's; nothing is said where that is not known."""
     return next((fix for pattern, fix in _ADVICE if re.search(pattern, message)), "")
 
 

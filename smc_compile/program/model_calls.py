@@ -27,7 +27,7 @@ def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
         return logits
     found = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(result).__name__
     raise InputError(
-        "a model must return logits [B, S, V], or hold them as .logits, as [\"logits\"] or as the first of a tuple",
+        'a model must return logits [B, S, V], or hold them as .logits, as ["logits"] or as the first of a tuple',
         f"it returned {found}",
         "wrap the model in a module whose forward returns the logits",
     )

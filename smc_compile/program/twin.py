@@ -151,9 +151,7 @@ def _names(statements: Sequence[ast.stmt], context: type[ast.expr_context]) -> s
     return {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, context)}
 
 
-def _compiled(
-    function: types.FunctionType, definition: ast.FunctionDef, more: Sequence[str]
-) -> types.CodeType | None:
+def _compiled(function: types.FunctionType, definition: ast.FunctionDef, more: Sequence[str]) -> types.CodeType | None:
     """The code of a definition that has the free variables of ``function``, ``_CALLS`` and ``more``."""
     own = function.__code__
     names = [*own.co_freevars, _CALLS, *more]
