@@ -45,6 +45,7 @@ from smc_compile.passes.loop.cache_buffers import without_buffers
 from smc_compile.passes.loop.concretise import Concrete, concretise
 from smc_compile.passes.loop.draws import is_draw
 from smc_compile.passes.loop.iterations import Iterations, iteration_nodes
+from smc_compile.passes.loop.known_masks import fold_known_masks, ones_inputs
 from smc_compile.passes.loop.kv_loop import cache_in_words, carries_cache, known_integers, lengths_in_prompt
 from smc_compile.passes.loop.lengths import Lengths
 from smc_compile.passes.loop.lookups import simplify_lookups
@@ -62,8 +63,10 @@ from smc_compile.passes.loop.refusals import (
     refuse_counted_cache,
     refuse_long_inputs,
     refuse_other_randomness,
+    refuse_padding,
     refuse_uncounted_tokens,
     refuse_unrecognised_feedback,
+    without_idle_autocast,
 )
 from smc_compile.passes.loop.step_graph import build_step
 from smc_compile.passes.loop.tensor_info import tensor_info
@@ -123,8 +126,8 @@ def trace_model(step: nn.Module, ids: Tensor, weights: Sequence[Tensor], check: 
         lm, sampler = passes.run(match_sampler, lm)
     try:
         cached = passes.run(synthesize_cache, lm)
-    except CacheError as error:
-        raise (as_sampler_fault(lm, error) if sampled else error) from None
+    except CacheError as refusal:
+        raise (as_sampler_fault(lm, refusal) if sampled else refusal) from None
     cached = passes.run(early_head, cached)
     cached = passes.run(rewrite_cached, cached)
     error = passes.run(validate, lm, cached, [*owned(), *weights]) if check else None
@@ -194,6 +197,7 @@ def recover_loop(gm: fx.GraphModule, example_inputs: Sequence[Any], tokens_only:
         LoopError: there is a loop, but not one that can be compiled.
     """
     concrete = concretise(gm, example_inputs)  # sizes become numbers; of a while_loop, the first iterations
+    without_idle_autocast(concrete.graph)
     marks = take_marks(concrete.graph)
     nodes = list(concrete.graph.nodes)
     if not any(is_draw(node) for node in nodes):
@@ -205,6 +209,11 @@ def recover_loop(gm: fx.GraphModule, example_inputs: Sequence[Any], tokens_only:
         log.info("no token is drawn from a sequence and fed back (one iteration is no loop): left as it is")
         return None
     layouts, tokens = found
+    ones = ones_inputs(nodes, example_inputs, layouts.prompt)
+    refuse_padding(nodes, example_inputs, layouts.prompt, ones)
+    if fold_known_masks(concrete.graph, layouts.prompt, ones):
+        nodes = list(concrete.graph.nodes)
+        layouts, tokens = find_tokens(nodes) or found
     ends = None
     if tokens_only:
         drawn = drawn_tokens(nodes, tokens)
@@ -222,7 +231,7 @@ def recover_loop(gm: fx.GraphModule, example_inputs: Sequence[Any], tokens_only:
         simplify_lookups(layouts)
         iterations = Iterations(layouts, tokens)
         step = _common_step(gm, iterations)
-    return decode_loop(concrete, iterations, step, ends, not tokens_only)
+    return decode_loop(concrete, iterations, step, ends, ones, not tokens_only)
 
 
 def _common_step(gm: fx.GraphModule, iterations: Iterations) -> RecoveredStep:

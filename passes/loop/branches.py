@@ -81,13 +81,14 @@ def _drawn(nodes: Sequence[fx.Node], token: fx.Node, earlier: frozenset[fx.Node]
     behind = reachable([token], lambda node: [s for s in _sources(node, writers) if s not in earlier and _discrete(s)])
     draws = {node for node in behind if _is_drawn(node)}
     size = _numel(token)
-    for node in sorted(behind):
-        if node is token or not draws or _numel(node) != size or mutated_inputs(node):
-            continue
+
+    def decides(node: fx.Node) -> bool:
+        """Whether the token depends on what is drawn by this node alone."""
         past = reachable([token], lambda n: [s for s in _sources(n, writers) if s in behind and s is not node])
-        if node not in past | {token} and not past & draws - {node}:
-            return node
-    return token
+        return not past & draws - {node}
+
+    alike = [node for node in sorted(behind) if _numel(node) == size and not mutated_inputs(node)]
+    return next((node for node in alike if node is not token and decides(node)), token) if draws else token
 
 
 def _numel(node: fx.Node) -> int | None:

@@ -22,6 +22,7 @@ from smc_compile.passes.loop.iterations import Iterations
 from smc_compile.passes.loop.kv_loop import carries_cache
 from smc_compile.passes.loop.lengths import longest_text
 from smc_compile.passes.loop.outputs import OutputLayout, output_layout, output_nodes
+from smc_compile.passes.loop.refusals import hidden_tokens
 from smc_compile.passes.loop.token_labels import Layouts, interpret, may_be_prompt
 
 
@@ -42,6 +43,7 @@ class DecodeLoop:
         cached: the loop as it was written, if its iterations hand on a cache.
         longest: the longest text for which `step` is right, if the loop takes another path for longer ones.
         ends: how the loop ends its texts, if it does so before it has drawn all of them.
+        ones: placeholders of masks that `step` takes for ones.
     """
 
     step: fx.GraphModule
@@ -57,6 +59,17 @@ class DecodeLoop:
     cached: CachedIterations | None = None
     longest: int | None = None
     ends: Ends | None = None
+    ones: tuple[int, ...] = ()
+
+    def check_ones(self, arguments: Sequence[Any]) -> None:
+        """Refuse a mask that hides something, if `step` was made for masks of ones.
+
+        Raises:
+            LoopError: one does.
+        """
+        for index in self.ones:
+            if not bool((arguments[index] == 1).all()):
+                raise hidden_tokens(f"argument {index} of the graph")
 
     def check(self, arguments: Sequence[Any]) -> None:
         """Compare `step` with the iterations as they were written, if these read padded buffers or caches.
@@ -104,9 +117,8 @@ def find_tokens(nodes: Sequence[fx.Node]) -> tuple[Layouts, list[fx.Node]] | Non
 
     A token follows the prompt in what the model reads, or in what the function returns.
     """
-    for prompt in filter(may_be_prompt, nodes):
-        layouts = interpret(nodes, prompt)
-        tokens = _tokens_behind(layouts)
+    found = [(layouts, _tokens_behind(layouts)) for layouts in (interpret(nodes, p) for p in nodes if may_be_prompt(p))]
+    for layouts, tokens in sorted(found, key=lambda pair: not pair[1]):  # a text that is read first; masks grow as well
         late = _tokens_returned(layouts, tokens)
         if len(tokens + late) >= 2 and (tokens or carries_cache(layouts, late)):
             return layouts, tokens + late
@@ -143,7 +155,12 @@ def _tokens_returned(layouts: Layouts, tokens: Sequence[fx.Node]) -> list[fx.Nod
 
 
 def decode_loop(
-    concrete: Concrete, iterations: Iterations, found: RecoveredStep, ends: Ends | None = None, outputs: bool = True
+    concrete: Concrete,
+    iterations: Iterations,
+    found: RecoveredStep,
+    ends: Ends | None = None,
+    ones: Sequence[fx.Node] = (),
+    outputs: bool = True,
 ) -> DecodeLoop:
     """The loop around a step; its ``outputs`` are looked at, or are none.
 
@@ -169,6 +186,7 @@ def decode_loop(
         cached=found.cached,
         longest=longest_text(layouts.prompt) if iterations.cached else None,
         ends=ends,
+        ones=tuple(placeholders.index(node) for node in ones),
     )
 
 

@@ -79,6 +79,7 @@ def program_for(loop: DecodeLoop, arguments: Sequence[Any], options: Options) ->
                 "pass it as a tensor, or call torch._dynamo.reset() before changing it",
             )
     check_prompt(prompt_of(loop, arguments))
+    loop.check_ones(arguments)
     if loop not in _checked:  # another loop with the same step may treat its padding or its cache in another way
         loop.check(arguments)
         _checked.add(loop)

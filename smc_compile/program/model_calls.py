@@ -36,8 +36,15 @@ def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
 def _held_logits(result: Any) -> Any:
     if isinstance(result, Mapping):
         return result.get("logits")
-    if isinstance(result, tuple | list):
-        return getattr(result, "logits", result[0] if result else None)
+    if isinstance(result, tuple | list) and not hasattr(result, "logits"):
+        wide = [part for part in result if isinstance(part, Tensor) and part.is_floating_point() and part.dim() == 3]
+        if any(part.shape[:2] == wide[0].shape[:2] for part in wide[1:]):
+            raise InputError(
+                "a model returns several tensors that could be its logits",
+                f"shapes {', '.join(str(tuple(part.shape)) for part in wide)}",
+                "wrap it in a module whose forward returns the logits [B, S, V] alone",
+            )
+        return result[0] if result else None
     return result if isinstance(result, Tensor) else getattr(result, "logits", None)
 
 

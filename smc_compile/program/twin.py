@@ -291,8 +291,8 @@ class _Rewriter(ast.NodeTransformer):
         stand_in = _stand_in(called)
         if stand_in is not None:
             self.found.quiet.append(self.line(node))
-            name = ast.Attribute(ast.Name(_CALLS, ast.Load()), stand_in, ast.Load())
-            node.func = ast.copy_location(ast.IfExp(self.call("tracing", node), name, node.func), node)
+            traced = ast.Attribute(ast.Name(_CALLS, ast.Load()), stand_in, ast.Load())
+            node.func = ast.copy_location(ast.IfExp(self.call("tracing", node), traced, node.func), node)
         for keyword in node.keywords:
             if keyword.arg == "generator":  # draws are the compiler's own
                 given = ast.Dict([ast.Constant("generator")], [keyword.value])

@@ -31,7 +31,8 @@ def refusals() -> list[Refusal]:
             node.name
             for tree in trees.values()
             for node in ast.walk(tree)
-            if isinstance(node, ast.ClassDef) and any(isinstance(base, ast.Name) and base.id in kinds for base in node.bases)
+            if isinstance(node, ast.ClassDef)
+            and any(isinstance(base, ast.Name) and base.id in kinds for base in node.bases)
         }
     return [found for path, tree in trees.items() for found in _of_file(tree, kinds, str(path.relative_to(ROOT)))]
 
@@ -44,7 +45,11 @@ def _of_file(tree: ast.Module, kinds: set[str], path: str) -> Iterator[Refusal]:
         if name in kinds or name == "kind":
             texts = [*(text(argument, tree) for argument in node.args[:3]), "", ""][:3]
         elif name == "refuse" and len(node.args) > 1:
-            texts = [f"no cache can be synthesized: {text(node.args[1], tree)}", "", text(node.args[2], tree) if node.args[2:] else ""]
+            texts = [
+                f"no cache can be synthesized: {text(node.args[1], tree)}",
+                "",
+                text(node.args[2], tree) if node.args[2:] else "",
+            ]
         else:
             continue
         if texts[0].replace(GAP, "").strip(" :"):
