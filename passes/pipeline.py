@@ -50,6 +50,7 @@ from smc_compile.passes.loop.kv_loop import cache_in_words, carries_cache, known
 from smc_compile.passes.loop.lengths import Lengths
 from smc_compile.passes.loop.lookups import simplify_lookups
 from smc_compile.passes.loop.ones_masks import drop_ones_masks
+from smc_compile.passes.loop.one_row import sample_rows
 from smc_compile.passes.loop.padded_buffer import (
     draw_inputs,
     last_positions,
@@ -246,6 +247,7 @@ def _common_step(gm: fx.GraphModule, iterations: Iterations) -> RecoveredStep:
         return _unpadded_step(gm, iterations, closure, growing, columns, report)
     step, invariants = build_step(gm, iterations, closure, growing)
     drop_ones_masks(step)
+    step = sample_rows(step, closure)
     return RecoveredStep(step, invariants, closure, report)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.enumeration import chi_square_p_value, sequence_distribution
 from helpers.toys import TableLM, TinyTransformerLM
 from torch import Tensor, nn
 
@@ -87,7 +88,9 @@ def test_as_target_of_generate_and_as_draft(holder):
     assert torch.equal(generate(model, input_ids=IDS, max_new_tokens=N, temperature=0, **QUICK).sequences, expected)
     compiled = decode(by_first, draft=model, n_particles=1, lookahead=3, **QUICK)
     assert torch.equal(compiled(model, IDS, N), expected)
-    assert compiled.last.stats.accepted == 2, "3 and 1 of 2 cycles: the draft is the target: it is accepted as far as it goes"
+    assert compiled.last.stats.accepted == 2, (
+        "3 and 1 of 2 cycles: the draft is the target: it is accepted as far as it goes"
+    )
     drawn = generate(NanoGPT("all"), model, IDS, max_new_tokens=N, n_particles=4, lookahead=2, seed=0, **QUICK)
     assert torch.equal(drawn.log_weights, torch.zeros_like(drawn.log_weights)) or drawn.log_weights.abs().max() < 1e-9
 
@@ -100,6 +103,84 @@ def test_several_tensors_that_could_be_logits_are_refused():
 
     with pytest.raises(InputError, match="several tensors"):
         generate(Both(), input_ids=IDS, max_new_tokens=2, temperature=0, **QUICK)
+
+
+# ---- one text [S] without an axis of requests ------------------------------------------------------------------------
+
+
+def squeezed(model, ids, n):
+    for _ in range(n):
+        ids = torch.cat((ids, model(ids[None])[0, -1].argmax(-1, keepdim=True)))
+    return ids
+
+
+def argmax_of_all(model, ids, n):
+    for _ in range(n):
+        ids = torch.cat((ids, model(ids.unsqueeze(0))[0, -1].argmax().view(1)), dim=0)
+    return ids
+
+
+def viewed(model, ids, n):
+    for _ in range(n):
+        logits = model(ids.view(1, -1))
+        ids = torch.cat((ids, torch.softmax(logits[0][-1] / 0.7, 0).topk(1).indices))
+    return ids
+
+
+def litgpt(model, idx, n):
+    """In our own code: a buffer, and a token that ends it."""
+    length = idx.size(0)
+    buffer = torch.empty(length + n, dtype=idx.dtype)
+    buffer[:length] = idx
+    for i in range(length, length + n):
+        logits = model(buffer[:i].view(1, -1))[0, -1]
+        buffer[i] = torch.argmax(logits, dim=-1)
+        if buffer[i] == 5:
+            return buffer[: i + 1]
+    return buffer
+
+
+@pytest.mark.parametrize("loop", [squeezed, argmax_of_all, viewed, litgpt])
+def test_a_text_without_an_axis_of_requests(loop):
+    compiled_is_written(loop, MODEL, IDS[0], N)
+    compiled_is_written(loop, MODEL, IDS[0], N, draft=TinyTransformerLM(V, seed=1).double(), lookahead=2, n_particles=2)
+
+
+def top_two(logits: Tensor) -> Tensor:
+    """Of one row [V], as litgpt draws."""
+    values, _ = torch.topk(logits, 2)
+    probs = torch.softmax(torch.where(logits < values[-1], -float("inf"), logits) / 0.8, dim=0)
+    return torch.multinomial(probs, num_samples=1)
+
+
+def race(logits: Tensor) -> Tensor:
+    probs = torch.softmax(logits, -1)
+    return torch.argmax(probs / torch.empty_like(probs).exponential_(1), dim=-1, keepdim=True).to(torch.int64)
+
+
+@pytest.mark.parametrize("sample", [top_two, race])
+@pytest.mark.parametrize("method", ["smc", "autoregressive"])
+def test_the_distribution_of_a_sampler_of_one_row(sample, method):
+    """Chi-square at level 1e-4 over two tokens of three; particles of runs whose weights are all one."""
+    model = TableLM(3, seed=5)
+
+    def loop(model, ids, n):
+        for _ in range(n):
+            ids = torch.cat((ids, sample(model(ids[None])[0, -1])))
+        return ids
+
+    def kept(logits: Tensor) -> Tensor:
+        least = logits.topk(2).values[..., -1:]
+        return logits.masked_fill(logits < least, -float("inf")) / 0.8 if sample is top_two else logits
+
+    options = {"draft": model, "n_particles": 1, "lookahead": 1} if method == "smc" else {}
+    compiled = decode(loop, method=method, **QUICK, **options)
+    torch.manual_seed(1)
+    texts = torch.stack([compiled(model, torch.tensor([0, 1]), 2)[2:] for _ in range(300)])
+    if method == "autoregressive" or sample is race:
+        distribution = sequence_distribution(model, torch.tensor([1]), 2, 3, process=kept)
+        assert chi_square_p_value(texts, distribution) > 1e-4
+    assert torch.isfinite(kept(model(texts[:, :1]))[:, -1].gather(-1, texts[:, 1:])).all()
 
 
 # ---- samplers -------------------------------------------------------------------------------------------------------
