@@ -19,8 +19,8 @@ from smc_compile.options import Options
 from smc_compile.passes.loop.kv_loop import ShortPrompt
 from smc_compile.passes.loop.needs_value import NeedsValue
 from smc_compile.passes.loop.recover import DecodeLoop
-from smc_compile.program.caller_caches import names_a_cache, own_copy, refuse_returned_cache
 from smc_compile.program.callables import bound_function, innermost
+from smc_compile.program.caller_caches import names_a_cache, own_copy, refuse_returned_cache
 from smc_compile.program.callers_generator import with_generator
 from smc_compile.program.capture import CapturedCall
 from smc_compile.program.dynamo_refusals import FailedLoop, Untraceable, dynamo_errors, failed_loop
@@ -220,7 +220,7 @@ def reachable_models(function: types.FunctionType, bound: inspect.BoundArguments
     named = [function.__globals__.get(name) for name in function.__code__.co_names]
     found: list[nn.Module] = []
     for value in (*bound.arguments.values(), *cells, *named):
-        plain = isinstance(value, Tensor | type | types.ModuleType | types.FunctionType) or isinstance(value, nn.Module)
+        plain = isinstance(value, Tensor | nn.Module | type | types.ModuleType | types.FunctionType)
         own = list(vars(value).values()) if hasattr(value, "__dict__") and not plain else []
         found += [module for module in (value, *own) if isinstance(module, nn.Module)]
     return found

@@ -11,8 +11,8 @@ from smc_compile.passes.ir import CausalLM
 
 aten = torch.ops.aten
 _MIX_TOKENS = frozenset(
-    ["gather", "scatter", "scatter_add", "scatter_reduce", "index_put", "index", "sum", "bincount", "amax", "any", "squeeze",
-     "max", "cumsum", "one_hot", "isin", "unfold"]
+    ["gather", "scatter", "scatter_add", "scatter_reduce", "index_put", "index", "sum", "bincount", "amax", "any",
+     "squeeze", "max", "cumsum", "one_hot", "isin", "unfold"]
 )  # fmt: skip
 
 

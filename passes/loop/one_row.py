@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from smc_compile.passes.fx_tools import erase_dead_code, op_name, output_values, reachable
+from smc_compile.passes.fx_tools import erase_dead_code, mutated_inputs, op_name, output_values, reachable
 from smc_compile.passes.loop.tensor_info import tensor_info
 
 
@@ -34,14 +34,14 @@ class RowByRow:
         return f"row_by_row:\n{self.graph.code}"
 
 
-def sample_rows(step: fx.GraphModule, nodes: Sequence[fx.Node]) -> fx.GraphModule:
+def sample_rows(step: fx.GraphModule, traced: Sequence[fx.Node]) -> fx.GraphModule:
     """The step ``forward(ids [B, S], *inputs) -> token``, whose batch axis lives on if its sampler picks the one row.
 
-    ``nodes`` are those of the iteration that the step was made of; they know their shapes.
+    ``traced`` are the nodes of the iteration that the step was made of; they know their shapes.
     """
     ids = next(iter(step.graph.nodes))
     (token,) = output_values(step.graph)
-    picks = {node.name for node in nodes if _picks_the_row(node)}
+    picks = {node.name for node in traced if _picks_the_row(node)}
     found = (n for n in reversed(step.graph.nodes) if n.name in picks and _depends_by(token, ids, n))
     pick = next(found, None)
     if pick is None:
@@ -51,13 +51,20 @@ def sample_rows(step: fx.GraphModule, nodes: Sequence[fx.Node]) -> fx.GraphModul
     row = graph.placeholder("row")
     copies: dict[fx.Node, fx.Node] = {}
     nodes = [node for node in step.graph.nodes if node in behind and node.op != "output"]
+    if any(op_name(target) in _VIEWS and target is not pick for node in nodes for target in mutated_inputs(node)):
+        return step
     others = dict.fromkeys(
         source for node in nodes for source in node.all_input_nodes if source not in behind and node is not pick
     )
     for source in others:
         copies[source] = graph.placeholder(source.name)
+    masks = {node.name for node in traced if (info := tensor_info(node)) is not None and info.dtype == torch.bool}
     for node in nodes:
-        copies[node] = _of_row(graph, row, node) if node is pick else graph.node_copy(node, copies.__getitem__)
+        if mutated_inputs(node):
+            (target,) = mutated_inputs(node)
+            copies[target] = copies[node] = _written(graph, node, masks, copies)
+        else:
+            copies[node] = _of_row(graph, row, node) if node is pick else graph.node_copy(node, copies.__getitem__)
     graph.output(copies[token])
     rowwise = RowByRow(fx.GraphModule(step, graph, class_name="Row"), len(others))
     with step.graph.inserting_after(nodes[-1]):
@@ -71,6 +78,23 @@ def sample_rows(step: fx.GraphModule, nodes: Sequence[fx.Node]) -> fx.GraphModul
     step.graph.lint()
     step.recompile()
     return step
+
+
+_VIEWS = frozenset(
+    ["getitem", "select", "view", "narrow", "squeeze", "unsqueeze", "transpose", "t", "reshape", "expand"]
+)
+
+
+def _written(graph: fx.Graph, node: fx.Node, masks: set[str], copies: dict[fx.Node, fx.Node]) -> fx.Node:
+    """A write in place as a new value: writes to rows have no form for several rows."""
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), copies.__getitem__)
+    index = node.args[1] if op_name(node) == "setitem" else None
+    if isinstance(index, fx.Node) and index.name in masks:
+        return graph.call_function(torch.where, (args[1], args[2], args[0]))
+    name = op_name(node).removesuffix("_")
+    if node.op == "call_method" and hasattr(torch.Tensor, name):
+        return graph.call_method(name, args, kwargs)
+    return graph.create_node(node.op, node.target, args, kwargs)
 
 
 def _picks_the_row(node: fx.Node) -> bool:

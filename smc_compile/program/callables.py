@@ -54,7 +54,7 @@ def bound_function(thing: Callable[..., Any]) -> BoundFunction:
         return BoundFunction(thing)
     if isinstance(thing, nn.Module):
         return bound_function(thing.forward)
-    called = getattr(type(thing), "__call__", None)
+    called = inspect.getattr_static(type(thing), "__call__", None)
     if isinstance(called, types.FunctionType) and not isinstance(thing, type):
         return bound_function(types.MethodType(called, thing))
     raise OptionError(

@@ -33,7 +33,8 @@ BEHIND = "call it behind the loop, or end a text by its words with generate(...,
 # What the first lines of Dynamo's message hold -> what is to be done. The first that fits is taken.
 _ADVICE = [
     (r"TracedNumber", f"a token's number may be compared, kept in a list and made a tensor again; {READS_TEXT}"),
-    (r"torch\.Generator|`Generator|_C\.Generator", "pass the generator as an argument of the function, or pass seed=0 as an option"),
+    (r"torch\.Generator|`Generator|_C\.Generator",
+     "pass the generator as an argument of the function, or pass seed=0 as an option"),
     (r"[Dd]ata-dependent (branching|jump|expression)|guard on data-dependent",
      "let the branch end the loop (break, return) in a function whose source is known, or use torch.where"),
     (r"Tensor\.(item|tolist)|_local_scalar_dense", f"keep it in a tensor: compare with torch.where; {READS_TEXT}"),

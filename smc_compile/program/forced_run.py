@@ -67,7 +67,7 @@ class ForcedText:
         if self.left:
             raise LoopError(
                 "A branch on a token does something else than to end the loop.",
-                f"{self.branches[self.left[0]]}: the loop went on after it had gone another way than when it was traced",
+                f"{self.branches[self.left[0]]}: the loop went on after it had gone another way than in the trace",
                 "end the loop there with break or return, or write what it does as tensor code (torch.where)",
             )
         batch, drawn = self.drawn.shape[0], self.calls

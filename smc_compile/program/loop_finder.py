@@ -112,6 +112,7 @@ def find_loop(gm: fx.GraphModule, arguments: Sequence[Any], tokens_only: bool = 
         raise LoopError(
             "the decode loop has Python control flow that depends on data, or code that Dynamo cannot trace",
             str(reason.reason).strip().splitlines()[0] if reason else "",
-            "use @smc_compile.decode, which runs the loop's own code beside its tokens; or pass eos_token_id and leave the branch out",
+            "use @smc_compile.decode, which runs the loop's own code beside its tokens; or pass eos_token_id and leave "
+            "the branch out",
         )
     return loop

@@ -55,7 +55,7 @@ class Twin:
 def twin_of(function: types.FunctionType, end: int | None = None) -> Twin | None:
     """The twin of a function; None where its source is not known, or is not that of its code.
 
-    With ``end``, what is traced ends before the statement of that line; None if the line is in a loop.
+    With ``end``, what is traced ends before the statement of that line.
     """
     branches = _Branches()
     twin = _twin(function, branches, end)
@@ -112,19 +112,18 @@ def _source(function: types.FunctionType) -> ast.FunctionDef | None:
 def _cut(body: list[ast.stmt], line: int) -> bool:
     """Let the trace return before the statement of a line, with what the rest of the function reads. In place.
 
-    Returns whether that is possible: not in a loop.
+    Of a line in a loop, before the loop: that is right behind the decode loop. Returns whether there is such a line.
     """
     for at, statement in enumerate(body):
         assert statement.end_lineno is not None
         if statement.end_lineno < line:
             continue
-        if statement.lineno > line or isinstance(statement, ast.For | ast.While):
+        if statement.lineno > line:
             return False
-        blocks = [block for block in (getattr(statement, name, []) for name in _BLOCKS) if isinstance(block, list)]
+        nested = () if isinstance(statement, ast.For | ast.While) else _BLOCKS
+        blocks = [block for block in (getattr(statement, name, []) for name in nested) if isinstance(block, list)]
         if any(_cut(block, line) for block in blocks):
             return True
-        if any(isinstance(loop, ast.For | ast.While) and _covers(loop, line) for loop in ast.walk(statement)):
-            return False
         both = sorted(_names(body[:at], ast.Store) & _names(body[at:], ast.Load))
         names: list[ast.expr] = [ast.Name(name, ast.Load()) for name in both]
         calls = ast.Name(_CALLS, ast.Load())
@@ -139,11 +138,6 @@ def _cut(body: list[ast.stmt], line: int) -> bool:
 
 
 _BLOCKS = ("body", "orelse", "finalbody")
-
-
-def _covers(statement: ast.stmt, line: int) -> bool:
-    assert statement.end_lineno is not None
-    return statement.lineno <= line <= statement.end_lineno
 
 
 def _names(statements: Sequence[ast.stmt], context: type[ast.expr_context]) -> set[str]:

@@ -21,10 +21,11 @@ Plan = Mapping[int, bool]  # branch -> which way it goes while the loop goes on;
 
 
 class _State(threading.local):
-    plan: Plan = {}
-    on_tokens: set[int] | None = None  # branches that asked a tensor, while the loop was traced
-    left: list[int] | None = None  # branches that left the plan, in a run for real
-    by_clock: bool = False  # whether a branch of the trace asked for the time
+    def __init__(self) -> None:
+        self.plan: Plan = {}
+        self.on_tokens: set[int] | None = None  # branches that asked a tensor, while the loop was traced
+        self.left: list[int] | None = None  # branches that left the plan, in a run for real
+        self.by_clock = False  # whether a branch of the trace asked for the time
 
 
 _state = _State()

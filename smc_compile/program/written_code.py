@@ -124,6 +124,7 @@ def written_code(function: types.FunctionType, trace: Callable[[Written], Any]) 
         LoopError: from ``trace``.
     """
     end: int | None = None
+    first: Untraceable | None = None
     while True:
         twin = twin_of(function, end)
         if twin is None:
@@ -131,12 +132,14 @@ def written_code(function: types.FunctionType, trace: Callable[[Written], Any]) 
         written = Written(twin)
         try:
             return written, trace(written)
-        except Untraceable as error:
+        except LoopError as error:
+            if not isinstance(error, Untraceable):
+                raise (first or error) from error
             code = innermost(function).__code__
             own = [line for file, line in error.frames if file == code.co_filename and line in _lines(code)]
             if not own or own[0] == end or twin_of(function, own[0]) is None:
-                raise
-            end = own[0]
+                raise (first or error) from error
+            first, end = first or error, own[0]
 
 
 def _lines(code: types.CodeType) -> range:

@@ -1,4 +1,4 @@
-"""Forms of models, samplers and masks in loops: what compiles is what the loop computes, the rest is refused by name."""
+"""Forms of models, samplers and masks in loops: what compiles is what the loop computes, all else is refused."""
 
 from __future__ import annotations
 
