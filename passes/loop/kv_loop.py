@@ -71,8 +71,8 @@ def lengths_in_prompt(
 ) -> Lengths:
     """The integers of the first iteration that grow with the prompt.
 
-    ``graph_at`` gives the loop's graph for other sizes. If Dynamo traced the prompt with a symbolic length, they are read off
-    the graphs of two longer prompts; if not, they are derived from shapes.
+    If Dynamo traced the prompt with a symbolic length, they are read off the graphs of two longer prompts, which
+    ``graph_at`` gives; if not, they are derived from shapes.
 
     Raises:
         ShortPrompt: the graph holds for prompts of one token only.

@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from smc_compile.errors import LoopError
 
-_lock = threading.RLock()  # the models of a run answer to it alone
+_lock = threading.RLock()  # the models of a run answer to it alone, and no trace of them is made meanwhile
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Outputs:
         template: what the first call of a module returned, by the module.
     """
 
-    template: dict[nn.Module, Any] = field(default_factory=dict)
+    template: WeakKeyDictionary[nn.Module, Any] = field(default_factory=WeakKeyDictionary)
 
 
 @dataclass
@@ -57,8 +58,9 @@ class ForcedText:
     branches: dict[int, str]
     calls: int = 0
 
-    def next_logits(self, given: Tensor) -> Tensor:
-        """[B, V]: logits that leave the token behind the text that a model is ``given`` [B, T].
+    def next_logits(self, given: Sequence[Tensor]) -> Tensor:
+        """[B, V]: logits that leave the token behind the text; one of the integers that a model is ``given`` is that
+        text [B, T], or the end of it.
 
         Raises:
             LoopError: the loop does something else than what was traced.
@@ -83,24 +85,23 @@ class ForcedText:
             return logits.fill_(math.nan)
         return logits.scatter_(1, self.drawn[:, drawn : drawn + 1], 0.0)
 
-    def _require_text(self, given: Tensor) -> None:
+    def _require_text(self, given: Sequence[Tensor]) -> None:
         text = torch.cat([self.prompt, self.appended[:, : self.calls]], 1)
-        rows = given.reshape(-1, given.shape[-1]) if given.dim() else given.reshape(1, 1)
-        length = min(rows.shape[1], text.shape[1])
-        same = (
-            rows.shape[0] == text.shape[0]
-            and (
-                torch.equal(rows[:, :length], text[:, :length])  # all of it, perhaps with padding behind
-                or torch.equal(rows[:, -length:], text[:, -length:])  # the last tokens, behind a cache or a window
-            )
-        )
-        if not same:
+        if not any(_is_text(value, text) for value in given):
             raise LoopError(
                 "The loop gives its model other tokens than those that were drawn.",
-                f"at call {self.calls + 1} the last ones are {rows[:, -3:].tolist()}, and those of the text "
+                f"at call {self.calls + 1} the last ones are {given[0][..., -3:].tolist()}, and those of the text "
                 f"{text[:, -3:].tolist()}",
                 "feed back every token as it was drawn; rows that have ended may be filled up with one token",
             )
+
+
+def _is_text(given: Tensor, text: Tensor) -> bool:
+    """Whether a model is given the text [B, L], perhaps with padding behind, or its last tokens."""
+    rows = given.reshape(-1, given.shape[-1]) if given.dim() else given.reshape(1, 1)
+    length = min(rows.shape[1], text.shape[1])
+    ends = ((rows[:, :length], text[:, :length]), (rows[:, -length:], text[:, -length:]))
+    return rows.shape[0] == text.shape[0] and any(torch.equal(*pair) for pair in ends)
 
 
 def forced_run(
@@ -117,6 +118,13 @@ def forced_run(
     if text.calls == 0 and not text.left:
         raise not_replaceable("the function called no module with the tokens")
     return result
+
+
+@contextmanager
+def models_as_they_are() -> Iterator[None]:
+    """Inside, no run of another thread has its models replaced."""
+    with _lock:
+        yield
 
 
 @contextmanager
@@ -141,18 +149,15 @@ def _restore(module: nn.Module, forward: Any) -> None:
 def _stand_in(
     module: nn.Module, forward: Callable[..., Any], text: ForcedText, outputs: Outputs, thread: int
 ) -> Callable[..., Any]:
-    running = threading.local()
-
     def answer(*args: Any, **kwargs: Any) -> Any:
         given = _tokens_in((*args, *kwargs.values()))
-        if threading.get_ident() != thread or given is None or getattr(_inside, "real", False):
+        if threading.get_ident() != thread or not given or getattr(_inside, "real", False):
             return forward(*args, **kwargs)
         row = text.next_logits(given)
         if module not in outputs.template:
             outputs.template[module] = _real(forward, args, kwargs)
-        return _like(outputs.template[module], row, given.shape[-1])
+        return _like(outputs.template[module], row, given[0].shape[-1])
 
-    del running
     return answer
 
 
@@ -168,19 +173,20 @@ def _real(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         _inside.real = False
 
 
-def _tokens_in(values: Sequence[Any]) -> Tensor | None:
-    """The first tensor of integers among the arguments of a call."""
+def _tokens_in(values: Sequence[Any]) -> list[Tensor]:
+    """The tensors of integers among the arguments of a call."""
     tensors = (value for value in values if isinstance(value, Tensor))
-    return next((value for value in tensors if value.dtype in (torch.int64, torch.int32) and value.dim() < 3), None)
+    return [value for value in tensors if value.dtype in (torch.int64, torch.int32) and value.dim() < 3]
 
 
 def _like(template: Any, row: Tensor, length: int) -> Any:
     """An output like ``template`` whose logits are ``row`` [B, V] at every position."""
 
     def logits(old: Tensor) -> Tensor:
-        if old.dim() < 2 or old.shape[-1] != row.shape[-1] or not old.is_floating_point():
+        more = old.shape[-1] - row.shape[-1] if old.dim() > 1 else -1  # rows that the loop's sampler cuts off
+        if more < 0 or not old.is_floating_point():
             raise not_replaceable(f"a module returned {tuple(old.shape)} for tokens, and logits were expected")
-        wide = row.to(old.dtype)
+        wide = torch.nn.functional.pad(row, (0, more), value=-math.inf).to(old.dtype)
         if old.dim() == 2:
             return wide if old.shape[0] == row.shape[0] else wide.expand(length, -1)
         return wide[:, None].expand(-1, 1 if old.shape[1] == 1 else length, -1)
