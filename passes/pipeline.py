@@ -12,16 +12,16 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from smc_compile.errors import SMCError
+from smc_compile.errors import CacheError, SMCError
 from smc_compile.passes.axes.infer import type_axes
 from smc_compile.passes.cache.synthesize import synthesize_cache
-from smc_compile.passes.capture import shape_only  # noqa: F401  (registers rewrites)
+from smc_compile.passes.capture import shape_only, single_positions  # noqa: F401  (they register rewrites)
 from smc_compile.passes.capture.decompositions import decompose
 from smc_compile.passes.capture.export_lm import (
     OwnedWeights,
@@ -35,17 +35,21 @@ from smc_compile.passes.capture.export_lm import (
 from smc_compile.passes.capture.length_bound import bound_length
 from smc_compile.passes.capture.picked_rows import handle_all_rows
 from smc_compile.passes.capture.sampler import Sampler, match_sampler
+from smc_compile.passes.capture.sampler_faults import as_sampler_fault
 from smc_compile.passes.capture.short_texts import check_short_texts
 from smc_compile.passes.ir import CachedLM, CausalLM
 from smc_compile.passes.loop.alike import compare_iterations
 from smc_compile.passes.loop.as_written import PaddedIteration, cached_iterations
+from smc_compile.passes.loop.branches import drawn_tokens, find_ends
 from smc_compile.passes.loop.cache_buffers import without_buffers
-from smc_compile.passes.loop.concretise import Concrete, concretise
+from smc_compile.passes.loop.concretise import Concrete
 from smc_compile.passes.loop.draws import is_draw
 from smc_compile.passes.loop.iterations import Iterations, iteration_nodes
+from smc_compile.passes.loop.known_masks import fold_known_masks, ones_inputs
 from smc_compile.passes.loop.kv_loop import cache_in_words, carries_cache, known_integers, lengths_in_prompt
 from smc_compile.passes.loop.lengths import Lengths
 from smc_compile.passes.loop.lookups import simplify_lookups
+from smc_compile.passes.loop.one_row import sample_rows
 from smc_compile.passes.loop.ones_masks import drop_ones_masks
 from smc_compile.passes.loop.padded_buffer import (
     draw_inputs,
@@ -54,12 +58,14 @@ from smc_compile.passes.loop.padded_buffer import (
     padded_length,
     padding_of,
 )
+from smc_compile.passes.loop.preparation import Preparation
 from smc_compile.passes.loop.recover import DecodeLoop, RecoveredStep, decode_loop, find_tokens
 from smc_compile.passes.loop.refusals import (
     refuse_autocast,
     refuse_counted_cache,
     refuse_long_inputs,
     refuse_other_randomness,
+    refuse_padding,
     refuse_uncounted_tokens,
     refuse_unrecognised_feedback,
 )
@@ -120,7 +126,10 @@ def trace_model(step: nn.Module, ids: Tensor, weights: Sequence[Tensor], check: 
     sampler = None
     if sampled:
         lm, sampler = passes.run(match_sampler, lm)
-    cached = passes.run(synthesize_cache, lm)
+    try:
+        cached = passes.run(synthesize_cache, lm)
+    except CacheError as refusal:
+        raise (as_sampler_fault(lm, refusal) if sampled else refusal) from None
     cached = passes.run(early_head, cached)
     cached = passes.run(rewrite_cached, cached)
     error = passes.run(validate, lm, cached, [*owned(), *weights]) if check else None
@@ -178,15 +187,19 @@ def _refuse_what_pins_the_length(step: nn.Module, ids: Tensor, weights: Sequence
 # ---- from Dynamo's graph to one iteration --------------------------------------------------------------------------
 
 
-def recover_loop(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> DecodeLoop | None:
+def recover_loop(gm: fx.GraphModule, example_inputs: Sequence[Any], tokens_only: bool = False) -> DecodeLoop | None:
     """The decode loop in a graph, or None if no token is drawn and fed back.
 
         prompt -> [iteration 0] -> token 0 -> [iteration 1] -> token 1 -> ...    becomes    step(ids [B, S]) -> token
 
+    With ``tokens_only`` the graph may end its texts (see `loop.branches`), and what it returns is not looked at: the
+    function that it was made of runs on the tokens.
+
     Raises:
         LoopError: there is a loop, but not one that can be compiled.
     """
-    concrete = concretise(gm, example_inputs)  # sizes become numbers; of a while_loop, the first iterations
+    preparation = Preparation(gm, example_inputs)
+    concrete, marks = preparation.run()  # sizes become numbers; of a while_loop, the first iterations
     nodes = list(concrete.graph.nodes)
     if not any(is_draw(node) for node in nodes):
         log.info("no sampling and no argmax in the graph: left as it is")
@@ -197,16 +210,32 @@ def recover_loop(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> DecodeLoo
         log.info("no token is drawn from a sequence and fed back (one iteration is no loop): left as it is")
         return None
     layouts, tokens = found
+    ends = None
+    if tokens_only:
+        drawn = drawn_tokens(nodes, tokens)
+        ends = find_ends(gm, nodes, tokens, drawn, marks, layouts.batch)
+        pairs = [(nodes.index(token), nodes.index(draw)) for token, draw in zip(tokens, drawn, strict=True)]
+        preparation = replace(preparation, replaced=tuple(pair for pair in pairs if pair[0] != pair[1]))
+        if preparation.replaced:
+            concrete, _ = preparation.run()
+            nodes = list(concrete.graph.nodes)
+            layouts, tokens = find_tokens(nodes) or found
+    cached = carries_cache(layouts, tokens)
+    ones = [] if cached else ones_inputs(nodes, example_inputs, layouts.prompt)
+    refuse_padding(nodes, example_inputs, layouts.prompt, ones)
+    if not cached and fold_known_masks(concrete.graph, layouts.prompt, ones):
+        nodes = list(concrete.graph.nodes)
+        layouts, tokens = find_tokens(nodes) or (layouts, tokens)
     refuse_autocast(nodes)
     refuse_uncounted_tokens(concrete, tokens)
-    if carries_cache(layouts, tokens):
+    if cached:
         iterations = Iterations(layouts, tokens, cached=True)
-        step = _first_step(gm, example_inputs, concrete, iterations)
+        step = _first_step(preparation, concrete, iterations)
     else:
         simplify_lookups(layouts)
         iterations = Iterations(layouts, tokens, window=window_of(layouts, tokens))
         step = _common_step(gm, iterations)
-    return decode_loop(concrete, iterations, step)
+    return decode_loop(concrete, iterations, step, ends, ones, not tokens_only)
 
 
 def _common_step(gm: fx.GraphModule, iterations: Iterations) -> RecoveredStep:
@@ -221,6 +250,7 @@ def _common_step(gm: fx.GraphModule, iterations: Iterations) -> RecoveredStep:
         return _unpadded_step(gm, iterations, closure, growing, columns, report)
     step, invariants = build_step(gm, iterations, closure, growing)
     drop_ones_masks(step)
+    step = sample_rows(step, closure)
     return RecoveredStep(step, invariants, closure, report)
 
 
@@ -245,20 +275,18 @@ def _unpadded_step(
     return RecoveredStep(step, invariants, closure, report, padded=padded)
 
 
-def _first_step(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], concrete: Concrete, iterations: Iterations
-) -> RecoveredStep:
+def _first_step(preparation: Preparation, concrete: Concrete, iterations: Iterations) -> RecoveredStep:
     """The step of a loop that hands on a cache: its first iteration, without the cache."""
     refuse_counted_cache(concrete)
     closure = iteration_nodes(iterations, 0)
-    lengths = lengths_in_prompt(gm, example_inputs, iterations, closure)
-    written, inputs = build_step(gm, iterations, closure, lengths)
+    lengths = lengths_in_prompt(preparation.at, iterations, closure)
+    written, inputs = build_step(preparation.gm, iterations, closure, lengths)
     drop_ones_masks(written)
     refuse_long_inputs(inputs, iterations.layouts.prompt)
-    integers = known_integers(concrete, example_inputs, inputs)
+    integers = known_integers(concrete, preparation.example_inputs, inputs)
     free = without_buffers(written, iterations.layouts.batch, [tensor_info(node) for node in inputs], integers)
     known = [(node, int(value)) for node, value in zip(inputs, integers, strict=True) if value is not None]
     invariants = list(itertools.compress(inputs, free.kept))
-    cached = cached_iterations(gm, example_inputs, concrete, iterations, free.step, invariants)
+    cached = cached_iterations(preparation, concrete, iterations, free.step, invariants)
     refuse_other_randomness(closure, iterations.tokens[0])
     return RecoveredStep(free.step, invariants, closure, [cache_in_words(free)], known, cached=cached)

@@ -6,8 +6,8 @@ import functools
 import inspect
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,16 +18,23 @@ from smc_compile.backend import answer_loop
 from smc_compile.errors import InputError, LoopError, OptionError, SMCError
 from smc_compile.options import Options
 from smc_compile.passes.loop.kv_loop import ShortPrompt
+from smc_compile.passes.loop.needs_value import NeedsValue
 from smc_compile.passes.loop.recover import DecodeLoop
 from smc_compile.program.all_iterations import PINNED, Traces, before_window, check_all_iterations, with_window
+from smc_compile.program.callables import bound_function
 from smc_compile.program.caller_caches import names_a_cache, own_copy, refuse_returned_cache
-from smc_compile.program.capture import Capture, CapturedCall, reachable_models
+from smc_compile.program.callers_generator import with_generator
+from smc_compile.program.capture import CapturedCall
+from smc_compile.program.dynamo_refusals import FailedLoop, Untraceable, dynamo_errors, failed_loop
 from smc_compile.program.even_loops import Doubt, find_doubt
-from smc_compile.program.from_loop import program_for
+from smc_compile.program.forced_run import models_as_they_are
+from smc_compile.program.from_loop import program_for, prompt_of
 from smc_compile.program.iteration_count import PROBE, IterationCount, find_iteration_count
 from smc_compile.program.loop_finder import LoopFinder
 from smc_compile.program.model_calls import traceable
+from smc_compile.program.reachable_models import reachable_models
 from smc_compile.program.rehearsal import Rehearsal, Rehearsed
+from smc_compile.program.written_code import Answered, NumbersReturned, Plain, Written, written_code
 from smc_compile.result import Generation
 
 log = logging.getLogger(__name__)
@@ -66,29 +73,29 @@ class CompiledLoop:
     """
 
     def __init__(self, function: Callable[..., Any], options: Options, trip_count: str | None) -> None:
-        self._function, self._options = function, options
-        self._signature = inspect.signature(function)
+        self._called = bound_function(function)
+        self._function, self._options = self._called.function, options
+        self._signature = inspect.signature(self._function)
         if trip_count is not None and trip_count not in self._signature.parameters:
             raise OptionError(
-                f"trip_count={trip_count!r} is not an argument of {function.__name__}",
+                f"trip_count={trip_count!r} is not an argument of {self._function.__name__}",
                 f"its arguments are {', '.join(self._signature.parameters)}",
             )
         self._trip_count = trip_count
         self._count: IterationCount | None = None  # found at the first call
-        self._capture = Capture(function)
-        self._rehearsal = Rehearsal(function)
+        self._code: Plain | Written = Plain(self._function)
+        self._rehearsal = Rehearsal(self._code)
         self._doubts: WeakKeyDictionary[LoopFinder, Doubt | None] = WeakKeyDictionary()
         self.last: Generation | None = None
         self.loop: DecodeLoop | None = None
-        functools.update_wrapper(self, function)
+        functools.update_wrapper(self, self._function)
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         """As a method: bind like a function."""
         return self if instance is None else functools.partial(self, instance)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        bound = self._signature.bind(*args, **kwargs)
-        bound.apply_defaults()
+        bound = self._called.bind(args, kwargs)
         caches = names_a_cache(self._function)
         with ExitStack() as stack:
             for model in reachable_models(self._function, bound.arguments.values()):
@@ -101,11 +108,37 @@ class CompiledLoop:
     def _answer(self, bound: inspect.BoundArguments, traced: inspect.BoundArguments) -> Any:
         """The result of a call with the arguments ``bound``; ``traced`` are those that Dynamo sees."""
         mark_lengths(traced)
+        try:
+            return self._answer_by(self._code, bound, traced)
+        except (Untraceable, FailedLoop, NeedsValue, NumbersReturned) as error:
+            if isinstance(self._code, Written):
+                raise
+            found = self._by_twin(traced, error)
+        self._code, self._count = found
+        self._rehearsal = Rehearsal(self._code)
+        return self._answer_by(self._code, bound, traced)
+
+    def _by_twin(self, traced: inspect.BoundArguments, error: SMCError) -> tuple[Written, IterationCount]:
+        """The function by its twin.
+
+        Raises:
+            SMCError: that cannot be compiled either. Where the function itself fails, that is its ``error``.
+        """
+        try:
+            found = written_code(self._function, lambda code: self._find_count(code, traced))
+        except LoopError as other:
+            raise (error if isinstance(error, FailedLoop) else other) from other
+        if found is None:
+            raise (error if isinstance(error, FailedLoop) else without_source(error)) from error
+        return found
+
+    def _answer_by(self, code: Plain | Written, bound: inspect.BoundArguments, traced: inspect.BoundArguments) -> Any:
         if self._count is None:
-            self._count = self._find_count(traced)
+            self._count = self._find_count(code, traced)
         iterations = self._count.iterations(bound.arguments[self._count.name], prompt_length(bound))
         call, found = self._captured(traced)
         check_longest(found, prompt_length(bound), iterations)
+        self._count.stretched(found, iterations)  # refuses tokens that do not fit
         window = self._window(bound, traced, call, found, iterations)
         if window is not None and prompt_length(traced) > before_window(window, found.iterations):
             traced = self._with_prompts(bound, before_window(window, found.iterations))
@@ -114,9 +147,13 @@ class CompiledLoop:
         program = program_for(found, call.arguments, self._options, window)
         arguments = call.arguments if traced is bound else with_prompt(call, found, bound)
         loop = self._count.stretched(found, iterations)
-        outputs, generation = answer_loop(program, loop, arguments, iterations, self._options)
+        options = with_generator(self._options, self._function, bound)
+        outputs, generation = answer_loop(program, loop, arguments, iterations, options)
+        ends, prompt = program.end_tokens(found, arguments), prompt_of(found, arguments)
+        models = reachable_models(self._function, bound.arguments.values())
         short = self._counting(traced, PROBE)
-        result = self._capture.result(outputs, *short.args, **short.kwargs)
+        answered = Answered(outputs, generation, ends, program.vocabulary, found, prompt, bound, short, models)
+        result = code.result(answered)
         if found.cached is not None:
             refuse_returned_cache(result)
         self.last, self.loop = generation, with_window(found, window)
@@ -124,9 +161,8 @@ class CompiledLoop:
 
     def _captured(self, traced: inspect.BoundArguments, exact: bool = False) -> tuple[CapturedCall, DecodeLoop]:
         """The loop that Dynamo sees in a few iterations, ``exact``ly those of this prompt length or any."""
-        short = self._counting(traced, PROBE)
-        with dynamo_errors():
-            call = self._capture.captured(*short.args, **short.kwargs)
+        with dynamo_errors(), models_as_they_are():
+            call = self._code.captured(self._counting(traced, PROBE))
         found = call.finder.loop_for(call.arguments, exact) if call is not None else None
         if call is None or found is None:
             raise LoopError("the function holds no decode loop", "no token is drawn and fed back")
@@ -163,10 +199,8 @@ class CompiledLoop:
             asked = traced if cached else self._with_prompts(bound, length)
             asked = self._counting(asked, n - count.extra)
             log.info("%d iterations are traced: %s", n, doubt)
-            with dynamo_errors():
-                return rehearsal.loop(
-                    lambda capture: capture.captured(*asked.args, **asked.kwargs), opaque, doubt or PINNED
-                )
+            with dynamo_errors(), models_as_they_are():
+                return rehearsal.loop(lambda code: code.captured(asked), opaque, doubt or PINNED)
 
         traces = Traces(
             few,
@@ -198,7 +232,7 @@ class CompiledLoop:
             self._doubts[call.finder] = written or read
         return self._doubts[call.finder]
 
-    def _find_count(self, bound: inspect.BoundArguments) -> IterationCount:
+    def _find_count(self, code: Plain | Written, bound: inspect.BoundArguments) -> IterationCount:
         """Trace the function with other values of its integer arguments."""
         integers = [name for name, value in bound.arguments.items() if type(value) is int]
         names = [self._trip_count] if self._trip_count is not None else integers
@@ -206,9 +240,11 @@ class CompiledLoop:
         def look(name: str, value: int) -> DecodeLoop | SMCError | None:
             changed = self._with_value(bound, name, value)
             try:
-                with dynamo_errors():
-                    call = self._capture.captured(*changed.args, **changed.kwargs)
+                with dynamo_errors(), models_as_they_are():
+                    call = code.captured(changed)
                 return call.finder.loop_for(call.arguments) if call is not None else None
+            except Untraceable:  # so it is for other values
+                raise
             except SMCError as error:
                 return error
             except Exception as error:  # the user's own code, perhaps since the argument does not count iterations
@@ -279,33 +315,10 @@ def check_longest(loop: DecodeLoop, prompt: int, iterations: int) -> None:
         )
 
 
-@contextmanager
-def dynamo_errors() -> Iterator[None]:
-    """Inside, what Dynamo raises becomes a LoopError. Other errors are the user's own and stay as they are."""
-    try:
-        yield
-    except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
-        if "bind arguments" in str(error):
-            raise failed_loop(error, context=True) from error
-        raise LoopError(
-            "the decode loop has Python control flow that depends on data, or code that Dynamo cannot trace",
-            first_lines(error),
-            "remove the branch: pass eos_token_id instead of `if token == eos: break`; keep .item() outside",
-        ) from error
-    except torch._dynamo.exc.TorchRuntimeError as error:
-        raise failed_loop(error) from error
-
-
-def failed_loop(error: Exception, context: bool = False) -> LoopError:
-    """The loop itself fails; with ``context`` Dynamo says where, in lines of its own."""
-    lines = [line.strip() for line in str(error).splitlines() if "context:" in line] if context else []
+def without_source(error: SMCError) -> LoopError:
+    """The refusal of Python code that would be traced if its source were known."""
     return LoopError(
-        "the loop fails with these arguments",
-        "\n".join(line.removeprefix("Developer debug context: ")[:300] for line in lines) or first_lines(error),
-        "run the plain loop to see the error, or name the number of iterations: decode(trip_count='n')",
+        "The decode loop holds Python that needs the value of a token, and its source is not known.",
+        error.why or error.what,
+        "define the function in a file; or leave the branch out and pass eos_token_id",
     )
-
-
-def first_lines(error: Exception, count: int = 3) -> str:
-    """The beginning of an error's message in one line."""
-    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())[: 120 * count]

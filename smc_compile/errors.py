@@ -33,7 +33,13 @@ class LoopError(SMCError):
 
 
 class CacheError(SMCError):
-    """No cache can be synthesized for the model; the message names the op."""
+    """No cache can be synthesized for the model; the message names the op.
+
+    Attributes:
+        node: the op, where there is one.
+    """
+
+    node: Any = None
 
 
 class ValidationError(SMCError):

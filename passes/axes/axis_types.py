@@ -92,7 +92,9 @@ def refuse(node: fx.Node, why: str, fix: str = "") -> CacheError:
         "wrap a model that has a cache of its own: smc_compile.OwnCache(model); or write the explicit protocol "
         "step(tokens, pos, state) -> (logits, state) with initial_state(batch)"
     )
-    return CacheError(f"no cache can be synthesized: {why}", describe(node), fix or default)
+    error = CacheError(f"no cache can be synthesized: {why}", describe(node), fix or default)
+    error.node = node
+    return error
 
 
 def expression(size: Any) -> sympy.Expr:

@@ -32,7 +32,8 @@ def slice_axis(typing: Typing, node: fx.Node) -> Axes:
     whole = step == 1 and start == 0 and (end is None or _covers(typing, end, axes[d]))
     if whole:
         return tuple(axes)
-    if axes[d] == (Q,) and step == 1 and start == -1 and (end is None or _covers(typing, end, axes[d])):
+    last = expression(start) in (-1, typing.length - 1)
+    if axes[d] == (Q,) and step == 1 and last and (end is None or _covers(typing, end, axes[d])):
         return _select_last(typing, node, (*axes[:d], (), *axes[d + 1 :]))
     if len(axes[d]) == 1 and axes[d][0].kind == KEY:
         axes[d] = (_without_extra(typing, node, axes[d][0], start, end),)

@@ -93,7 +93,10 @@ def _is_count(node: fx.Node) -> bool:
 
 def _is_functional(graph: fx.Graph) -> bool:
     """No op writes in place, and none is left to decompose or inline (`with torch.no_grad()` makes a nested graph)."""
-    nested = any(isinstance(node.target, torch._ops.HigherOrderOperator) for node in graph.nodes)
+    nested = any(
+        isinstance(node.target, torch._ops.HigherOrderOperator) or op_name(node) == "_add_batch_dim"
+        for node in graph.nodes
+    )
     return not nested and not any(mutated_inputs(node) or node.target in ALWAYS for node in graph.nodes)
 
 

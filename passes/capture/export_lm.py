@@ -43,10 +43,19 @@ def causal_lm(program: ExportedProgram) -> CausalLM:
     erase_dead_code(program.graph)
     ids, *explicit = user_inputs(program)
     owned = [node for node in program.graph.find_nodes(op="placeholder") if node not in (ids, *explicit)]
+    _note_constants(program)
     batch, length = ids.meta["val"].shape
     bounds = program.range_constraints.get(length.node.expr) if isinstance(length, torch.SymInt) else None
     longest = int(bounds.upper) if bounds is not None and bounds.upper.is_Integer else None
     return CausalLM(program.graph_module, ids, (*owned, *explicit), int(batch), longest)
+
+
+def _note_constants(program: ExportedProgram) -> None:
+    """``meta["constant"]`` of the placeholders of small constants that the forward holds, such as ``[-1]``."""
+    placeholders = program.graph.find_nodes(op="placeholder")
+    for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True):
+        if spec.kind == InputKind.CONSTANT_TENSOR and program.constants[spec.target or ""].numel() == 1:
+            node.meta["constant"] = program.constants[spec.target or ""]
 
 
 def require_any_length(lm: CausalLM) -> CausalLM:

@@ -17,10 +17,12 @@ from torch import fx
 from smc_compile.errors import LoopError
 from smc_compile.passes.closeness import NARROW, allowed_error, coarsest_dtype, relative_error
 from smc_compile.passes.fx_tools import describe, mutated_inputs, op_name, reachable
-from smc_compile.passes.loop.concretise import Concrete, concretise
+from smc_compile.passes.loop.concretise import Concrete
 from smc_compile.passes.loop.draws import is_draw, is_random
 from smc_compile.passes.loop.iterations import Iterations
 from smc_compile.passes.loop.lengths import longest_text, symbolic_length
+from smc_compile.passes.loop.needs_value import EndInLoop
+from smc_compile.passes.loop.preparation import Preparation
 from smc_compile.passes.loop.refusals import FROM_IDS, NO_END
 
 log = logging.getLogger(__name__)
@@ -115,7 +117,7 @@ class CachedIterations:
             found.append(_draw([n for n in nodes if n not in earlier], token))
             ops = [[op_name(n) for n in draw.nodes] for draw in (found[0], found[at])]
             if ops[0] != ops[1]:
-                raise LoopError(
+                raise EndInLoop(
                     "The iterations of the decode loop do not draw their tokens alike.",
                     f"iteration 0 draws by {', '.join(ops[0])}; iteration {at} by {', '.join(ops[1])}, "
                     f"at {describe(token)}",
@@ -127,7 +129,7 @@ class CachedIterations:
         """A draw that is replaced under some condition: random tokens need not meet it."""
         for token, values in zip(self.tokens, seen, strict=True):
             if any(value.dtype == torch.bool for value in values):
-                raise LoopError(
+                raise EndInLoop(
                     "A token of the decode loop is replaced after it was drawn.",
                     f"{describe(token)} depends on a condition",
                     NO_END,
@@ -159,8 +161,7 @@ class CachedIterations:
 
 
 def cached_iterations(
-    gm: fx.GraphModule,
-    example_inputs: Sequence[Any],
+    preparation: Preparation,
     concrete: Concrete,
     iterations: Iterations,
     step: fx.GraphModule,
@@ -170,9 +171,9 @@ def cached_iterations(
     prompt, length = iterations.layouts.prompt, iterations.layouts.prompt_length
     size, end = symbolic_length(prompt), longest_text(prompt)
     more = _MORE if end is None else min(_MORE, end - len(iterations.tokens) - length)
-    longer = concretise(gm, example_inputs, {size: length + more}).graph if size is not None and more > 0 else None
+    longer = preparation.at({size: length + more}) if size is not None and more > 0 else None
     tokens = tuple(iterations.tokens)
-    return CachedIterations(gm, concrete.graph, longer, more, prompt, tokens, step, tuple(invariants))
+    return CachedIterations(preparation.gm, concrete.graph, longer, more, prompt, tokens, step, tuple(invariants))
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from smc_compile.passes.fx_tools import op_name
+from smc_compile.passes.loop.needs_value import NeedsValue
 from smc_compile.passes.loop.tensor_info import TensorInfo, plain_tensor
 from smc_compile.passes.loop.while_loops import Counted, decode_body, evaluate_constants
 
@@ -76,6 +77,13 @@ class _Sizes:
             return value
         known = sympy.sympify(value.node.expr).xreplace(self.values)
         plain = known if known.is_number or known in (sympy.true, sympy.false) else value.node.hint
+        if plain is None:
+            raise NeedsValue(
+                "A number of the decode loop depends on the values of a tensor.",
+                f"{value} is read from a tensor or counted in one (.item(), .tolist(), unique(), nonzero(), x[mask])",
+                "keep the loop in tensors of fixed shapes; what reads the text before it draws goes to "
+                "generate(..., logits_processor=[...])",
+            )
         return bool(plain) if isinstance(value, torch.SymBool) else int(plain)
 
     def constant(self, value: Any) -> tuple[bool, Any]:

@@ -11,7 +11,8 @@ from torch import fx
 
 from smc_compile.errors import LoopError
 from smc_compile.passes.fx_tools import describe, mutated_inputs, op_name
-from smc_compile.passes.loop.refusals import NO_CACHE
+from smc_compile.passes.loop.needs_value import EndInLoop
+from smc_compile.passes.loop.refusals import NO_CACHE, NO_END
 from smc_compile.passes.loop.tensor_info import tensor_info
 from smc_compile.passes.loop.token_labels import Layouts
 
@@ -83,11 +84,12 @@ class Iterations:
         found = f"{describe(node)} reads `{source.name}`, which holds {self.spell(reading.columns)}"
         expected = self.spell(self.text(iteration))
         fix = NO_CACHE
+        kind: type[LoopError] = LoopError
         if reading.columns and reading.columns[: self.length(iteration)] == self.text(iteration):
             fix = "give the model the filled part of the buffer only, model(buf[:, :length])[:, -1]"
         if op_name(node) in _COMPARISONS:
-            fix = "leave the end-of-sequence test out of the loop and pass eos_token_id instead"
-        raise LoopError(what, f"{found}; an iteration may read only {expected}", fix)
+            fix, kind = NO_END, EndInLoop
+        raise kind(what, f"{found}; an iteration may read only {expected}", fix)
 
     def spell(self, columns: tuple[int, ...] | None) -> str:
         """Columns in words: ``prompt[0:4] + tokens[1:2] + constant 0``."""

@@ -11,7 +11,7 @@ written, on random tokens, and compares what every token is drawn from with the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import fx
 from smc_compile.errors import LoopError
 from smc_compile.passes.fx_tools import describe, reachable
 from smc_compile.passes.loop.cache_buffers import BufferFree
-from smc_compile.passes.loop.concretise import Concrete, concretise
+from smc_compile.passes.loop.concretise import Concrete
 from smc_compile.passes.loop.iterations import Iterations, iteration_nodes
 from smc_compile.passes.loop.leaves import Leaf, flatten
 from smc_compile.passes.loop.lengths import (
@@ -67,12 +67,12 @@ def _needed_by_second(iterations: Iterations) -> set[fx.Node]:
 
 
 def lengths_in_prompt(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], iterations: Iterations, closure: Sequence[fx.Node]
+    graph_at: Callable[[dict[Any, int]], fx.Graph], iterations: Iterations, closure: Sequence[fx.Node]
 ) -> Lengths:
     """The integers of the first iteration that grow with the prompt.
 
-    If Dynamo traced the prompt with a symbolic length, they are read off the graphs of two longer prompts; if not, they
-    are derived from shapes.
+    If Dynamo traced the prompt with a symbolic length, they are read off the graphs of two longer prompts, which
+    ``graph_at`` gives; if not, they are derived from shapes.
 
     Raises:
         ShortPrompt: the graph holds for prompts of one token only.
@@ -82,7 +82,7 @@ def lengths_in_prompt(
     size = symbolic_length(iterations.layouts.prompt)
     if size is None:
         return _lengths_by_shapes(iterations, closure, length)
-    longer = [list(concretise(gm, example_inputs, {size: length + more}).graph.nodes) for more in (1, 2)]
+    longer = [list(graph_at({size: length + more}).nodes) for more in (1, 2)]
     order = iterations.layouts.order
     samples: dict[Leaf, list[Sample]] = {}
     for node in closure:

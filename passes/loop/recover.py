@@ -17,12 +17,14 @@ from torch import fx
 
 from smc_compile.passes.fx_tools import describe
 from smc_compile.passes.loop.as_written import CachedIterations, PaddedIteration
+from smc_compile.passes.loop.branches import Ends
 from smc_compile.passes.loop.concretise import Concrete
 from smc_compile.passes.loop.draws import is_draw
 from smc_compile.passes.loop.iterations import Iterations
 from smc_compile.passes.loop.kv_loop import carries_cache
 from smc_compile.passes.loop.lengths import longest_text, symbolic_length
 from smc_compile.passes.loop.outputs import OutputLayout, output_layout, output_nodes
+from smc_compile.passes.loop.refusals import hidden_tokens
 from smc_compile.passes.loop.token_labels import Layouts, interpret, may_be_prompt
 from smc_compile.passes.loop.windows import iteration_in_lines, window_of
 
@@ -46,6 +48,8 @@ class DecodeLoop:
         window: the most tokens that an iteration reads: the last ones; None if each reads all.
         lines_at: the iteration that reads so many tokens, in lines (see `windows`).
         any_length: whether Dynamo traced the prompt's length as a symbol: branches on lengths have left guards.
+        ends: how the loop ends its texts, if it does so before it has drawn all of them.
+        ones: placeholders of masks that `step` takes for ones.
     """
 
     step: fx.GraphModule
@@ -63,6 +67,18 @@ class DecodeLoop:
     any_length: bool = False
     window: int | None = None
     lines_at: Callable[[int], tuple[str, ...]] = field(default=lambda length: (), compare=False)
+    ends: Ends | None = None
+    ones: tuple[int, ...] = ()
+
+    def check_ones(self, arguments: Sequence[Any]) -> None:
+        """Refuse a mask that hides something, if `step` was made for masks of ones.
+
+        Raises:
+            LoopError: one does.
+        """
+        for index in self.ones:
+            if not bool((arguments[index] == 1).all()):
+                raise hidden_tokens(f"argument {index} of the graph")
 
     def check(self, arguments: Sequence[Any]) -> None:
         """Compare `step` with the iterations as they were written, if these read padded buffers or caches.
@@ -110,9 +126,8 @@ def find_tokens(nodes: Sequence[fx.Node]) -> tuple[Layouts, list[fx.Node]] | Non
 
     A token follows the prompt in what the model reads, or in what the function returns.
     """
-    for prompt in filter(may_be_prompt, nodes):
-        layouts = interpret(nodes, prompt)
-        tokens = _tokens_behind(layouts)
+    found = [(layouts, _tokens_behind(layouts)) for layouts in (interpret(nodes, p) for p in nodes if may_be_prompt(p))]
+    for layouts, tokens in sorted(found, key=lambda pair: not pair[1]):  # a text that is read first; masks grow as well
         late = _tokens_returned(layouts, tokens)
         if len(tokens + late) < 2:
             continue
@@ -150,8 +165,15 @@ def _tokens_returned(layouts: Layouts, tokens: Sequence[fx.Node]) -> list[fx.Nod
 # ---- the loop ------------------------------------------------------------------------------------------------------
 
 
-def decode_loop(concrete: Concrete, iterations: Iterations, found: RecoveredStep) -> DecodeLoop:
-    """The loop around a step.
+def decode_loop(
+    concrete: Concrete,
+    iterations: Iterations,
+    found: RecoveredStep,
+    ends: Ends | None = None,
+    ones: Sequence[fx.Node] = (),
+    outputs: bool = True,
+) -> DecodeLoop:
+    """The loop around a step; its ``outputs`` are looked at, or are none.
 
     Raises:
         LoopError: an output is neither the sequence nor all of its tokens.
@@ -159,7 +181,8 @@ def decode_loop(concrete: Concrete, iterations: Iterations, found: RecoveredStep
     layouts = iterations.layouts
     placeholders = [node for node in layouts.nodes if node.op == "placeholder"]
     drawn = len(iterations.tokens) + concrete.remaining
-    outputs = tuple(_layout_of(iterations, output, concrete.remaining) for output in output_nodes(layouts.nodes))
+    returned = output_nodes(layouts.nodes) if outputs else []
+    layout = tuple(_layout_of(iterations, output, concrete.remaining) for output in returned)
     return DecodeLoop(
         step=found.step,
         prompt_index=placeholders.index(layouts.prompt),
@@ -167,8 +190,8 @@ def decode_loop(concrete: Concrete, iterations: Iterations, found: RecoveredStep
         iterations=drawn,
         prompt_length=layouts.prompt_length,
         batch=layouts.batch,
-        outputs=outputs,
-        report=_report(layouts, drawn, found, outputs),
+        outputs=layout,
+        report=_report(layouts, drawn, found, layout),
         fixed_floats=(*concrete.fixed_floats, *((placeholders.index(node), float(v)) for node, v in found.known)),
         padded=found.padded,
         cached=found.cached,
@@ -176,6 +199,8 @@ def decode_loop(concrete: Concrete, iterations: Iterations, found: RecoveredStep
         window=iterations.window,
         lines_at=functools.partial(iteration_in_lines, iterations),
         any_length=isinstance(symbolic_length(layouts.prompt), sympy.Symbol),
+        ends=ends,
+        ones=tuple(placeholders.index(node) for node in ones),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -12,7 +13,8 @@ from smc_compile.passes.fx_tools import describe, mutated_inputs, op_name
 from smc_compile.passes.loop.concretise import Concrete
 from smc_compile.passes.loop.draws import is_draw, is_random
 from smc_compile.passes.loop.lengths import symbolic_length
-from smc_compile.passes.loop.tensor_info import TOKEN_DTYPES, tensor_info
+from smc_compile.passes.loop.needs_value import EndInLoop
+from smc_compile.passes.loop.tensor_info import TOKEN_DTYPES, plain_tensor, tensor_info
 from smc_compile.passes.loop.token_labels import may_be_prompt
 
 # What to do instead.
@@ -20,7 +22,10 @@ NO_CACHE = (
     "call the model on all tokens so far, model(ids)[:, -1], without a KV cache (use_cache=False): "
     "the compiler inserts the cache itself"
 )
-NO_END = "leave the end-of-sequence handling out of the loop and pass eos_token_id instead"
+NO_END = (
+    "an end of the text may leave the loop (if token == eos: break) and may fill up rows that have ended "
+    "(torch.where(done, pad, token)); what else reads the text goes to generate(..., logits_processor=[...])"
+)
 FROM_IDS = "make masks and positions inside of the function, torch.ones_like(ids) or torch.arange(ids.shape[1])"
 
 
@@ -74,6 +79,16 @@ def refuse_uncounted_tokens(concrete: Concrete, tokens: Sequence[fx.Node]) -> No
         )
 
 
+def without_idle_autocast(graph: fx.Graph) -> None:
+    """Remove, in place, the autocasts that are off: where none is on, they change nothing."""
+    for node in [node for node in graph.nodes if op_name(node) == "_exit_autocast"]:
+        enter = node.args[0]
+        if isinstance(enter, fx.Node) and enter.args[2] is False and not torch.is_autocast_enabled(str(enter.args[0])):
+            graph.erase_node(node)
+            if not enter.users:
+                graph.erase_node(enter)
+
+
 def refuse_autocast(nodes: Sequence[fx.Node]) -> None:
     """Autocast is a state of the thread, of which the ops of the step would know nothing."""
     for node in nodes:
@@ -83,6 +98,28 @@ def refuse_autocast(nodes: Sequence[fx.Node]) -> None:
                 f"{describe(node)} changes the precision of the operators after it",
                 "put the autocast around the call of the compiled function, or convert the model with model.to(dtype)",
             )
+
+
+def refuse_padding(
+    nodes: Sequence[fx.Node], arguments: Sequence[Any], prompt: fx.Node, ones: Sequence[fx.Node]
+) -> None:
+    """A mask that is given and hides tokens of the prompt: padding, of which a loop's step knows nothing."""
+    shape = tensor_info(prompt).shape  # type: ignore[union-attr]
+    placeholders = [node for node in nodes if node.op == "placeholder"]
+    for node, value in zip(placeholders, arguments, strict=False):
+        info, real = tensor_info(node), plain_tensor(value)
+        if node is prompt or node in ones or info is None or info.shape != shape or not node.users or real is None:
+            continue
+        if info.dtype in (*TOKEN_DTYPES, torch.bool) and bool(((real == 0) | (real == 1)).all()):
+            raise hidden_tokens(f"`{node.name}` {tuple(shape)}")
+
+
+def hidden_tokens(where: str) -> LoopError:
+    return LoopError(
+        "A mask of the decode loop hides tokens of the prompt.",
+        f"{where} holds zeros; a loop is compiled for a mask of ones, as prompts of one length have it",
+        "prompts of several lengths: smc_compile.generate(model, draft, ids, attention_mask=mask)",
+    )
 
 
 def refuse_other_randomness(nodes: Sequence[fx.Node], token: fx.Node) -> None:
@@ -108,7 +145,7 @@ def refuse_other_randomness(nodes: Sequence[fx.Node], token: fx.Node) -> None:
             "draw each token with torch.multinomial(probs, 1) or logits.argmax(-1)",
         )
     if mutated_inputs(token):
-        raise LoopError(
+        raise EndInLoop(
             "A token is changed after it was drawn.",
             f"{describe(token)} writes to it in place, at places that depend on values",
             NO_END,

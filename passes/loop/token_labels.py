@@ -147,14 +147,14 @@ def interpret(nodes: Sequence[fx.Node], prompt: fx.Node) -> Layouts:
     info = tensor_info(prompt)
     assert info is not None
     rows, length = (1, info.shape[0]) if len(info.shape) == 1 else (info.shape[0], info.shape[1])
-    interpreter = _Interpreter(nodes, prompt, rows, length)
+    interpreter = TokenInterpreter(nodes, prompt, rows, length)
     with _disable_current_modes(), torch.no_grad(), torch.device("cpu"):
         interpreter.run()
     found = (interpreter.readings, interpreter.places, interpreter.outputs)
     return Layouts(prompt, rows, length, *found, tuple(nodes), interpreter.order)
 
 
-class _Interpreter:
+class TokenInterpreter:
     """Runs a graph on labels; a value that it does not know is a source of labels of its own."""
 
     def __init__(self, nodes: Sequence[fx.Node], prompt: fx.Node, batch: int, length: int) -> None:
@@ -301,6 +301,11 @@ class _Interpreter:
             return value
         self.values[node] = self.labels(node, info.shape)
         return self.values[node]
+
+    def constant_value(self, node: fx.Node) -> torch.Tensor | None:
+        """The integers of a node, if none of them comes from a token or the prompt."""
+        value = self.value(node)
+        return value if isinstance(value, torch.Tensor) and not _has_labels(value) else None
 
     def labels(self, node: fx.Node, shape: tuple[int, ...], uninitialised: bool = False) -> torch.Tensor:
         base = _code(self.order[node])

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import threading
 import types
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
-from smc_compile.errors import OptionError
+from smc_compile.program.callables import own_code
 from smc_compile.program.dynamo_limits import without_limit
 from smc_compile.program.guards import model_state
 from smc_compile.program.loop_finder import LoopFinder
 from smc_compile.program.lru import LRU
+from smc_compile.program.reachable_models import reachable_models
 
 KEPT = 16  # states of the models that a function reaches
+_MISSING = object()
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,11 @@ class Capture:
     seen in the states of the models that the function reaches: each has traces of its own.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
+    def __init__(self, function: types.FunctionType, tokens_only: bool = False) -> None:
+        """With ``tokens_only`` the loop's outputs are not looked at: see ``LoopFinder``."""
+        self._function, self._tokens_only = function, tokens_only
         self._traced: LRU[Hashable, Callable[..., Any]] = LRU(KEPT)
         self._answer = _Answer()
-        _own_code(function)  # refuses what it cannot copy
 
     def captured(self, *args: Any, **kwargs: Any) -> CapturedCall | None:
         """The graph of a call and its arguments; None where there is nothing to compute.
@@ -78,7 +80,7 @@ class Capture:
             return self._traced.get_or_make(key, self._compiled)(*args, **kwargs)
 
     def _compiled(self) -> Callable[..., Any]:
-        return torch.compile(_own_code(self._function), backend=self._backend, fullgraph=True, dynamic=False)
+        return torch.compile(own_code(self._function), backend=self._backend, fullgraph=True, dynamic=False)
 
     @contextmanager
     def _answering(self, outputs: Sequence[Any]) -> Iterator[None]:
@@ -89,7 +91,7 @@ class Capture:
             self._answer.outputs = None
 
     def _backend(self, gm: fx.GraphModule, _: Any) -> Callable[..., Any]:
-        finder, writes = LoopFinder(gm), _writes_outside()
+        finder, writes = LoopFinder(gm, self._tokens_only), _writes_outside()
 
         def stand_in(*arguments: Any) -> Sequence[Any]:
             if self._answer.outputs is None:
@@ -118,28 +120,6 @@ class _Captured(Exception):
         self.call = call
 
 
-def reachable_models(function: Callable[..., Any], arguments: Iterable[Any]) -> list[nn.Module]:
-    """The modules that a function can reach: its arguments, its free variables, the globals that it names.
-
-    Those in the attributes of an argument, such as ``self``, and in a list or a dictionary, are found too.
-    """
-    assert isinstance(function, types.FunctionType)
-    filled = [cell for cell in function.__closure__ or () if cell != types.CellType()]  # an empty one raises when read
-    cells = [cell.cell_contents for cell in filled]
-    named = [function.__globals__.get(name) for name in function.__code__.co_names]
-    inside = [item for value in (*arguments, *cells) for item in _parts(value)]
-    found = [value for value in (*arguments, *cells, *named, *inside) if isinstance(value, nn.Module)]
-    return list({id(module): module for module in found}.values())
-
-
-def _parts(value: Any) -> Iterable[Any]:
-    if isinstance(value, (list, tuple)):
-        return value
-    if isinstance(value, dict):
-        return value.values()
-    return () if isinstance(value, (nn.Module, torch.Tensor)) else getattr(value, "__dict__", {}).values()
-
-
 def _writes_outside() -> tuple[str, ...]:
     """The Python objects that existed before the trace at hand and are left changed by it, by Dynamo's names."""
     found = []
@@ -156,19 +136,4 @@ def _writes_outside() -> tuple[str, ...]:
 def _is_as_before(variable: Any, name: str, value: Any) -> bool:
     """Whether an attribute is left with the value that it had: libraries set flags and put them back."""
     held = getattr(variable, "value", None)
-    return value.is_python_constant() and getattr(held, name, _own_code) == value.as_python_constant()
-
-
-def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A copy with code of its own: Dynamo counts recompilations by code, and the function itself is left alone."""
-    if not isinstance(function, types.FunctionType):
-        raise OptionError("decode compiles a plain Python function", f"got {type(function).__name__}")
-    copy = types.FunctionType(
-        function.__code__.replace(),
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
+    return value.is_python_constant() and getattr(held, name, _MISSING) == value.as_python_constant()

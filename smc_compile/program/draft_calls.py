@@ -6,6 +6,7 @@ They are traced in a greedy loop as their users write it, with a cache; the loop
 from __future__ import annotations
 
 import inspect
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,7 +46,9 @@ def compile_called(
     """
     require_eval(model, role)
     by_position = "pos" in _required(model)[1]
-    loop, arguments = _captured(_by_position if by_position else _by_cache, model, ids.new_zeros(ids.shape[0], _PROMPT))
+    written = _by_position if by_position else _by_cache
+    assert isinstance(written, types.FunctionType)
+    loop, arguments = _captured(written, model, ids.new_zeros(ids.shape[0], _PROMPT))
     loop.check(arguments)
     weights = [arguments[at] for at in loop.invariant_indices]
     traced = trace_model(loop.step, ids.new_zeros(ids.shape[0], 2), weights, options.validate)
@@ -66,7 +69,7 @@ def _by_cache(model: Callable[..., Any], ids: Tensor) -> Tensor:
     return torch.cat([ids, token, logits[:, -1].argmax(-1, keepdim=True)], 1)
 
 
-def _captured(loop: Callable[..., Tensor], model: nn.Module, ids: Tensor) -> tuple[DecodeLoop, Sequence[Any]]:
+def _captured(loop: types.FunctionType, model: nn.Module, ids: Tensor) -> tuple[DecodeLoop, Sequence[Any]]:
     """The loop that a draft makes of prompts ``ids`` [B, P], and the arguments of its graph."""
     torch._dynamo.maybe_mark_dynamic(ids, 1)
     second = _required(model)[1]

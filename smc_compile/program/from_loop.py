@@ -10,9 +10,10 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from smc_compile.errors import LoopError
+from smc_compile.errors import LoopError, OptionError
 from smc_compile.inputs.requests import build_request, check_prompt, request_seeds
 from smc_compile.options import Options
+from smc_compile.passes.loop.branches import EndTokens
 from smc_compile.passes.loop.recover import DecodeLoop
 from smc_compile.passes.pipeline import trace_model
 from smc_compile.program.build import CompileDraft, build_program
@@ -42,7 +43,25 @@ class LoopProgram:
         """The request that a call of the loop's graph makes; the call's weights are taken up for it."""
         self.weights[:] = _weights(loop, arguments)
         ids = prompt_of(loop, arguments)
-        return build_request(ids, iterations, request_seeds(options.seed, ids), eos_ids=options.eos_token_id)
+        seeds, ends = request_seeds(options.seed, ids), self.end_tokens(loop, arguments)
+        if options.eos_token_id is not None and ends.ids and options.eos_token_id not in ends.ids:
+            raise OptionError(
+                "eos_token_id is not the token by which the loop ends its texts",
+                f"eos_token_id={options.eos_token_id}, and the loop ends them with {list(ends.ids)}",
+                "leave eos_token_id out",
+            )
+        eos_ids = list(ends.ids) or options.eos_token_id
+        return build_request(ids, iterations, seeds, eos_ids=eos_ids, pad=ends.pad)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the target knows."""
+        assert self.program.target.vocab_size is not None
+        return self.program.target.vocab_size
+
+    def end_tokens(self, loop: DecodeLoop, arguments: Sequence[Any]) -> EndTokens:
+        """The tokens by which the loop itself ends its texts."""
+        return loop.ends.tokens(arguments, self.vocabulary) if loop.ends is not None else EndTokens()
 
 
 def program_for(loop: DecodeLoop, arguments: Sequence[Any], options: Options, window: int | None = None) -> LoopProgram:
@@ -64,6 +83,7 @@ def program_for(loop: DecodeLoop, arguments: Sequence[Any], options: Options, wi
                 "pass it as a tensor, or call torch._dynamo.reset() before changing it",
             )
     check_prompt(prompt_of(loop, arguments))
+    loop.check_ones(arguments)
     if loop not in _checked:  # another loop with the same step may treat its padding or its cache in another way
         loop.check(arguments)
         _checked.add(loop)

@@ -25,8 +25,9 @@ class LoopFinder:
         recoveries: how many times the graph was searched.
     """
 
-    def __init__(self, gm: fx.GraphModule) -> None:
-        self._gm = gm
+    def __init__(self, gm: fx.GraphModule, tokens_only: bool = False) -> None:
+        """With ``tokens_only`` the function itself runs on the tokens: see ``recover_loop``."""
+        self._gm, self._tokens_only = gm, tokens_only
         self._found: dict[tuple[Any, ...], dict[int, DecodeLoop]] = {}  # by sizes, and by the prompt's length
         self._prompt_index: int | None = None
         self.recoveries = 0
@@ -44,7 +45,7 @@ class LoopFinder:
         if known is not None and not (exact and known.prompt_length != arguments[known.prompt_index].shape[-1]):
             return known
         self.recoveries += 1
-        loop = find_loop(self._gm, arguments)
+        loop = find_loop(self._gm, arguments, self._tokens_only)
         if loop is None:
             if self._prompt_index is None:
                 return None
@@ -119,18 +120,19 @@ def step_text(graph: fx.Graph) -> str:
     return "\n".join(lines)
 
 
-def find_loop(gm: fx.GraphModule, arguments: Sequence[Any]) -> DecodeLoop | None:
+def find_loop(gm: fx.GraphModule, arguments: Sequence[Any], tokens_only: bool = False) -> DecodeLoop | None:
     """The loop in ``gm``, or None. A draw in a graph that Dynamo had to break is an error, not a graph without a loop.
 
     Raises:
         LoopError: there is a loop that cannot be compiled.
     """
     reason = getattr(gm, "compile_subgraph_reason", None)
-    loop = recover_loop(gm, arguments)
+    loop = recover_loop(gm, arguments, tokens_only)
     if loop is None and getattr(reason, "graph_break", False) and any(is_draw(node) for node in gm.graph.nodes):
         raise LoopError(
             "the decode loop has Python control flow that depends on data, or code that Dynamo cannot trace",
             str(reason.reason).strip().splitlines()[0] if reason else "",
-            "remove the branch: pass eos_token_id instead of `if token == eos: break`; keep prints and .item() outside",
+            "use @smc_compile.decode, which runs the loop's own code beside its tokens; or pass eos_token_id and leave "
+            "the branch out",
         )
     return loop

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,23 +13,39 @@ from smc_compile.errors import InputError
 
 
 def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
-    """``model(ids [B, S])`` as logits [B, S, V]: the result itself, or its ``logits`` attribute.
+    """``model(ids [B, S])`` as logits [B, S, V], or [B, 1, V] of the last position.
 
+    They are the result itself, its ``logits``, or the first of what it holds: ``(logits, loss)``, ``(logits, cache)``.
     A forward that names a parameter ``use_cache`` is called with False there.
 
     Raises:
-        InputError: when what comes back is not logits [B, S, V].
+        InputError: when what comes back holds no logits.
     """
     result = model(ids, use_cache=False) if _takes(model, "use_cache") else model(ids)
-    logits = result if isinstance(result, Tensor) else getattr(result, "logits", None)
+    logits = _held_logits(result)
     if isinstance(logits, Tensor) and logits.dim() == 3:
         return logits
     found = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(result).__name__
     raise InputError(
-        "a model must return logits [B, S, V], or an object that holds them as .logits",
+        'a model must return logits [B, S, V], or hold them as .logits, as ["logits"] or as the first of a tuple',
         f"it returned {found}",
         "wrap the model in a module whose forward returns the logits",
     )
+
+
+def _held_logits(result: Any) -> Any:
+    if isinstance(result, Mapping):
+        return result.get("logits")
+    if isinstance(result, tuple | list) and not hasattr(result, "logits"):
+        wide = [part for part in result if isinstance(part, Tensor) and part.is_floating_point() and part.dim() == 3]
+        if any(part.shape[:2] == wide[0].shape[:2] for part in wide[1:]):
+            raise InputError(
+                "a model returns several tensors that could be its logits",
+                f"shapes {', '.join(str(tuple(part.shape)) for part in wide)}",
+                "wrap it in a module whose forward returns the logits [B, S, V] alone",
+            )
+        return result[0] if result else None
+    return result if isinstance(result, Tensor) else getattr(result, "logits", None)
 
 
 def _takes(model: nn.Module, name: str) -> bool:

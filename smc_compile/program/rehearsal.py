@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 
 from smc_compile.errors import LoopError, SMCError
 from smc_compile.passes.loop.recover import DecodeLoop
-from smc_compile.program.capture import Capture, CapturedCall
+from smc_compile.program.capture import CapturedCall
 from smc_compile.program.even_loops import Doubt
 from smc_compile.program.loop_finder import LoopFinder, step_text
 from smc_compile.program.opaque_models import Opaque, opaque
+from smc_compile.program.written_code import Plain, Written
 
 KEPT = 64  # traces, after which all are forgotten
 ALIKE = (
@@ -27,7 +27,7 @@ ALIKE = (
     "model(ids[:, -W:])"
 )
 NO_LOOP = "with all its iterations the function holds no loop"
-Trace = Callable[[Capture], CapturedCall | None]  # captures the loop with some arguments
+Trace = Callable[[Plain | Written], CapturedCall | None]  # captures the loop with some arguments
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ class Rehearsed:
 
 
 class Rehearsal:
-    """Traces of one function, and which of them were found to agree."""
+    """Traces of one function's code, and which of them were found to agree."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
+    def __init__(self, code: Plain | Written) -> None:
+        self._code = code
         self._forget()
 
     def _forget(self) -> None:
-        self._capture, self._loops = Capture(self._function), WeakSet[DecodeLoop]()
+        self._own, self._loops = self._code.anew(), WeakSet[DecodeLoop]()
         self._agreed: WeakKeyDictionary[DecodeLoop, WeakSet[DecodeLoop]] = WeakKeyDictionary()
 
     def loop(self, trace: Trace, models: Sequence[nn.Module] | None, doubt: Doubt) -> Rehearsed:
@@ -69,7 +69,7 @@ class Rehearsal:
             learned = Opaque.structures
             try:
                 with opaque(models or ()):
-                    call = trace(self._capture)
+                    call = trace(self._own)
                 break
             except Exception:
                 if Opaque.structures == learned:
