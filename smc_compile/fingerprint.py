@@ -39,7 +39,7 @@ FIXED = {*sys.stdlib_module_names, "torch", "numpy", "triton", "sympy", "rich", 
 FIXED_CODE = {*FIXED, __name__.partition(".")[0]}  # and this one
 STORES = ("types", "collections", "argparse")  # modules whose objects hold what the user put into them
 MISSING = object()
-Function = TypeVar("Function", bound=Callable[..., Any])
+Replaced = TypeVar("Replaced", bound=Callable[..., Any])
 
 
 def fingerprint(value: Any) -> Hashable:
@@ -52,7 +52,7 @@ def fingerprint(value: Any) -> Hashable:
     return tuple(walk.tokens)
 
 
-def as_stand_in(function: Function) -> Function:
+def as_stand_in(function: Replaced) -> Replaced:
     """Mark a function that takes the place of a model's forward for a while: all such functions are one to a key."""
     function.stands_in = True  # type: ignore[attr-defined]
     return function
