@@ -122,3 +122,17 @@ def topk_of_at_most_all(node: fx.Node) -> fx.Node | None:
     least = new_node(node, torch.sym_min, new_node(node, aten.sym_size.int, scores, axis), k)
     least.meta["val"] = k  # as in the trace, which is of a longer sequence
     return new_node(node, aten.topk.default, scores, least, axis, bound["largest"], bound["sorted"])
+
+
+@rewrite(aten.select.int, aten.slice.Tensor)
+def part_that_was_written(node: fx.Node) -> fx.Node | None:
+    """Read back what was written to the same place: ``row = x[:, -1]; row[:, 3] = 0`` writes the row into x first."""
+    source = node.args[0]
+    scatter = aten.select_scatter.default if node.target is aten.select.int else aten.slice_scatter.default
+    if not isinstance(source, fx.Node) or source.target is not scatter:
+        return None
+    written, read, rank = arguments(source), arguments(node), source.meta["val"].dim()
+    place = [name for name in ("index", "start", "end", "step") if name in read]
+    same_place = written["dim"] % rank == read["dim"] % rank and all(written[name] == read[name] for name in place)
+    part = written["src"]
+    return part if same_place and part.meta["val"].dtype == node.meta["val"].dtype else None

@@ -76,13 +76,16 @@ def random_source(rng: random.Random) -> str:
         "logits = torch.log_softmax(logits, -1)",
         "top = logits.topk(3, -1).values; logits = logits.masked_fill(logits < top[:, -1:], -float('inf'))",
     ]
-    body = [f"logits = model({rng.choice(reads)})[:, -1]", *rng.sample(changes, rng.choice([0, 0, 1, 1, 2]))]
+    numbered = [change for change in changes if change.startswith("if ") or "(1 + i)" in change]  # mostly refused
+    plain = [change for change in changes if change not in numbered]
+    chosen = rng.sample(plain, rng.choice([0, 1, 1, 2])) + rng.sample(numbered, rng.choice([0, 0, 0, 1]))
+    body = [f"logits = model({rng.choice(reads)})[:, -1]", *chosen]
     body.append("token = logits.argmax(-1, keepdim=True)")
     append = "ids = torch.cat([ids, token], 1)"
     end = rng.choice([None, None, None, f"if (token == {other}).all(): break", f"if token[0, 0] == {other}: break"])
     order = [append, end] if rng.random() < 0.5 else [end, append]
     body += [line for line in order if line is not None]
-    result = rng.choice(["ids", "ids", "ids[:, start:]", "(ids, start)"])
+    result = rng.choice(["ids", "ids", "ids[:, start:]"])
     lines = ["start = ids.shape[1]", "for i in range(n):", *("    " + line for line in body), f"return {result}"]
     return "def loop(model, ids, n):\n" + "\n".join("    " + line for line in lines) + "\n"
 

@@ -98,3 +98,20 @@ def test_a_topk_of_a_fixed_number_is_left_alone_along_an_axis_of_fixed_size():
     graph.output(best)
     rewrite_ops(graph, CAPTURED)
     assert targets(graph) == [aten.topk.default]
+
+
+def test_what_was_written_to_a_place_is_read_back_from_there():
+    """``row = x[:, -1]; row[:, 3] = 0`` writes the row into x and selects it again; another row is another value."""
+    graph = fx.Graph()
+    x, row = graph.placeholder("x"), graph.placeholder("row")
+    with FakeTensorMode():
+        x.meta["val"], row.meta["val"] = torch.empty(2, 5, 3), torch.empty(2, 3)
+        whole = new_node(x, aten.select_scatter.default, x, row, 1, -1)
+        same = new_node(row, aten.select.int, whole, 1, -1)
+        other = new_node(row, aten.select.int, whole, 1, 0)
+        axis = new_node(row, aten.select.int, whole, 0, -1)
+    graph.output((same, other, axis))
+    rewrite_ops(graph, CAPTURED)
+    found = graph.output_node().args[0]
+    assert found[0] is row
+    assert [node.args[0].target for node in found[1:]] == [aten.select_scatter.default] * 2
