@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.operator_schemas import normalize_function
 
@@ -121,7 +122,8 @@ def value_without_data(node: fx.Node) -> Any:
     """What a node computes from ``meta["val"]`` of its inputs: fake tensors and symbolic sizes."""
     inputs = (source.meta.get("val") for source in node.graph.find_nodes(op="placeholder"))
     fake = next((value for value in inputs if isinstance(value, FakeTensor)), None)
-    with fake.fake_mode if fake is not None else nullcontext():
+    # Torch's C++ code of composite ops asks for plain sizes in some versions; its Python code takes symbolic ones.
+    with fake.fake_mode if fake is not None else nullcontext(), enable_python_dispatcher():
         return run_node(node, {source: source.meta["val"] for source in node.all_input_nodes})
 
 

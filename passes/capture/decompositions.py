@@ -70,6 +70,8 @@ DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropo
 
 def _drop_idle_dropouts(graph: fx.Graph) -> None:
     """A dropout that drops nothing returns its input itself; where it is traced again, a later write would be lost."""
+    if not any(mutated_inputs(node) for node in graph.nodes):
+        return
     for node in [node for node in graph.nodes if node.target in DROPOUTS]:
         source, share, drops = list(node.args) + list(node.kwargs.values())
         if isinstance(source, fx.Node) and (share == 0 or not drops):

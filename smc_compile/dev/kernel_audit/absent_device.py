@@ -79,7 +79,7 @@ def absent_device(target: Target) -> Iterator[None]:
         raise SMCError(
             "this version of torch or triton cannot be told of an absent GPU",
             f"torch {torch.__version__}: {error}",
-            "use torch 2.11 to 2.13 with the triton that belongs to it",
+            "use torch 2.11 to 2.14 with the triton that belongs to it",
         ) from error
     with entered:
         yield
@@ -89,6 +89,7 @@ def _replace(stack: ExitStack, target: Target) -> None:
     from torch._dynamo import device_interface as interfaces
     from torch._inductor import select_algorithm
     from torch._inductor.runtime import triton_helpers
+    from torch._subclasses import fake_tensor
 
     interfaces.get_interface_for_device("cpu")  # registers those of the machine first
     answers = _interface(interfaces.CudaInterface, target)
@@ -102,6 +103,7 @@ def _replace(stack: ExitStack, target: Target) -> None:
     }.items():
         stack.enter_context(patch.object(torch.cuda, name, _always(answer)))
     stack.enter_context(patch.object(torch.version, "cuda", "12.8"))
+    stack.enter_context(patch.object(fake_tensor, "init_gpu_context", _always(None)))  # starts a driver
     stack.enter_context(patch.object(triton_helpers, "set_driver_to_gpu", _always(None)))
     stack.enter_context(patch.object(select_algorithm, "_ALGORITHM_SELECTOR_CACHE", None))
 
