@@ -19,6 +19,7 @@ from torch.fx.operator_schemas import normalize_function
 # ---- names and places ------------------------------------------------------------------------------------------------
 
 _TORCH_ROOT = os.path.dirname(torch.__file__) + os.sep
+_PROGRAM = os.path.join("smc_compile", "program") + os.sep  # stands in for models there
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in [^\n]*(?:\n    ([^\n]*))?')
 
 
@@ -34,9 +35,9 @@ def op_name(node: fx.Node) -> str:
 
 
 def user_line(node: fx.Node) -> str:
-    """The source line that made a node, ``file.py:12: code``: the innermost frame outside torch. '' if unknown."""
+    """The source line that made a node, ``file.py:12: code``: the innermost frame that is the user's. '' if unknown."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    own = [frame for frame in frames if not frame[0].startswith(_TORCH_ROOT)] or frames
+    own = [f for f in frames if not f[0].startswith(_TORCH_ROOT) and _PROGRAM not in f[0]] or frames
     if not own:
         return ""
     path, number, code = own[-1]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +22,15 @@ from smc_compile.passes.loop.kv_loop import ShortPrompt
 from smc_compile.passes.loop.recover import DecodeLoop
 from smc_compile.program.caller_caches import names_a_cache, own_copy, refuse_returned_cache
 from smc_compile.program.capture import Capture, CapturedCall
+from smc_compile.program.even_loops import Doubt, find_doubt
 from smc_compile.program.from_loop import program_for
 from smc_compile.program.iteration_count import PROBE, IterationCount, find_iteration_count
+from smc_compile.program.loop_finder import LoopFinder
 from smc_compile.program.model_calls import traceable
+from smc_compile.program.rehearsal import Rehearsal, Trace
 from smc_compile.result import Generation
+
+log = logging.getLogger(__name__)
 
 
 def decode(function: Callable[..., Any] | None = None, *, trip_count: str | None = None, **options: Any) -> Any:
@@ -69,6 +76,8 @@ class CompiledLoop:
         self._trip_count = trip_count
         self._count: IterationCount | None = None  # found at the first call
         self._capture = Capture(function)
+        self._rehearsal = Rehearsal(function)
+        self._doubts: WeakKeyDictionary[LoopFinder, Doubt | None] = WeakKeyDictionary()
         self.last: Generation | None = None
         self.loop: DecodeLoop | None = None
         functools.update_wrapper(self, function)
@@ -102,16 +111,67 @@ class CompiledLoop:
         found = call.finder.loop_for(call.arguments) if call is not None else None
         if call is None or found is None:
             raise LoopError("the function holds no decode loop", "no token is drawn and fed back")
-        program = program_for(found, call.arguments, self._options)
         loop = count.stretched(found, iterations)
         arguments = call.arguments if traced is bound else with_prompt(call, found, bound)
         check_longest(found, arguments[found.prompt_index].shape[-1], iterations)
+        self._check_all_iterations(bound, traced, call, found, iterations)
+        program = program_for(found, call.arguments, self._options)
         outputs, generation = answer_loop(program, loop, arguments, iterations, self._options)
         result = self._capture.result(outputs, *short.args, **short.kwargs)
         if found.cached is not None:
             refuse_returned_cache(result)
         self.last, self.loop = generation, found
         return result
+
+    def _check_all_iterations(
+        self,
+        bound: inspect.BoundArguments,
+        traced: inspect.BoundArguments,
+        call: CapturedCall,
+        found: DecodeLoop,
+        iterations: int,
+    ) -> None:
+        """Make sure that three iterations stand for all of them; trace them all where that is in doubt.
+
+        Raises:
+            LoopError: they do not.
+        """
+        assert self._count is not None
+        count = self._count
+        doubt = self._doubt(traced, call, found) or beyond_guards(found, prompt_length(bound), iterations)
+        if doubt is None or iterations in (1, found.iterations):
+            return
+
+        def captured(arguments: inspect.BoundArguments, n: int) -> Trace:
+            changed = self._with_value(arguments, count.name, count.value(n, prompt_length(arguments)))
+            return lambda capture: capture.captured(*changed.args, **changed.kwargs)
+
+        log.info("all %d iterations are traced: %s", iterations, doubt)
+        with dynamo_errors():
+            if found.cached is None and not call.writes:
+                plain = self._unmarked(bound)
+                calls = captured(plain, PROBE), captured(plain, iterations - count.extra)
+                self._rehearsal.check(*calls, reachable_models(self._function, bound), doubt)
+            else:
+                calls = captured(traced, PROBE), captured(traced, iterations - count.extra)
+                self._rehearsal.check(*calls, None, doubt)
+
+    def _doubt(self, traced: inspect.BoundArguments, call: CapturedCall, found: DecodeLoop) -> Doubt | None:
+        """Why three iterations need not stand for all; it holds while Dynamo's guards hold."""
+        if call.finder not in self._doubts:
+            caches = [f"L['{name}']" for name, value in traced.arguments.items() if hasattr(value, "get_seq_length")]
+            writes = [name for name in call.writes if not name.startswith(tuple(caches))]
+            assert self._count is not None
+            text, counter = next(iter(prompts(traced)), None), self._count.name
+            read = find_doubt(self._function, traced.arguments, text, counter)
+            written = Doubt(f"{writes[0]} is changed by the loop, which may read it") if writes else None
+            self._doubts[call.finder] = written or read
+        return self._doubts[call.finder]
+
+    def _unmarked(self, bound: inspect.BoundArguments) -> inspect.BoundArguments:
+        """The arguments with prompts whose lengths are numbers to Dynamo."""
+        copies = {name: bound.arguments[name].clone() for name in prompts(bound)}
+        return inspect.BoundArguments(self._signature, OrderedDict({**bound.arguments, **copies}))
 
     def _find_count(self, bound: inspect.BoundArguments) -> IterationCount:
         """Trace the function with other values of its integer arguments."""
@@ -194,13 +254,22 @@ def check_longest(loop: DecodeLoop, prompt: int, iterations: int) -> None:
     Raises:
         InputError: the text becomes longer than what the path that was traced is for.
     """
-    if loop.longest is not None and prompt + iterations - 1 > loop.longest:
+    if loop.cached is not None and loop.longest is not None and prompt + iterations - 1 > loop.longest:
         raise InputError(
             "the text becomes longer than what the loop was traced for",
             f"the model reads up to {prompt} + {iterations} - 1 tokens; beyond {loop.longest} the loop takes another "
             "path: its cache is full or cropped, or a window of the model begins",
             "make the cache longer, ask for fewer tokens, or write the loop without a cache, model(ids)[:, -1]",
         )
+
+
+def beyond_guards(loop: DecodeLoop, prompt: int, iterations: int) -> Doubt | None:
+    """A doubt where the text becomes longer than the longest that was seen."""
+    if not loop.any_length:
+        return Doubt("Dynamo traced the loop for one length of the prompt only")
+    if loop.longest is not None and prompt + iterations > loop.longest + loop.iterations:
+        return Doubt(f"a branch on the length of the text goes another way beyond {loop.longest + loop.iterations - 1}")
+    return None
 
 
 @contextmanager

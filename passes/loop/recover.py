@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 from torch import fx
 
 from smc_compile.passes.fx_tools import describe
@@ -19,7 +20,7 @@ from smc_compile.passes.loop.concretise import Concrete
 from smc_compile.passes.loop.draws import is_draw
 from smc_compile.passes.loop.iterations import Iterations
 from smc_compile.passes.loop.kv_loop import carries_cache
-from smc_compile.passes.loop.lengths import longest_text
+from smc_compile.passes.loop.lengths import longest_text, symbolic_length
 from smc_compile.passes.loop.outputs import OutputLayout, output_layout, output_nodes
 from smc_compile.passes.loop.token_labels import Layouts, interpret, may_be_prompt
 
@@ -39,7 +40,8 @@ class DecodeLoop:
             constants: for other values the step is wrong. Temperatures and the like stay inputs.
         padded: the iteration as it was written, if it reads a padded buffer.
         cached: the loop as it was written, if its iterations hand on a cache.
-        longest: the longest text for which `step` is right, if the loop takes another path for longer ones.
+        longest: the longest prompt for which Dynamo's trace holds; None if none is too long.
+        any_length: whether Dynamo traced the prompt's length as a symbol: branches on lengths have left guards.
     """
 
     step: fx.GraphModule
@@ -54,6 +56,7 @@ class DecodeLoop:
     padded: PaddedIteration | None = None
     cached: CachedIterations | None = None
     longest: int | None = None
+    any_length: bool = False
 
     def check(self, arguments: Sequence[Any]) -> None:
         """Compare `step` with the iterations as they were written, if these read padded buffers or caches.
@@ -161,7 +164,8 @@ def decode_loop(concrete: Concrete, iterations: Iterations, found: RecoveredStep
         fixed_floats=(*concrete.fixed_floats, *((placeholders.index(node), float(v)) for node, v in found.known)),
         padded=found.padded,
         cached=found.cached,
-        longest=longest_text(layouts.prompt) if iterations.cached else None,
+        longest=longest_text(layouts.prompt),
+        any_length=isinstance(symbolic_length(layouts.prompt), sympy.Symbol),
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from smc_compile.errors import OptionError
 from smc_compile.program.loop_finder import LoopFinder
@@ -23,10 +24,12 @@ class CapturedCall:
     Attributes:
         finder: holds the graph that Dynamo made of the function. Calls whose graph is the same share it.
         arguments: what Dynamo hands to the graph in this call: tensors, and integers for sizes.
+        writes: what Python objects from outside the function is left changed in, by Dynamo's names for them.
     """
 
     finder: LoopFinder
     arguments: Sequence[Any]
+    writes: tuple[str, ...] = ()
 
 
 class Capture:
@@ -69,11 +72,11 @@ class Capture:
             self._answer.outputs = None
 
     def _backend(self, gm: fx.GraphModule, _: Any) -> Callable[..., Any]:
-        finder = LoopFinder(gm)
+        finder, writes = LoopFinder(gm), _writes_outside()
 
         def stand_in(*arguments: Any) -> Sequence[Any]:
             if self._answer.outputs is None:
-                raise _Captured(CapturedCall(finder, arguments))
+                raise _Captured(CapturedCall(finder, arguments, writes))
             return self._answer.outputs
 
         return stand_in
@@ -96,6 +99,25 @@ class _Captured(Exception):
     def __init__(self, call: CapturedCall) -> None:
         super().__init__("captured")
         self.call = call
+
+
+def _writes_outside() -> tuple[str, ...]:
+    """The Python objects that existed before the trace at hand and are left changed by it, by Dynamo's names."""
+    found = []
+    side_effects = InstructionTranslator.current_tx().output.side_effects
+    for variable in side_effects.id_to_variable.values():
+        if variable.source is None or not side_effects.is_modified(variable) or variable.is_tensor():
+            continue
+        written = side_effects.store_attr_mutations.get(variable)
+        if written is None or not all(_is_as_before(variable, name, value) for name, value in written.items()):
+            found.append(str(variable.source.name))
+    return tuple(found)
+
+
+def _is_as_before(variable: Any, name: str, value: Any) -> bool:
+    """Whether an attribute is left with the value that it had: libraries set flags and put them back."""
+    held = getattr(variable, "value", None)
+    return value.is_python_constant() and getattr(held, name, _own_code) == value.as_python_constant()
 
 
 def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -53,6 +53,11 @@ class LoopFinder:
             self._found.setdefault(self._sizes(arguments), {})[loop.prompt_length] = loop
         return loop
 
+    def input_names(self, loop: DecodeLoop) -> list[str]:
+        """The names by which Dynamo knows the prompt and the other inputs of a loop's step."""
+        placeholders = self._gm.graph.find_nodes(op="placeholder")
+        return [placeholders[index].name for index in (loop.prompt_index, *loop.invariant_indices)]
+
     def _known(self, arguments: Sequence[Any]) -> DecodeLoop | None:
         if self._prompt_index is None:
             return None
