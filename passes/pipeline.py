@@ -65,6 +65,7 @@ from smc_compile.passes.loop.refusals import (
 )
 from smc_compile.passes.loop.step_graph import build_step
 from smc_compile.passes.loop.tensor_info import tensor_info
+from smc_compile.passes.loop.windows import window_of
 from smc_compile.passes.lower import skinny_products  # noqa: F401  (registers a rewrite)
 from smc_compile.passes.lower.early_head import early_head
 from smc_compile.passes.lower.outline_layers import outline_layers
@@ -203,7 +204,7 @@ def recover_loop(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> DecodeLoo
         step = _first_step(gm, example_inputs, concrete, iterations)
     else:
         simplify_lookups(layouts)
-        iterations = Iterations(layouts, tokens)
+        iterations = Iterations(layouts, tokens, window=window_of(layouts, tokens))
         step = _common_step(gm, iterations)
     return decode_loop(concrete, iterations, step)
 

@@ -9,6 +9,7 @@ import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,6 +21,7 @@ from smc_compile.errors import InputError, LoopError, OptionError, SMCError
 from smc_compile.options import Options
 from smc_compile.passes.loop.kv_loop import ShortPrompt
 from smc_compile.passes.loop.recover import DecodeLoop
+from smc_compile.passes.loop.windows import SHORTEST
 from smc_compile.program.caller_caches import names_a_cache, own_copy, refuse_returned_cache
 from smc_compile.program.capture import Capture, CapturedCall
 from smc_compile.program.even_loops import Doubt, find_doubt
@@ -27,10 +29,12 @@ from smc_compile.program.from_loop import program_for
 from smc_compile.program.iteration_count import PROBE, IterationCount, find_iteration_count
 from smc_compile.program.loop_finder import LoopFinder
 from smc_compile.program.model_calls import traceable
-from smc_compile.program.rehearsal import Rehearsal, Trace
+from smc_compile.program.rehearsal import Rehearsal, Rehearsed, unlike
 from smc_compile.result import Generation
 
 log = logging.getLogger(__name__)
+CROPS = Doubt("the model reads the end of the text only")
+RETURN = "return prompt + tokens, or all tokens"
 
 
 def decode(function: Callable[..., Any] | None = None, *, trip_count: str | None = None, **options: Any) -> Any:
@@ -103,25 +107,39 @@ class CompiledLoop:
         mark_lengths(traced)
         if self._count is None:
             self._count = self._find_count(traced)
-        count = self._count
-        iterations = count.iterations(bound.arguments[count.name], prompt_length(bound))
-        short = self._with_value(traced, count.name, count.value(PROBE, prompt_length(traced)))
+        iterations = self._count.iterations(bound.arguments[self._count.name], prompt_length(bound))
+        call, found = self._captured(traced)
+        check_longest(found, prompt_length(bound), iterations)
+        window = self._check_all_iterations(bound, traced, call, found, iterations)
+        if window is not None and prompt_length(traced) > before_window(window):
+            traced = self._with_prompts(bound, before_window(window))
+            mark_lengths(traced)
+            call, found = self._captured(traced)
+        program = program_for(found, call.arguments, self._options, window)
+        arguments = call.arguments if traced is bound else with_prompt(call, found, bound)
+        loop = self._count.stretched(found, iterations)
+        outputs, generation = answer_loop(program, loop, arguments, iterations, self._options)
+        short = self._counting(traced, PROBE)
+        result = self._capture.result(outputs, *short.args, **short.kwargs)
+        if found.cached is not None:
+            refuse_returned_cache(result)
+        self.last, self.loop = generation, replace(found, window=window)
+        return result
+
+    def _captured(self, traced: inspect.BoundArguments) -> tuple[CapturedCall, DecodeLoop]:
+        """The loop that Dynamo sees in a few iterations."""
+        short = self._counting(traced, PROBE)
         with dynamo_errors():
             call = self._capture.captured(*short.args, **short.kwargs)
         found = call.finder.loop_for(call.arguments) if call is not None else None
         if call is None or found is None:
             raise LoopError("the function holds no decode loop", "no token is drawn and fed back")
-        loop = count.stretched(found, iterations)
-        arguments = call.arguments if traced is bound else with_prompt(call, found, bound)
-        check_longest(found, arguments[found.prompt_index].shape[-1], iterations)
-        self._check_all_iterations(bound, traced, call, found, iterations)
-        program = program_for(found, call.arguments, self._options)
-        outputs, generation = answer_loop(program, loop, arguments, iterations, self._options)
-        result = self._capture.result(outputs, *short.args, **short.kwargs)
-        if found.cached is not None:
-            refuse_returned_cache(result)
-        self.last, self.loop = generation, found
-        return result
+        return call, found
+
+    def _counting(self, arguments: inspect.BoundArguments, iterations: int) -> inspect.BoundArguments:
+        """The arguments of a call that asks for so many iterations."""
+        assert self._count is not None
+        return self._with_value(arguments, self._count.name, self._count.value(iterations, prompt_length(arguments)))
 
     def _check_all_iterations(
         self,
@@ -130,31 +148,54 @@ class CompiledLoop:
         call: CapturedCall,
         found: DecodeLoop,
         iterations: int,
-    ) -> None:
+    ) -> int | None:
         """Make sure that three iterations stand for all of them; trace them all where that is in doubt.
+
+        Returns how many tokens the model reads at most, if it is the end of the text and it does in this call.
 
         Raises:
             LoopError: they do not.
         """
         assert self._count is not None
-        count = self._count
-        doubt = self._doubt(traced, call, found) or beyond_guards(found, prompt_length(bound), iterations)
-        if doubt is None or iterations in (1, found.iterations):
-            return
+        length, rehearsal = prompt_length(bound), self._rehearsal
+        doubt = self._doubt(traced, call, found)
+        why = doubt or (CROPS if found.window is not None else beyond_guards(found, length, iterations))
+        if why is None or (found.window is None and iterations == found.iterations):
+            return None
+        models = None if found.cached is not None or call.writes else reachable_models(self._function, bound)
 
-        def captured(arguments: inspect.BoundArguments, n: int) -> Trace:
-            changed = self._with_value(arguments, count.name, count.value(n, prompt_length(arguments)))
-            return lambda capture: capture.captured(*changed.args, **changed.kwargs)
+        def rehearsed(arguments: inspect.BoundArguments, n: int, why: Doubt = why) -> Rehearsed:
+            asked = self._counting(arguments, n)
+            with dynamo_errors():
+                return rehearsal.loop(lambda capture: capture.captured(*asked.args, **asked.kwargs), models, why)
 
-        log.info("all %d iterations are traced: %s", iterations, doubt)
-        with dynamo_errors():
-            if found.cached is None and not call.writes:
-                plain = self._unmarked(bound)
-                calls = captured(plain, PROBE), captured(plain, iterations - count.extra)
-                self._rehearsal.check(*calls, reachable_models(self._function, bound), doubt)
-            else:
-                calls = captured(traced, PROBE), captured(traced, iterations - count.extra)
-                self._rehearsal.check(*calls, None, doubt)
+        whole = None
+        if doubt is None and models is not None and found.any_length:
+            whole = later_window(lambda longer: rehearsed(self._with_prompts(bound, longer, marked=True), PROBE), found)
+        if whole is None:
+            log.info("all %d iterations are traced: %s", iterations, why)
+            plain = traced if models is None else self._with_prompts(bound, length)
+            whole = rehearsed(plain, max(iterations, 2) - self._count.extra)  # one iteration is no loop
+            if iterations > 1 and whole.loop.outputs != self._count.stretched(found, iterations).outputs:
+                raise unlike(why, f"after {iterations} iterations the result is {whole.loop.outputs}", RETURN)
+        window = whole.loop.window
+        first = min(length, before_window(window)) if window is not None else length
+        short = rehearsed(traced if models is None else self._with_prompts(bound, first), PROBE)
+        if window is not None:
+            full = rehearsed(self._with_prompts(bound, window - 2), PROBE)  # the last of three fills the window
+            rehearsal.agree(short, full, why)
+            short = full
+        rehearsal.agree(short, whole, why)
+        return window
+
+    def _with_prompts(self, bound: inspect.BoundArguments, length: int, marked: bool = False) -> inspect.BoundArguments:
+        """The arguments with prompts of another length; to Dynamo it is a number, unless ``marked``."""
+        given = {name: bound.arguments[name] for name in prompts(bound)}
+        other = {n: torch.cat([p] * -(-length // p.shape[-1]), -1)[..., :length].clone() for n, p in given.items()}
+        arguments = inspect.BoundArguments(self._signature, OrderedDict({**bound.arguments, **other}))
+        if marked:
+            mark_lengths(arguments)
+        return arguments
 
     def _doubt(self, traced: inspect.BoundArguments, call: CapturedCall, found: DecodeLoop) -> Doubt | None:
         """Why three iterations need not stand for all; it holds while Dynamo's guards hold."""
@@ -167,11 +208,6 @@ class CompiledLoop:
             written = Doubt(f"{writes[0]} is changed by the loop, which may read it") if writes else None
             self._doubts[call.finder] = written or read
         return self._doubts[call.finder]
-
-    def _unmarked(self, bound: inspect.BoundArguments) -> inspect.BoundArguments:
-        """The arguments with prompts whose lengths are numbers to Dynamo."""
-        copies = {name: bound.arguments[name].clone() for name in prompts(bound)}
-        return inspect.BoundArguments(self._signature, OrderedDict({**bound.arguments, **copies}))
 
     def _find_count(self, bound: inspect.BoundArguments) -> IterationCount:
         """Trace the function with other values of its integer arguments."""
@@ -261,6 +297,34 @@ def check_longest(loop: DecodeLoop, prompt: int, iterations: int) -> None:
             "path: its cache is full or cropped, or a window of the model begins",
             "make the cache longer, ask for fewer tokens, or write the loop without a cache, model(ids)[:, -1]",
         )
+
+
+def before_window(window: int) -> int:
+    """The longest prompt with which three iterations read less than the window.
+
+    Raises:
+        LoopError: the window is too short.
+    """
+    if window < SHORTEST:
+        raise LoopError(
+            "A window of the text is too short.",
+            f"the model reads the last {window} tokens; three iterations must fit in",
+            f"let the model read {SHORTEST} tokens or more",
+        )
+    return max(1, window - PROBE)
+
+
+def later_window(trace: Callable[[int], Rehearsed], found: DecodeLoop) -> Rehearsed | None:
+    """The loop with prompts that are longer than its window, if one begins there and goes on for all longer texts."""
+    start = found.window if found.window is not None else found.longest
+    if start is None:
+        return None
+    try:
+        later = trace(start + PROBE + 2)
+    except LoopError:
+        return None
+    goes_on = later.loop.window is not None and later.loop.any_length and later.loop.longest is None
+    return later if goes_on else None
 
 
 def beyond_guards(loop: DecodeLoop, prompt: int, iterations: int) -> Doubt | None:

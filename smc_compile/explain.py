@@ -162,6 +162,12 @@ def _model(model: Model, batch: int, n: int, length: int) -> list[str]:
     if model.traced is None:
         return ["explicit protocol step(tokens, pos, state): its state is permuted, nothing is synthesized"]
     traced = model.traced
+    if model.window is not None:
+        return [
+            f"window: each token costs a pass over the last {model.window} tokens; nothing is cached",
+            f"validated: {'no' if traced.error is None else f'largest relative difference {traced.error:.1e}'}",
+            f"passes: {_seconds(traced)}",
+        ]
     per_token = sum(site.bytes_per_token for site in traced.cached.sites)
     limit = position_limit(model, PROBED * length)
     return [

@@ -120,11 +120,11 @@ def _same_constant(leaf: Any, other: Any) -> bool:
 
 def _grows_unevenly(iterations: Iterations, error: Uneven) -> LoopError:
     (_, first), (_, second) = error.samples[:2]
-    length, value = error.off
+    _, value = error.off
     return LoopError(
         "An integer of the decode loop does not grow evenly from iteration to iteration.",
         f"{describe(error.leaf[0])} uses {first} in iteration 0, {second} in iteration 1 and {value} in iteration "
-        f"{length - iterations.length(0)}; only a*S + b can be generalised, S being the sequence length",
+        f"{list(error.samples).index(error.off)}; only a*S + b can be generalised, S being the sequence length",
         "compute shapes and positions from ids.shape[1] by sums and constant multiples only",
     )
 

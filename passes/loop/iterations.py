@@ -27,11 +27,13 @@ class Iterations:
         writers: storage -> the nodes that write to it.
         history: the columns of the prompt and of all tokens.
         carriers: the nodes whose results are text: the prompt and the tokens.
+        window: the most tokens that an iteration reads: the last ones; None if each reads all.
     """
 
     layouts: Layouts
     tokens: Sequence[fx.Node]
     cached: bool = False
+    window: int | None = None
     writers: dict[int, list[fx.Node]] = field(default_factory=dict)
     history: tuple[int, ...] = ()
     carriers: frozenset[fx.Node] = frozenset()
@@ -51,7 +53,7 @@ class Iterations:
         if reading is None or not reading.exact or reading.columns is None:
             return None
         length, columns = self.length(iteration), reading.columns
-        whole = columns[:length] == self.history[:length]
+        whole = columns[:length] == self.text(iteration)
         return len(columns) if whole and all(self.layouts.source(c) is None for c in columns[length:]) else None
 
     def texts_read(self, nodes: Sequence[fx.Node]) -> dict[tuple[fx.Node, fx.Node], tuple[int, ...]]:
@@ -62,20 +64,26 @@ class Iterations:
 
     def length(self, iteration: int) -> int:
         """S, the length of the text that an iteration reads."""
-        return self.layouts.prompt_length + iteration
+        total = self.layouts.prompt_length + iteration
+        return total if self.window is None else min(total, self.window)
+
+    def text(self, iteration: int) -> tuple[int, ...]:
+        """The columns that an iteration reads: the whole text, or its end that fits the window."""
+        total = self.layouts.prompt_length + iteration
+        return self.history[total - self.length(iteration) : total]
 
     def check_reading(self, node: fx.Node, source: fx.Node, iteration: int) -> None:
         """Refuse a reading of tokens that is not the whole text, in whatever arrangement ([S, B], flat)."""
         reading = self.layouts.readings.get((node, source))
         if reading is None or not reading.sources & self.carriers:
             return
-        if sorted(reading.columns or ()) == sorted(self.history[: self.length(iteration)]):
+        if sorted(reading.columns or ()) == sorted(self.text(iteration)):
             return
         what = f"Iteration {iteration} of the decode loop reads tokens other than as the whole sequence so far."
         found = f"{describe(node)} reads `{source.name}`, which holds {self.spell(reading.columns)}"
-        expected = f"prompt[0:{self.layouts.prompt_length}] + tokens[0:{iteration}]"
+        expected = self.spell(self.text(iteration))
         fix = NO_CACHE
-        if reading.columns and reading.columns[: self.length(iteration)] == self.history[: self.length(iteration)]:
+        if reading.columns and reading.columns[: self.length(iteration)] == self.text(iteration):
             fix = "give the model the filled part of the buffer only, model(buf[:, :length])[:, -1]"
         if op_name(node) in _COMPARISONS:
             fix = "leave the end-of-sequence test out of the loop and pass eos_token_id instead"

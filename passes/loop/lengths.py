@@ -62,14 +62,21 @@ class Uneven(Exception):
 
 
 def first_off(samples: Sequence[Sample]) -> Sample | None:
-    """The first sample that is not on the line through the first two, or None."""
-    (s0, v0), (s1, v1) = samples[:2]
+    """The first sample that is not on the line through the first two of different lengths, or None."""
+    (s0, v0), (s1, v1) = _two(samples)
     return next(((s, v) for s, v in samples if (v - v0) * (s1 - s0) != (v1 - v0) * (s - s0)), None)
+
+
+def _two(samples: Sequence[Sample]) -> tuple[Sample, Sample]:
+    """The first sample, and the first of another length; two of one length where there is no other."""
+    return samples[0], next((sample for sample in samples if sample[0] != samples[0][0]), samples[1])
 
 
 def fit(samples: Sequence[Sample]) -> Affine | None:
     """The integers a, b with value = a*S + b for every sample (two or more), or None."""
-    (s0, v0), (s1, v1) = samples[:2]
+    (s0, v0), (s1, v1) = _two(samples)
+    if s0 == s1:
+        return Affine(0, v0) if all(v == v0 for _, v in samples) else None
     slope, rest = divmod(v1 - v0, s1 - s0)
     return None if rest or first_off(samples) is not None else Affine(slope, v0 - slope * s0)
 
@@ -413,12 +420,16 @@ def longest_text(prompt: fx.Node) -> int | None:
     symbol = symbolic_length(prompt)
     if not isinstance(symbol, sympy.Symbol):
         return None
-    ends = [_last_value(guard.expr, symbol) for guard in prompt.meta["example_value"].shape[-1].node.shape_env.guards]
+    size = prompt.meta["example_value"].shape[-1].node
+    ends = [_last_value(guard.expr, symbol, size.hint) for guard in size.shape_env.guards]
     return min((end for end in ends if end is not None), default=None)
 
 
-def _last_value(guard: sympy.Basic, symbol: sympy.Symbol) -> int | None:
-    """The last value up to which a guard holds, found by bisection; None if it holds for large values."""
+def _last_value(guard: sympy.Basic, symbol: sympy.Symbol, traced: int) -> int | None:
+    """The last value from ``traced`` on up to which a guard holds, found by bisection; None if there is none."""
+    if isinstance(guard, sympy.Ne) and guard.free_symbols == {symbol}:
+        roots = [root for root in sympy.solve(guard.lhs - guard.rhs, symbol) if root.is_Integer and root > traced]
+        return int(min(roots)) - 1 if roots else None
 
     def holds(value: int) -> bool:
         return guard.xreplace({symbol: sympy.Integer(value)}) != sympy.false

@@ -6,8 +6,9 @@ length; its `step` takes a text of any length.
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ from smc_compile.passes.loop.kv_loop import carries_cache
 from smc_compile.passes.loop.lengths import longest_text, symbolic_length
 from smc_compile.passes.loop.outputs import OutputLayout, output_layout, output_nodes
 from smc_compile.passes.loop.token_labels import Layouts, interpret, may_be_prompt
+from smc_compile.passes.loop.windows import iteration_in_lines, window_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +43,8 @@ class DecodeLoop:
         padded: the iteration as it was written, if it reads a padded buffer.
         cached: the loop as it was written, if its iterations hand on a cache.
         longest: the longest prompt for which Dynamo's trace holds; None if none is too long.
+        window: the most tokens that an iteration reads: the last ones; None if each reads all.
+        lines_at: the iteration that reads so many tokens, in lines (see `windows`).
         any_length: whether Dynamo traced the prompt's length as a symbol: branches on lengths have left guards.
     """
 
@@ -57,6 +61,8 @@ class DecodeLoop:
     cached: CachedIterations | None = None
     longest: int | None = None
     any_length: bool = False
+    window: int | None = None
+    lines_at: Callable[[int], tuple[str, ...]] = field(default=lambda length: (), compare=False)
 
     def check(self, arguments: Sequence[Any]) -> None:
         """Compare `step` with the iterations as they were written, if these read padded buffers or caches.
@@ -108,7 +114,9 @@ def find_tokens(nodes: Sequence[fx.Node]) -> tuple[Layouts, list[fx.Node]] | Non
         layouts = interpret(nodes, prompt)
         tokens = _tokens_behind(layouts)
         late = _tokens_returned(layouts, tokens)
-        if len(tokens + late) >= 2 and (tokens or carries_cache(layouts, late)):
+        if len(tokens + late) < 2:
+            continue
+        if tokens or window_of(layouts, late) or carries_cache(layouts, late):
             return layouts, tokens + late
     return None
 
@@ -165,6 +173,8 @@ def decode_loop(concrete: Concrete, iterations: Iterations, found: RecoveredStep
         padded=found.padded,
         cached=found.cached,
         longest=longest_text(layouts.prompt),
+        window=iterations.window,
+        lines_at=functools.partial(iteration_in_lines, iterations),
         any_length=isinstance(symbolic_length(layouts.prompt), sympy.Symbol),
     )
 

@@ -40,7 +40,7 @@ _CREATES = frozenset(
 
 # Operators that move cells: op -> the numbers of the arguments that say *where* cells go, which must be known.
 _NOWHERE: frozenset[int] = frozenset()
-_MOVES: dict[str, frozenset[int]] = {
+MOVES: dict[str, frozenset[int]] = {
     **dict.fromkeys(["cat", "concat", "concatenate", "stack", "hstack", "vstack", "column_stack"], _NOWHERE),
     **dict.fromkeys(["unsqueeze", "squeeze", "unsqueeze_", "squeeze_", "flatten", "unflatten", "ravel"], _NOWHERE),
     **dict.fromkeys(["view", "view_as", "reshape", "reshape_as", "expand", "expand_as", "repeat", "tile"], _NOWHERE),
@@ -210,8 +210,8 @@ class _Interpreter:
         info = tensor_info(node)
         if info is not None and info.dtype not in _TRACKED_DTYPES:
             return False, None
-        moves = name in _MOVES
-        where = _MOVES.get(name, frozenset())
+        moves = name in MOVES
+        where = MOVES.get(name, frozenset())
         if name == "where" and node.op == "call_method":
             where = frozenset([1])
         if not self.operands_known(node, moves, where, mutates=bool(mutated_inputs(node))):

@@ -15,13 +15,14 @@ from smc_compile.inputs.requests import build_request, check_prompt, request_see
 from smc_compile.options import Options
 from smc_compile.passes.loop.recover import DecodeLoop
 from smc_compile.passes.pipeline import trace_model
-from smc_compile.program.build import build_program
+from smc_compile.program.build import CompileDraft, build_program
 from smc_compile.program.draft_calls import compile_called, needs_more
 from smc_compile.program.guards import program_key
 from smc_compile.program.loop_finder import step_text
 from smc_compile.program.lru import LRU
 from smc_compile.program.model import compile_model, with_cache
 from smc_compile.program.program import Program
+from smc_compile.program.windows import draft_beside, in_window
 from smc_compile.runtime.algorithms.next_token import NextTokenDistribution
 from smc_compile.runtime.state.request import Request
 
@@ -44,8 +45,11 @@ class LoopProgram:
         return build_request(ids, iterations, request_seeds(options.seed, ids), eos_ids=options.eos_token_id)
 
 
-def program_for(loop: DecodeLoop, arguments: Sequence[Any], options: Options) -> LoopProgram:
+def program_for(loop: DecodeLoop, arguments: Sequence[Any], options: Options, window: int | None = None) -> LoopProgram:
     """The program of a loop: compiled once for loops whose steps, inputs and options agree.
+
+    Args:
+        window: how many tokens the step sees of longer texts; None for all.
 
     Raises:
         LoopError: the loop was compiled for another number than one of ``arguments``, or it does not compute what its
@@ -65,8 +69,8 @@ def program_for(loop: DecodeLoop, arguments: Sequence[Any], options: Options) ->
         _checked.add(loop)
     weights = _weights(loop, arguments)
     inputs = tuple((tuple(w.shape), w.dtype, w.device) for w in weights)
-    key = program_key(options, step_text(loop.step.graph), loop.batch, inputs)
-    return programs.get_or_make(key, lambda: _compile(loop, arguments, weights, options))
+    key = program_key(options, step_text(loop.step.graph), loop.batch, inputs, window)
+    return programs.get_or_make(key, lambda: _compile(loop, arguments, weights, options, window))
 
 
 def loop_outputs(loop: DecodeLoop, arguments: Sequence[Any], sequences: Tensor) -> tuple[Tensor | None, ...]:
@@ -88,7 +92,9 @@ def _weights(loop: DecodeLoop, arguments: Sequence[Any]) -> list[Tensor]:
     return [value if isinstance(value, Tensor) else torch.tensor(value) for value in found]
 
 
-def _compile(loop: DecodeLoop, arguments: Sequence[Any], weights: list[Tensor], options: Options) -> LoopProgram:
+def _compile(
+    loop: DecodeLoop, arguments: Sequence[Any], weights: list[Tensor], options: Options, window: int | None
+) -> LoopProgram:
     ids = prompt_of(loop, arguments)
     traced = trace_model(loop.step, ids.new_zeros(loop.batch, 2), weights, options.validate)
     assert traced.sampler is not None
@@ -97,5 +103,7 @@ def _compile(loop: DecodeLoop, arguments: Sequence[Any], weights: list[Tensor], 
     target = with_cache(traced, lambda: [*traced.owned(), *current], options, "target", distribution)
     kind = "greedy" if traced.sampler.kind == "greedy" else "logits"
     draft_distribution = NextTokenDistribution(kind, options.draft_temperature or traced.sampler.temperature)
-    compile_draft = compile_called if needs_more(options.draft) else compile_model
+    compile_draft: CompileDraft = compile_called if needs_more(options.draft) else compile_model
+    if window is not None:
+        target, compile_draft = in_window(target, window), draft_beside(window, compile_draft)
     return LoopProgram(build_program(target, options, draft_distribution, ids, compile_draft), current)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
@@ -63,10 +64,16 @@ class LoopFinder:
             return None
         found = self._found.get(self._sizes(arguments), {})
         length = arguments[self._prompt_index].shape[-1]
-        if length in found or not found:
+        if length in found or not found or not self._is_affine():
             return found.get(length)
         first, *others = found.values()
         return first if any(_alike(first, other) for other in others) else None
+
+    def _is_affine(self) -> bool:
+        """Whether all integers of the graph are sums and multiples of sizes, so that two lengths show all."""
+        values = (node.meta.get("example_value") for node in self._gm.graph.nodes)
+        sizes = [value.node.expr for value in values if isinstance(value, torch.SymInt)]
+        return all(not size.free_symbols or _is_linear(size) for size in sizes)
 
     def _sizes(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
         """The batch, and the integers that are not the prompt's length."""
@@ -82,6 +89,11 @@ class LoopFinder:
 
 def _expression(size: Any) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt) else None
+
+
+def _is_linear(size: sympy.Expr) -> bool:
+    symbols = sorted(size.free_symbols, key=str)
+    return bool(size.is_polynomial(*symbols)) and sympy.Poly(size, *symbols).total_degree() <= 1
 
 
 def _alike(loop: DecodeLoop, other: DecodeLoop) -> bool:

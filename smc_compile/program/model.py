@@ -17,6 +17,7 @@ from smc_compile.program.lru import LRU
 from smc_compile.program.model_calls import logits_of, traceable
 from smc_compile.runtime.algorithms.next_token import Mixture, NextTokenDistribution
 from smc_compile.runtime.execution.incremental import CachedModel, RuntimeModel, StatefulModel
+from smc_compile.runtime.execution.window import WindowModel
 
 KEPT = 16  # analyses; each holds its model
 TRACE_BATCH = 2  # any batch > 1: the batch axis is told apart from axes of size one
@@ -34,6 +35,7 @@ class Model:
         distribution: of the next token, from its rows.
         traced: the analysis; None of a model with a state of its own.
         trained_positions: the longest text that its configuration names; it may run beyond.
+        window: how many tokens it sees of each text, the last ones, if its loop crops the text.
     """
 
     runtime: RuntimeModel
@@ -42,12 +44,13 @@ class Model:
     distribution: NextTokenDistribution | Mixture
     traced: Traced | None = None
     trained_positions: int | None = None
+    window: int | None = None
 
     @property
     def placement(self) -> tuple[torch.device, torch.dtype] | None:
         """Device and dtype of the floating weights, None where there are none."""
         weights: Sequence[Tensor]
-        if isinstance(self.runtime, CachedModel):
+        if isinstance(self.runtime, CachedModel | WindowModel):
             weights = self.runtime.weights()
         else:
             source = self.runtime.model  # type: ignore[attr-defined]

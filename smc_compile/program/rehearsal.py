@@ -8,8 +8,9 @@ as one node each. That costs some 20 ms an iteration, once for a number of itera
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
@@ -18,73 +19,85 @@ from smc_compile.errors import LoopError, SMCError
 from smc_compile.passes.loop.recover import DecodeLoop
 from smc_compile.program.capture import Capture, CapturedCall
 from smc_compile.program.even_loops import Doubt
-from smc_compile.program.loop_finder import LoopFinder, step_text
+from smc_compile.program.loop_finder import step_text
 from smc_compile.program.opaque_models import Opaque, opaque
 
 KEPT = 64  # traces, after which all are forgotten
-FIX = "make every iteration do the same, or split the run: one call for each of its parts"
+ALIKE = "let every iteration do the same, or split the run: one call for each of its parts"
 NO_LOOP = "with all its iterations the function holds no loop"
 Trace = Callable[[Capture], CapturedCall | None]  # captures the loop with some arguments
 
 
+@dataclass(frozen=True)
+class Rehearsed:
+    """A loop that was traced, and one of its iterations in lines: each input by its name."""
+
+    loop: DecodeLoop
+    step: tuple[str, ...]
+
+
 class Rehearsal:
-    """The traces of one function with all its iterations, and which of them were found to agree with three."""
+    """Traces of one function, and which of them were found to agree.
+
+    Args:
+        models: they become one node each; None traces them too.
+    """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
         self._forget()
 
     def _forget(self) -> None:
-        self._capture, self._traces = Capture(self._function), 0
-        self._agreed: WeakKeyDictionary[LoopFinder, dict[tuple[Any, ...], DecodeLoop]] = WeakKeyDictionary()
+        self._capture, self._loops = Capture(self._function), WeakSet[DecodeLoop]()
+        self._agreed: WeakKeyDictionary[DecodeLoop, WeakSet[DecodeLoop]] = WeakKeyDictionary()
 
-    def check(self, short: Trace, whole: Trace, models: Sequence[nn.Module] | None, doubt: Doubt) -> DecodeLoop:
-        """Compare all iterations of a call with those of a short one; the loop that all of them are.
+    def loop(self, trace: Trace, models: Sequence[nn.Module] | None, doubt: Doubt) -> Rehearsed:
+        """The loop that a trace shows; the first failure of its iterations to be alike is an error.
 
         Args:
-            short, whole: trace the loop with three iterations, and with as many as are asked for.
             models: those that become one node each; None traces them too.
 
         Raises:
-            LoopError: an iteration does something else than the first three.
+            LoopError: the iterations differ.
         """
+        if len(self._loops) > KEPT:
+            self._forget()
         while True:
             learned = Opaque.structures
             try:
                 with opaque(models or ()), more_traces():
-                    first, all_of_it = short(self._capture), whole(self._capture)
+                    call = trace(self._capture)
                 break
             except Exception:
                 if Opaque.structures == learned:
                     raise
-        if first is None or all_of_it is None:
-            raise _differs(doubt, NO_LOOP)
-        loop = self._compare(first, all_of_it, doubt)
-        if all_of_it.finder.recoveries == 1:
-            self._traces += 1
-        if self._traces > KEPT:
-            self._forget()
-        return loop
-
-    def _compare(self, first: CapturedCall, whole: CapturedCall, doubt: Doubt) -> DecodeLoop:
-        agreed = self._agreed.setdefault(whole.finder, {})
-        sizes = (id(first.finder), *(tuple(v.shape) if isinstance(v, torch.Tensor) else v for v in whole.arguments))
-        if sizes in agreed:
-            return agreed[sizes]
         try:
-            loops = [call.finder.loop_for(call.arguments) for call in (first, whole)]
+            found = call.finder.loop_for(call.arguments) if call is not None else None
+            if call is None or found is None:
+                raise LoopError(NO_LOOP)
+            if found.cached is not None:
+                found.check(call.arguments)
         except SMCError as error:
-            raise _differs(doubt, error.why or error.what, error) from error
-        short, long = loops
-        if short is None or long is None:
-            raise _differs(doubt, NO_LOOP)
-        if long.cached is not None:
-            long.check(whole.arguments)
-        difference = _difference(step_and_inputs(short, first.finder), step_and_inputs(long, whole.finder))
-        if difference:
-            raise _differs(doubt, difference)
-        agreed[sizes] = long
-        return long
+            raise unlike(doubt, error.why or error.what, error.fix) from error
+        self._loops.add(found)
+        step = step_text(found.step.graph).splitlines()
+        return Rehearsed(found, (*call.finder.input_names(found), *step, str(found.fixed_floats)))
+
+    def agree(self, short: Rehearsed, long: Rehearsed, doubt: Doubt) -> None:
+        """Require that two loops have one step, or one iteration where their window is full.
+
+        Raises:
+            LoopError: they differ.
+        """
+        if short.loop in self._agreed.setdefault(long.loop, WeakSet()):
+            return
+        if long.loop.window is None:
+            pair = short.step, long.step
+        else:
+            pair = short.loop.lines_at(long.loop.window), long.loop.lines_at(long.loop.window)
+        if pair[0] != pair[1] or not pair[0]:
+            raise unlike(doubt, _difference(*pair))
+        self._agreed[long.loop].add(short.loop)
 
 
 def more_traces() -> Any:
@@ -92,23 +105,16 @@ def more_traces() -> Any:
     return torch._dynamo.config.patch(recompile_limit=10 * KEPT, accumulated_recompile_limit=100 * KEPT)
 
 
-def step_and_inputs(loop: DecodeLoop, finder: LoopFinder) -> list[str]:
-    """One iteration in lines, each of its inputs by name."""
-    return [*finder.input_names(loop), *step_text(loop.step.graph).splitlines(), str(loop.fixed_floats)]
-
-
 def _difference(short: Sequence[str], long: Sequence[str]) -> str:
-    pairs = zip(short, long, strict=False)
-    at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(short), len(long)))
-    if list(short) == list(long):
-        return ""
+    at = next((i for i, (a, b) in enumerate(zip(short, long, strict=False)) if a != b), min(len(short), len(long)))
     ends = [lines[at] if at < len(lines) else "nothing" for lines in (short, long)]
     return f"with three iterations one of them computes `{ends[0]}`, with all of them `{ends[1]}`"
 
 
-def _differs(doubt: Doubt, why: str, error: SMCError | None = None) -> LoopError:
+def unlike(doubt: Doubt, why: str, fix: str = "") -> LoopError:
+    """The error for iterations that differ: where that was to be feared, and how it shows."""
     return LoopError(
         "The iterations of the decode loop are not alike, so it cannot be compiled as one step.",
         f"{doubt}: {why}",
-        (error.fix if error is not None else "") or FIX,
+        fix or ALIKE,
     )
