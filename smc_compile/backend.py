@@ -47,7 +47,8 @@ def smc(
         loop = finder.loop_for(arguments)
         assert loop is not None
         _refuse_state(loop)
-        program = program_for(loop, arguments, parsed)
+        _refuse_full_window(loop)
+        program = program_for(loop, arguments, parsed, loop.window)
         outputs, _ = answer_loop(program, loop, arguments, loop.iterations, parsed)
         return outputs
 
@@ -76,6 +77,16 @@ def _refuse_state(loop: DecodeLoop) -> None:
             "Only tokens can be returned from a decode loop.",
             f"{loop.outputs.count(None)} other tensors are returned, or kept in a cache made outside of the function",
             "make the cache inside of the function, or use @smc_compile.decode, which leaves caches as they are",
+        )
+
+
+def _refuse_full_window(loop: DecodeLoop) -> None:
+    """A window that is full from the beginning shows the step for one length only."""
+    if loop.window is not None and loop.prompt_length > loop.window - 2:
+        raise LoopError(
+            "The loop crops its text, and the trace shows no shorter one.",
+            f"the prompt has {loop.prompt_length} tokens, the model reads the last {loop.window}",
+            "use @smc_compile.decode, which traces a shorter prompt too",
         )
 
 

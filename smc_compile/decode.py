@@ -123,7 +123,7 @@ class CompiledLoop:
         result = self._capture.result(outputs, *short.args, **short.kwargs)
         if found.cached is not None:
             refuse_returned_cache(result)
-        self.last, self.loop = generation, replace(found, window=window)
+        self.last, self.loop = generation, with_window(found, window)
         return result
 
     def _captured(self, traced: inspect.BoundArguments) -> tuple[CapturedCall, DecodeLoop]:
@@ -312,6 +312,13 @@ def before_window(window: int) -> int:
             f"let the model read {SHORTEST} tokens or more",
         )
     return max(1, window - PROBE)
+
+
+def with_window(loop: DecodeLoop, window: int | None) -> DecodeLoop:
+    """The loop as it was in a call whose texts outgrew its window."""
+    if window is None:
+        return loop
+    return replace(loop, window=window, report=[*loop.report, f"reads the last {window} tokens of longer texts"])
 
 
 def later_window(trace: Callable[[int], Rehearsed], found: DecodeLoop) -> Rehearsed | None:

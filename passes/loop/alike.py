@@ -132,6 +132,6 @@ def _grows_unevenly(iterations: Iterations, error: Uneven) -> LoopError:
 def _unlike(first: fx.Node, other: fx.Node, iteration: int, value: str, counterpart: str) -> LoopError:
     return LoopError(
         "The iterations of the decode loop are not alike, so it cannot be compiled as one step.",
-        f"{describe(first)} has {value} in iteration 0 but {counterpart} in iteration {iteration} (`{other.name}`)",
+        f"{describe(first)} has {value} in iteration 0 but {counterpart} in iteration {iteration}, {describe(other)}",
         f"make every iteration do the same: no values that change with the iteration number, and {NO_CACHE}",
     )

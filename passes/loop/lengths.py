@@ -427,9 +427,12 @@ def longest_text(prompt: fx.Node) -> int | None:
 
 def _last_value(guard: sympy.Basic, symbol: sympy.Symbol, traced: int) -> int | None:
     """The last value from ``traced`` on up to which a guard holds, found by bisection; None if there is none."""
-    if isinstance(guard, sympy.Ne) and guard.free_symbols == {symbol}:
-        roots = [root for root in sympy.solve(guard.lhs - guard.rhs, symbol) if root.is_Integer and root > traced]
-        return int(min(roots)) - 1 if roots else None
+    if isinstance(guard, sympy.Ne) and guard.free_symbols == {symbol}:  # one length is told apart from all others
+        difference = guard.lhs - guard.rhs
+        slope = difference.diff(symbol) if difference.is_polynomial(symbol) else sympy.Integer(0)
+        root = symbol - difference / slope if slope.is_Integer and slope != 0 else sympy.Integer(0)
+        root = sympy.simplify(root)
+        return int(root) - 1 if root.is_Integer and root > traced else None
 
     def holds(value: int) -> bool:
         return guard.xreplace({symbol: sympy.Integer(value)}) != sympy.false

@@ -23,7 +23,10 @@ from smc_compile.program.loop_finder import step_text
 from smc_compile.program.opaque_models import Opaque, opaque
 
 KEPT = 64  # traces, after which all are forgotten
-ALIKE = "let every iteration do the same, or split the run: one call for each of its parts"
+ALIKE = (
+    "let every iteration do the same, or split the run: one call for each of its parts. A window may be written as "
+    "model(ids[:, -W:])"
+)
 NO_LOOP = "with all its iterations the function holds no loop"
 Trace = Callable[[Capture], CapturedCall | None]  # captures the loop with some arguments
 
@@ -78,7 +81,7 @@ class Rehearsal:
             if found.cached is not None:
                 found.check(call.arguments)
         except SMCError as error:
-            raise unlike(doubt, error.why or error.what, error.fix) from error
+            raise unlike(doubt, error.why or error.what) from error
         self._loops.add(found)
         step = step_text(found.step.graph).splitlines()
         return Rehearsed(found, (*call.finder.input_names(found), *step, str(found.fixed_floats)))
