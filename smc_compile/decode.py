@@ -9,7 +9,6 @@ import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,7 +20,7 @@ from smc_compile.errors import InputError, LoopError, OptionError, SMCError
 from smc_compile.options import Options
 from smc_compile.passes.loop.kv_loop import ShortPrompt
 from smc_compile.passes.loop.recover import DecodeLoop
-from smc_compile.passes.loop.windows import SHORTEST
+from smc_compile.program.all_iterations import PINNED, Traces, before_window, check_all_iterations, with_window
 from smc_compile.program.caller_caches import names_a_cache, own_copy, refuse_returned_cache
 from smc_compile.program.capture import Capture, CapturedCall
 from smc_compile.program.even_loops import Doubt, find_doubt
@@ -29,12 +28,10 @@ from smc_compile.program.from_loop import program_for
 from smc_compile.program.iteration_count import PROBE, IterationCount, find_iteration_count
 from smc_compile.program.loop_finder import LoopFinder
 from smc_compile.program.model_calls import traceable
-from smc_compile.program.rehearsal import Rehearsal, Rehearsed, unlike
+from smc_compile.program.rehearsal import Rehearsal, Rehearsed
 from smc_compile.result import Generation
 
 log = logging.getLogger(__name__)
-CROPS = Doubt("the model reads the end of the text only")
-RETURN = "return prompt + tokens, or all tokens"
 
 
 def decode(function: Callable[..., Any] | None = None, *, trip_count: str | None = None, **options: Any) -> Any:
@@ -110,9 +107,9 @@ class CompiledLoop:
         iterations = self._count.iterations(bound.arguments[self._count.name], prompt_length(bound))
         call, found = self._captured(traced)
         check_longest(found, prompt_length(bound), iterations)
-        window = self._check_all_iterations(bound, traced, call, found, iterations)
-        if window is not None and prompt_length(traced) > before_window(window):
-            traced = self._with_prompts(bound, before_window(window))
+        window = self._window(bound, traced, call, found, iterations)
+        if window is not None and prompt_length(traced) > before_window(window, found.iterations):
+            traced = self._with_prompts(bound, before_window(window, found.iterations))
             mark_lengths(traced)
             call, found = self._captured(traced)
         program = program_for(found, call.arguments, self._options, window)
@@ -126,12 +123,12 @@ class CompiledLoop:
         self.last, self.loop = generation, with_window(found, window)
         return result
 
-    def _captured(self, traced: inspect.BoundArguments) -> tuple[CapturedCall, DecodeLoop]:
-        """The loop that Dynamo sees in a few iterations."""
+    def _captured(self, traced: inspect.BoundArguments, exact: bool = False) -> tuple[CapturedCall, DecodeLoop]:
+        """The loop that Dynamo sees in a few iterations, ``exact``ly those of this prompt length or any."""
         short = self._counting(traced, PROBE)
         with dynamo_errors():
             call = self._capture.captured(*short.args, **short.kwargs)
-        found = call.finder.loop_for(call.arguments) if call is not None else None
+        found = call.finder.loop_for(call.arguments, exact) if call is not None else None
         if call is None or found is None:
             raise LoopError("the function holds no decode loop", "no token is drawn and fed back")
         return call, found
@@ -141,7 +138,7 @@ class CompiledLoop:
         assert self._count is not None
         return self._with_value(arguments, self._count.name, self._count.value(iterations, prompt_length(arguments)))
 
-    def _check_all_iterations(
+    def _window(
         self,
         bound: inspect.BoundArguments,
         traced: inspect.BoundArguments,
@@ -149,44 +146,37 @@ class CompiledLoop:
         found: DecodeLoop,
         iterations: int,
     ) -> int | None:
-        """Make sure that three iterations stand for all of them; trace them all where that is in doubt.
-
-        Returns how many tokens the model reads at most, if it is the end of the text and it does in this call.
+        """How many tokens the model reads at most, if the text of a call becomes longer than that.
 
         Raises:
-            LoopError: they do not.
+            LoopError: not all iterations of the call are like the three that were traced.
         """
         assert self._count is not None
-        length, rehearsal = prompt_length(bound), self._rehearsal
-        doubt = self._doubt(traced, call, found)
-        why = doubt or (CROPS if found.window is not None else beyond_guards(found, length, iterations))
-        if why is None or (found.window is None and iterations == found.iterations):
-            return None
-        models = None if found.cached is not None or call.writes else reachable_models(self._function, bound)
+        count, rehearsal, doubt = self._count, self._rehearsal, self._doubt(traced, call, found)
+        cached = found.cached is not None
+        models = None if cached or call.writes else reachable_models(self._function, bound)
 
-        def rehearsed(arguments: inspect.BoundArguments, n: int, why: Doubt = why) -> Rehearsed:
-            asked = self._counting(arguments, n)
+        def few(length: int) -> Rehearsed:
+            longer, loop = self._captured(self._with_prompts(bound, length, marked=True), exact=True)
+            return Rehearsed(loop, longer.finder)
+
+        def everything(length: int, n: int, opaque: list[nn.Module] | None = models) -> Rehearsed:
+            asked = traced if cached else self._with_prompts(bound, length)
+            asked = self._counting(asked, n - count.extra)
+            log.info("%d iterations are traced: %s", n, doubt)
             with dynamo_errors():
-                return rehearsal.loop(lambda capture: capture.captured(*asked.args, **asked.kwargs), models, why)
+                return rehearsal.loop(
+                    lambda capture: capture.captured(*asked.args, **asked.kwargs), opaque, doubt or PINNED
+                )
 
-        whole = None
-        if doubt is None and models is not None and found.any_length:
-            whole = later_window(lambda longer: rehearsed(self._with_prompts(bound, longer, marked=True), PROBE), found)
-        if whole is None:
-            log.info("all %d iterations are traced: %s", iterations, why)
-            plain = traced if models is None else self._with_prompts(bound, length)
-            whole = rehearsed(plain, max(iterations, 2) - self._count.extra)  # one iteration is no loop
-            if iterations > 1 and whole.loop.outputs != self._count.stretched(found, iterations).outputs:
-                raise unlike(why, f"after {iterations} iterations the result is {whole.loop.outputs}", RETURN)
-        window = whole.loop.window
-        first = min(length, before_window(window)) if window is not None else length
-        short = rehearsed(traced if models is None else self._with_prompts(bound, first), PROBE)
-        if window is not None:
-            full = rehearsed(self._with_prompts(bound, window - 2), PROBE)  # the last of three fills the window
-            rehearsal.agree(short, full, why)
-            short = full
-        rehearsal.agree(short, whole, why)
-        return window
+        traces = Traces(
+            few,
+            everything,
+            lambda length, n: everything(length, n, None),
+            lambda loop: count.stretched(loop, iterations).outputs,
+        )
+        start = Rehearsed(found, call.finder)
+        return check_all_iterations(rehearsal, traces, start, doubt, iterations, prompt_length(bound))
 
     def _with_prompts(self, bound: inspect.BoundArguments, length: int, marked: bool = False) -> inspect.BoundArguments:
         """The arguments with prompts of another length; to Dynamo it is a number, unless ``marked``."""
@@ -297,50 +287,6 @@ def check_longest(loop: DecodeLoop, prompt: int, iterations: int) -> None:
             "path: its cache is full or cropped, or a window of the model begins",
             "make the cache longer, ask for fewer tokens, or write the loop without a cache, model(ids)[:, -1]",
         )
-
-
-def before_window(window: int) -> int:
-    """The longest prompt with which three iterations read less than the window.
-
-    Raises:
-        LoopError: the window is too short.
-    """
-    if window < SHORTEST:
-        raise LoopError(
-            "A window of the text is too short.",
-            f"the model reads the last {window} tokens; three iterations must fit in",
-            f"let the model read {SHORTEST} tokens or more",
-        )
-    return max(1, window - PROBE)
-
-
-def with_window(loop: DecodeLoop, window: int | None) -> DecodeLoop:
-    """The loop as it was in a call whose texts outgrew its window."""
-    if window is None:
-        return loop
-    return replace(loop, window=window, report=[*loop.report, f"reads the last {window} tokens of longer texts"])
-
-
-def later_window(trace: Callable[[int], Rehearsed], found: DecodeLoop) -> Rehearsed | None:
-    """The loop with prompts that are longer than its window, if one begins there and goes on for all longer texts."""
-    start = found.window if found.window is not None else found.longest
-    if start is None:
-        return None
-    try:
-        later = trace(start + PROBE + 2)
-    except LoopError:
-        return None
-    goes_on = later.loop.window is not None and later.loop.any_length and later.loop.longest is None
-    return later if goes_on else None
-
-
-def beyond_guards(loop: DecodeLoop, prompt: int, iterations: int) -> Doubt | None:
-    """A doubt where the text becomes longer than the longest that was seen."""
-    if not loop.any_length:
-        return Doubt("Dynamo traced the loop for one length of the prompt only")
-    if loop.longest is not None and prompt + iterations > loop.longest + loop.iterations:
-        return Doubt(f"a branch on the length of the text goes another way beyond {loop.longest + loop.iterations - 1}")
-    return None
 
 
 @contextmanager

@@ -53,7 +53,8 @@ class Capture:
             Exception: what Dynamo raises for code that it cannot trace, or the function itself while it is traced.
         """
         try:
-            self._traced(*args, **kwargs)
+            with _more_traces():
+                self._traced(*args, **kwargs)
         except _Captured as found:
             return found.call
         return None
@@ -99,6 +100,11 @@ class _Captured(Exception):
     def __init__(self, call: CapturedCall) -> None:
         super().__init__("captured")
         self.call = call
+
+
+def _more_traces() -> Any:
+    """Inside, Dynamo traces one function for as many lengths and settings as it is asked to."""
+    return torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16)
 
 
 def _writes_outside() -> tuple[str, ...]:

@@ -34,6 +34,7 @@ class Kind(enum.Enum):
     FIXED = "a Python value that is the same in every iteration"
     NONE = "None"
     SIZE = "a size of the text"
+    CHOICE = "a truth value that depends on a size of the text"
     COUNT = "a number that changes from iteration to iteration"
     TEXT = "the prompt, or the text that grows from it"
     ROW = "a tensor whose shape is the same in every iteration"
@@ -54,12 +55,19 @@ class Known:
 Fact: TypeAlias = Kind | Known
 _TENSORS = frozenset([Kind.TEXT, Kind.ROW, Kind.TENSOR, Kind.OUTPUT])
 _SAME = frozenset([Kind.FIXED, Kind.NONE])
+_ODD = frozenset([Kind.UNKNOWN, Kind.CACHE, Kind.CHOICE])  # no tensor code is known to take these
 _STILL = frozenset([Kind.FIXED, Kind.NONE, Kind.ROW])
 _PLAIN = (int, float, complex, bool, str, bytes, type(...), torch.dtype, torch.device, torch.Size)
 _LIBRARIES = ("torch", "transformers")  # properties of their objects are read
 _DEPTH = 5  # functions that call functions
 _PASSES = 8  # over a loop, until the kinds of its variables settle
-_READS_DATA = frozenset(["item", "tolist", "numpy", "apply_", "map_", "__len__", "register_hook"])
+# Methods and functions that give no tensor: what they say of a shape leaves no trace.
+_NO_TENSOR = frozenset(
+    ["item", "tolist", "numpy", "apply_", "map_", "register_hook", "nelement", "numel", "storage_offset", "stride",
+     "element_size", "data_ptr", "storage", "untyped_storage", "type", "equal", "allclose", "dense_dim", "dim_order",
+     "broadcast_shapes", "result_type", "backward", "layout", "names", "nbytes", "itemsize", "get_device", "is_nonzero"]
+)  # fmt: skip
+_TENSOR_PARTS = frozenset(["T", "mT", "H", "mH", "data", "real", "logits", "probs", "values", "indices", "mean"])
 _OF_DISTRIBUTIONS = frozenset(["sample", "rsample", "log_prob", "probs", "mean", "logits", "loss", "entropy"])
 _PURE = ("min", "max", "int", "float", "bool", "abs", "round", "len", "isinstance", "hasattr", "getattr", "str", "pow")
 _PURE_BUILTINS = frozenset(getattr(builtins, name) for name in _PURE)
@@ -346,14 +354,14 @@ class _Reader:
                 return self.combined(node, op, self.value(left), self.value(right))
             case ast.UnaryOp(op=ast.Not(), operand=operand):
                 self.test(operand)
-                return Kind.FIXED
+                return Kind.FIXED if self.value(operand) in _SAME else Kind.CHOICE
             case ast.UnaryOp(operand=operand):
                 return self.value(operand)
             case ast.BoolOp(values=values):
                 for value in values:
                     self.test(value)
                 found = [self.value(value) for value in values]
-                return functools.reduce(_joined, found)
+                return Kind.CHOICE if {Kind.SIZE, Kind.CHOICE} & set(found) else functools.reduce(_joined, found)
             case ast.Compare():
                 return self.compared(node)
             case ast.IfExp(test=test, body=body, orelse=other):
@@ -378,7 +386,7 @@ class _Reader:
         parts = [part for part in parts if part not in _SAME]
         if any(part is Kind.COUNT for part in parts) and not any(part in _TENSORS for part in parts):
             return Kind.COUNT
-        if any(part in (Kind.UNKNOWN, Kind.COUNT, Kind.CACHE) or isinstance(part, Known) for part in parts):
+        if any(part in (*_ODD, Kind.COUNT) or isinstance(part, Known) for part in parts):
             raise self.doubt(node, "a container is built")
         if all(part is Kind.SIZE for part in parts):
             return Kind.SIZE
@@ -391,7 +399,11 @@ class _Reader:
         if owner in _TENSORS:
             if name == "shape":
                 return {Kind.TEXT: Kind.SIZE, Kind.ROW: Kind.FIXED}.get(owner, Kind.COUNT)  # type: ignore[arg-type]
-            return Kind.FIXED if name in ("device", "dtype", "ndim") else owner
+            if name in ("device", "dtype", "ndim"):
+                return Kind.FIXED
+            if owner is not Kind.OUTPUT and name not in _TENSOR_PARTS:
+                raise self.doubt(node, f"{name} of a tensor is read")
+            return Kind.TENSOR if owner is Kind.TEXT else owner
         if not isinstance(owner, Known):
             raise self.doubt(node, f"an attribute of {_in_words(owner)} is read")
         static = inspect.getattr_static(type(owner.value), name, None)
@@ -423,7 +435,7 @@ class _Reader:
                 moving |= self.slice(place, owner)
             else:
                 kind = self.value(place)
-                if kind in (Kind.LIST, Kind.UNKNOWN, Kind.CACHE) or isinstance(kind, Known):
+                if kind in (Kind.LIST, *_ODD) or isinstance(kind, Known):
                     raise self.doubt(node, f"a tensor is read at {_in_words(kind)}")
                 picks |= kind in (Kind.FIXED, Kind.COUNT, Kind.SIZE) and not _is_whole(place)
                 moving |= kind in (Kind.TENSOR, Kind.TEXT, Kind.OUTPUT)
@@ -437,7 +449,8 @@ class _Reader:
         """Whether the length of a slice may change from iteration to iteration."""
         bounds = [Kind.NONE if bound is None else self.value(bound) for bound in (place.lower, place.upper, place.step)]
         fixed = all(bound in _SAME for bound in bounds)
-        if owner in (Kind.TEXT, Kind.ROW) and all(bound in _SAME or bound is Kind.SIZE for bound in bounds):
+        symbolic = owner is Kind.ROW and all(bound in _SAME or bound is Kind.SIZE for bound in bounds)
+        if symbolic or (owner is Kind.TEXT and fixed):
             # Where it meets a size of the text, which is a symbol, a cut leaves a guard.
             return not fixed or (owner is Kind.TEXT and place.upper is not None)
         if not self.looping:
@@ -452,7 +465,7 @@ class _Reader:
     def combined(self, node: ast.AST, op: ast.operator, left: Fact, right: Fact) -> Fact:
         kinds = {left, right}
         if kinds & _TENSORS:
-            if kinds & {Kind.UNKNOWN, Kind.CACHE, Kind.LIST} or any(isinstance(kind, Known) for kind in kinds):
+            if kinds & {Kind.LIST, *_ODD} or any(isinstance(kind, Known) for kind in kinds):
                 raise self.doubt(node, "a tensor meets an object")
             return Kind.ROW if (kinds & _TENSORS) == {Kind.ROW} else Kind.TENSOR
         if kinds <= _SAME:
@@ -462,7 +475,8 @@ class _Reader:
         if kinds <= {Kind.FIXED, Kind.SIZE, Kind.COUNT}:
             changing = [kind for kind in (left, right) if kind is not Kind.FIXED]
             if isinstance(op, ast.Add | ast.Sub) or (isinstance(op, ast.Mult | ast.Div) and len(changing) == 1):
-                return Kind.COUNT if Kind.COUNT in kinds or isinstance(op, ast.Div) else Kind.SIZE
+                # The difference of two sizes of the text counts iterations.
+                return Kind.COUNT if Kind.COUNT in kinds or len(changing) > 1 or isinstance(op, ast.Div) else Kind.SIZE
         raise self.doubt(node, f"{_in_words(left)} and {_in_words(right)} are combined")
 
     def compared(self, node: ast.Compare) -> Fact:
@@ -474,9 +488,10 @@ class _Reader:
             raise self.doubt(node, "an object is compared")
         if any(kind in _TENSORS for kind in kinds):
             return Kind.ROW if {kind for kind in kinds if kind in _TENSORS} == {Kind.ROW} else Kind.TENSOR
-        if any(kind is Kind.COUNT for kind in kinds):
+        among = any(isinstance(op, ast.In | ast.NotIn) for op in node.ops) and Kind.SIZE in kinds
+        if any(kind is Kind.COUNT for kind in kinds) or among or kinds.count(Kind.SIZE) > 1:
             raise self.doubt(node, "a number that changes with the iteration is compared")
-        return Kind.SIZE if Kind.SIZE in kinds else Kind.FIXED
+        return Kind.FIXED if all(kind in _SAME or isinstance(kind, Known) for kind in kinds) else Kind.CHOICE
 
     # ---- calls
 
@@ -527,7 +542,7 @@ class _Reader:
         return _Reader(function, bound_kinds, self.depth - 1, self.looping).read()
 
     def model(self, node: ast.Call, kinds: Sequence[Fact]) -> Fact:
-        unclear = any(kind in (Kind.COUNT, Kind.UNKNOWN) or isinstance(kind, Known) for kind in kinds)
+        unclear = any(kind in (Kind.COUNT, Kind.UNKNOWN, Kind.CHOICE) or isinstance(kind, Known) for kind in kinds)
         if unclear or any(isinstance(arg, ast.Starred) for arg in node.args):
             raise self.doubt(node, "a model is called with a number or an object that changes with the iteration")
         return Kind.ROW if kinds and all(kind in _STILL for kind in kinds) else Kind.OUTPUT
@@ -544,8 +559,8 @@ class _Reader:
 
     def torch(self, node: ast.Call, function: Any, kinds: Sequence[Fact]) -> Fact:
         name = getattr(function, "__name__", "")
-        odd = any(kind in (Kind.UNKNOWN, Kind.CACHE) for kind in kinds)
-        if odd or name.startswith("sym_") or any(isinstance(kind, Known) and callable(kind.value) for kind in kinds):
+        odd = name.startswith(("sym_", "is_")) or name in _NO_TENSOR or any(kind in _ODD for kind in kinds)
+        if odd or any(isinstance(kind, Known) and callable(kind.value) for kind in kinds):
             raise self.doubt(node, f"torch's {name} is called with an object, or gives a Python number")
         if name in ("cat", "concat", "concatenate", "hstack") and self.joins_text(node):
             return Kind.TEXT
@@ -569,15 +584,16 @@ class _Reader:
         if owner is Kind.OUTPUT and name == "get_seq_length":
             return Kind.COUNT
         known = hasattr(Tensor, name) or name in _OF_DISTRIBUTIONS
-        odd = any(kind in (Kind.UNKNOWN, Kind.CACHE) or isinstance(kind, Known) for kind in kinds)
-        if owner not in _TENSORS or not known or name in _READS_DATA or odd:
+        odd = name.startswith(("is_", "__")) or name in _NO_TENSOR
+        odd = odd or any(kind in _ODD or isinstance(kind, Known) for kind in kinds)
+        if owner not in _TENSORS or not known or odd:
             raise self.doubt(node, f"{name}() of {_in_words(owner)} is called")
         if name == "size":
             whole = {Kind.TEXT: Kind.SIZE, Kind.ROW: Kind.FIXED}.get(owner, Kind.COUNT)  # type: ignore[arg-type]
             first = bool(node.args) and _number(node.args[0]) == 0
             return Kind.FIXED if whole is Kind.SIZE and first else whole
-        if name in ("dim", "ndimension", "numel", "is_floating_point", "stride"):
-            return Kind.FIXED if owner is Kind.ROW or name == "dim" else Kind.COUNT
+        if name in ("dim", "ndimension"):
+            return Kind.FIXED
         if owner is Kind.TEXT and name in ("clone", "contiguous", "detach", "to", "long"):
             return Kind.TEXT
         return Kind.ROW if owner is Kind.ROW and all(kind in _STILL for kind in kinds) else Kind.TENSOR
@@ -591,7 +607,7 @@ def _joined(one: Fact, other: Fact) -> Fact:
     if one == other:
         return one
     kinds = {one, other}
-    for kind in (Kind.UNKNOWN, Kind.CACHE, Kind.LIST):
+    for kind in (Kind.UNKNOWN, Kind.CACHE, Kind.CHOICE, Kind.LIST):
         if kind in kinds:
             return kind if kinds - {kind} <= {Kind.NONE} else Kind.UNKNOWN
     if any(isinstance(kind, Known) for kind in kinds):
@@ -606,7 +622,7 @@ def _changing(kind: Fact) -> Fact:
     """A variable that a loop assigns, at the beginning of an iteration."""
     if kind is Kind.ROW:
         return Kind.TENSOR
-    if isinstance(kind, Known):
+    if isinstance(kind, Known) or kind is Kind.CHOICE:
         return Kind.UNKNOWN
     return Kind.COUNT if kind in (Kind.FIXED, Kind.SIZE) else kind
 

@@ -31,14 +31,17 @@ class LoopFinder:
         self._prompt_index: int | None = None
         self.recoveries = 0
 
-    def loop_for(self, arguments: Sequence[Any]) -> DecodeLoop | None:
+    def loop_for(self, arguments: Sequence[Any], exact: bool = False) -> DecodeLoop | None:
         """The loop that the graph is for these arguments of its own; None if it never was one.
+
+        Args:
+            exact: whether its iterations must be those of this very prompt length.
 
         Raises:
             LoopError: there is a loop that cannot be compiled, or there is none with these sizes alone.
         """
         known = self._known(arguments)
-        if known is not None:
+        if known is not None and not (exact and known.prompt_length != arguments[known.prompt_index].shape[-1]):
             return known
         self.recoveries += 1
         loop = find_loop(self._gm, arguments)

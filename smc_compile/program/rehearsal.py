@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
-import torch
 from torch import nn
 
 from smc_compile.errors import LoopError, SMCError
 from smc_compile.passes.loop.recover import DecodeLoop
 from smc_compile.program.capture import Capture, CapturedCall
 from smc_compile.program.even_loops import Doubt
-from smc_compile.program.loop_finder import step_text
+from smc_compile.program.loop_finder import LoopFinder, step_text
 from smc_compile.program.opaque_models import Opaque, opaque
 
 KEPT = 64  # traces, after which all are forgotten
@@ -33,18 +32,19 @@ Trace = Callable[[Capture], CapturedCall | None]  # captures the loop with some 
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """A loop that was traced, and one of its iterations in lines: each input by its name."""
+    """A loop that was traced, and the finder that holds its graph."""
 
     loop: DecodeLoop
-    step: tuple[str, ...]
+    finder: LoopFinder
+
+    def step(self) -> tuple[str, ...]:
+        """One iteration in lines, each input by its name."""
+        lines = step_text(self.loop.step.graph).splitlines()
+        return (*self.finder.input_names(self.loop), *lines, str(self.loop.fixed_floats))
 
 
 class Rehearsal:
-    """Traces of one function, and which of them were found to agree.
-
-    Args:
-        models: they become one node each; None traces them too.
-    """
+    """Traces of one function, and which of them were found to agree."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
@@ -68,7 +68,7 @@ class Rehearsal:
         while True:
             learned = Opaque.structures
             try:
-                with opaque(models or ()), more_traces():
+                with opaque(models or ()):
                     call = trace(self._capture)
                 break
             except Exception:
@@ -83,8 +83,7 @@ class Rehearsal:
         except SMCError as error:
             raise unlike(doubt, error.why or error.what) from error
         self._loops.add(found)
-        step = step_text(found.step.graph).splitlines()
-        return Rehearsed(found, (*call.finder.input_names(found), *step, str(found.fixed_floats)))
+        return Rehearsed(found, call.finder)
 
     def agree(self, short: Rehearsed, long: Rehearsed, doubt: Doubt) -> None:
         """Require that two loops have one step, or one iteration where their window is full.
@@ -95,7 +94,7 @@ class Rehearsal:
         if short.loop in self._agreed.setdefault(long.loop, WeakSet()):
             return
         if long.loop.window is None:
-            pair = short.step, long.step
+            pair = short.step(), long.step()
         else:
             pair = short.loop.lines_at(long.loop.window), long.loop.lines_at(long.loop.window)
         if pair[0] != pair[1] or not pair[0]:
@@ -103,15 +102,10 @@ class Rehearsal:
         self._agreed[long.loop].add(short.loop)
 
 
-def more_traces() -> Any:
-    """Inside, Dynamo traces one function as often as it is asked to."""
-    return torch._dynamo.config.patch(recompile_limit=10 * KEPT, accumulated_recompile_limit=100 * KEPT)
-
-
 def _difference(short: Sequence[str], long: Sequence[str]) -> str:
     at = next((i for i, (a, b) in enumerate(zip(short, long, strict=False)) if a != b), min(len(short), len(long)))
     ends = [lines[at] if at < len(lines) else "nothing" for lines in (short, long)]
-    return f"with three iterations one of them computes `{ends[0]}`, with all of them `{ends[1]}`"
+    return f"in the first iterations one computes `{ends[0]}`, in later ones `{ends[1]}`"
 
 
 def unlike(doubt: Doubt, why: str, fix: str = "") -> LoopError:
