@@ -107,6 +107,7 @@ class CompiledLoop:
         iterations = self._count.iterations(bound.arguments[self._count.name], prompt_length(bound))
         call, found = self._captured(traced)
         check_longest(found, prompt_length(bound), iterations)
+        self._count.stretched(found, iterations)  # the tokens must fit the loop's buffer
         window = self._window(bound, traced, call, found, iterations)
         if window is not None and prompt_length(traced) > before_window(window, found.iterations):
             traced = self._with_prompts(bound, before_window(window, found.iterations))
