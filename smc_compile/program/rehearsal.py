@@ -86,10 +86,10 @@ class Rehearsal:
             found = call.finder.loop_for(call.arguments) if call is not None else None
             if call is None or found is None:
                 raise LoopError(NO_LOOP)
-            if found.cached is not None:
-                found.check(call.arguments)
         except SMCError as error:
             raise unlike(doubt, error.why or error.what) from error
+        if found.cached is not None:
+            found.check(call.arguments)
         self._loops.add(found)
         return Rehearsed(found, call.finder)
 
