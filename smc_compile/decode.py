@@ -144,6 +144,8 @@ class CompiledLoop:
             traced = self._with_prompts(bound, before_window(window, found.iterations))
             mark_lengths(traced)
             call, found = self._captured(traced)
+        if window is not None and prompt_length(bound) + iterations - 1 <= window:
+            window = None  # the text does not outgrow it
         program = program_for(found, call.arguments, self._options, window)
         arguments = call.arguments if traced is bound else with_prompt(call, found, bound)
         loop = self._count.stretched(found, iterations)

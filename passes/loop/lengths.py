@@ -412,17 +412,21 @@ def symbolic_length(prompt: fx.Node) -> sympy.Expr | None:
     return size.node.expr if isinstance(size, torch.SymInt) else None
 
 
-def longest_text(prompt: fx.Node) -> int | None:
-    """The longest text that takes the path that was traced; None if there is no such bound.
+def longest_text(prompt: fx.Node, every: bool = True) -> int | None:
+    """The longest prompt whose text takes the path that was traced; None if there is no such bound.
 
-    A branch on a length leaves a guard: the model's window begins, a cache is full, the loop crops its cache.
+    A branch on a length leaves a guard: the model's window begins, a cache is full, the loop crops its cache. A branch
+    that every iteration takes leaves guards that end one after the other; one alone looks at the prompt.
+
+    Args:
+        every: whether single guards count too.
     """
     symbol = symbolic_length(prompt)
     if not isinstance(symbol, sympy.Symbol):
         return None
     size = prompt.meta["example_value"].shape[-1].node
     ends = [_last_value(guard.expr, symbol, size.hint) for guard in size.shape_env.guards]
-    return min((end for end in ends if end is not None), default=None)
+    return min((end for end in ends if end is not None and (every or end + 1 in ends)), default=None)
 
 
 def _last_value(guard: sympy.Basic, symbol: sympy.Symbol, traced: int) -> int | None:

@@ -195,7 +195,7 @@ def decode_loop(
         fixed_floats=(*concrete.fixed_floats, *((placeholders.index(node), float(v)) for node, v in found.known)),
         padded=found.padded,
         cached=found.cached,
-        longest=longest_text(layouts.prompt),
+        longest=longest_text(layouts.prompt, every=iterations.cached),
         window=iterations.window,
         lines_at=functools.partial(iteration_in_lines, iterations),
         any_length=isinstance(symbolic_length(layouts.prompt), sympy.Symbol),

@@ -45,7 +45,7 @@ MOVES: dict[str, frozenset[int]] = {
     **dict.fromkeys(["unsqueeze", "squeeze", "unsqueeze_", "squeeze_", "flatten", "unflatten", "ravel"], _NOWHERE),
     **dict.fromkeys(["view", "view_as", "reshape", "reshape_as", "expand", "expand_as", "repeat", "tile"], _NOWHERE),
     **dict.fromkeys(["transpose", "t", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "getattr"], _NOWHERE),
-    **dict.fromkeys(["chunk", "split", "unbind", "roll", "flip", "diagonal", "pad"], _NOWHERE),
+    **dict.fromkeys(["chunk", "split", "tensor_split", "unbind", "roll", "flip", "diagonal", "pad"], _NOWHERE),
     **dict.fromkeys(["clone", "contiguous", "detach", "alias", "copy_", "fill_", "zero_"], _NOWHERE),
     **dict.fromkeys(["slice_scatter", "select_scatter"], _NOWHERE),
     **dict.fromkeys(["getitem", "setitem"], frozenset([1])),

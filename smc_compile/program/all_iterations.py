@@ -61,12 +61,19 @@ def check_all_iterations(
         if doubt or not loop.any_length:
             _compare_all(rehearsal, traces, found, doubt or PINNED, iterations, length, traces.inlined)
         return None
-    window = loop.window
+    window, seen = loop.window, found
+    if window is None and not loop.any_length and length == 1:  # one token is a case of its own to Dynamo
+        seen = traces.few(loop.iterations + 1)
+        window = seen.loop.window
+        if window is None:
+            rehearsal.agree(found, seen, PINNED)
+    if window is None and not seen.loop.any_length:  # lengths are numbers that leave no guards
+        doubt = doubt or PINNED
     if doubt and iterations != loop.iterations:
         whole = _compare_all(rehearsal, traces, found, doubt, iterations, length, traces.all)
         window = whole.loop.window if window is None else window
     if window is None:
-        window = _window_of_longer(rehearsal, traces, found, iterations, length)
+        window = _window_of_longer(rehearsal, traces, seen, iterations, length)
     if window is not None:
         _check_window(rehearsal, traces, window, reach, loop.iterations)
     return window
@@ -110,19 +117,13 @@ def _compare_all(
 
 
 def _window_of_longer(
-    rehearsal: Rehearsal, traces: Traces, found: Rehearsed, iterations: int, length: int
+    rehearsal: Rehearsal, traces: Traces, seen: Rehearsed, iterations: int, length: int
 ) -> int | None:
     """The window that begins behind a branch on the length, if one does before the end; None if nothing changes."""
-    few, reach, seen = found.loop.iterations, length + iterations - 1, found
-    if not found.loop.any_length:
-        if length > 1:
-            _compare_ends(rehearsal, traces, found, iterations, length)
-            return None
-        seen = traces.few(few + 1)
-        if seen.loop.window is not None:
-            return seen.loop.window
-        rehearsal.agree(found, seen, PINNED)
+    few, reach = seen.loop.iterations, length + iterations - 1
     for _ in range(MOST_BRANCHES):
+        if not seen.loop.any_length:
+            return _window_of_last(rehearsal, traces, seen, iterations, length)
         if seen.loop.longest is None or reach < seen.loop.longest + few:
             return None
         doubt = Doubt(f"the loop goes another way where the text is longer than {seen.loop.longest + few - 1} tokens")
@@ -133,19 +134,20 @@ def _window_of_longer(
         if later.loop.window is not None:
             return later.loop.window
         rehearsal.agree(seen, later, doubt)
-        if not later.loop.any_length:
-            raise unlike(doubt, "a longer text was traced for one length only")
         seen = later
     raise unlike(doubt, f"and so {MOST_BRANCHES} times")
 
 
-def _compare_ends(rehearsal: Rehearsal, traces: Traces, found: Rehearsed, iterations: int, length: int) -> None:
-    """Compare the first three iterations with the last three, where lengths are numbers that leave no guards."""
-    last = traces.few(max(length + iterations - found.loop.iterations, 1))
+def _window_of_last(rehearsal: Rehearsal, traces: Traces, seen: Rehearsed, iterations: int, length: int) -> int | None:
+    """The window in the last iterations. Without one they must be like those that were seen."""
+    last = traces.few(max(length + iterations - seen.loop.iterations, 1))
+    if last.loop.window is not None:
+        return last.loop.window
     try:
-        rehearsal.agree(found, last, PINNED)
+        rehearsal.agree(seen, last, PINNED)
     except LoopError:  # an integer may stand otherwise to a longer prompt
-        _compare_all(rehearsal, traces, found, PINNED, iterations, length, traces.inlined)
+        _compare_all(rehearsal, traces, seen, PINNED, iterations, length, traces.inlined)
+    return None
 
 
 def _check_window(rehearsal: Rehearsal, traces: Traces, window: int, reach: int, few: int) -> None:

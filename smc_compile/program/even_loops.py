@@ -198,6 +198,8 @@ class _Reader:
         self.looping = looping  # whether this code runs in every iteration
         self.carried: frozenset[str] = frozenset()  # variables that the innermost loop hands on
         self.copies: set[str] = set()  # of such variables
+        self.after = False  # whether a loop lies behind: the text has the length that all iterations gave it
+        self.lengths: set[str] = set()  # variables that hold a length which the text has had
         cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
         self.outer = {name: cell.cell_contents for name, cell in cells if cell != types.CellType()}
 
@@ -229,6 +231,7 @@ class _Reader:
                     found = self.value(value)
                     for target in targets:
                         self.assign(target, found, value)
+                self.note_length(targets, value)
             case ast.AnnAssign(target=target, value=value):
                 if value is not None:
                     self.assign(target, self.value(value), value)
@@ -282,6 +285,7 @@ class _Reader:
             self.kinds.update({name: _handed_on(entry[name], self.kinds[name]) for name in self.carried})
             if {name: self.kinds[name] for name in entry} == entry:
                 self.carried, self.copies = before  # what follows the loop depends on all its iterations too
+                self.after = True
                 return
         raise self.doubt(body[0], "what the loop hands on does not settle")
 
@@ -300,6 +304,7 @@ class _Reader:
         match target:
             case ast.Name(id=name):
                 self.kinds[name] = found
+                self.lengths.discard(name)
             case ast.Tuple(elts=parts) | ast.List(elts=parts):
                 for part in parts:
                     self.assign(part, self.part(source, found), part)
@@ -311,10 +316,24 @@ class _Reader:
             case _:
                 raise self.doubt(target, "an attribute is written to")
 
+    def note_length(self, targets: Sequence[ast.expr], value: ast.expr) -> None:
+        """Remember a variable that is assigned before the loop and holds a length of the text."""
+        names = {name for target in targets for name in _names_stored(target)}
+        match value:
+            case ast.Subscript(value=ast.Attribute(value=ast.Name(id=text), attr="shape"), slice=axis):
+                pass
+            case ast.Call(func=ast.Attribute(value=ast.Name(id=text), attr="size"), args=[axis]):
+                pass
+            case _:
+                return
+        if not self.looping and _number(axis) in (1, -1) and self.kinds.get(text) is Kind.TEXT:
+            self.lengths |= names
+
     def assign_pairs(self, pairs: Sequence[tuple[ast.expr, ast.expr]]) -> None:
         """``a, b = x, y``: all values are taken before any is assigned."""
         for (target, source), found in [(pair, self.value(pair[1])) for pair in pairs]:
             self.assign(target, found, source)
+            self.note_length([target], source)
 
     def part(self, node: ast.AST, whole: Fact) -> Fact:
         """One of several results."""
@@ -327,6 +346,8 @@ class _Reader:
         found = self.value(node)
         if found in (Kind.COUNT, Kind.LIST, Kind.UNKNOWN, Kind.CACHE):
             raise self.doubt(node, "a condition depends on the iteration")
+        if self.after and found in (Kind.SIZE, Kind.CHOICE):
+            raise self.doubt(node, "a condition depends on the length of the whole text")
 
     def range(self, node: ast.expr) -> None:
         """What a loop runs over must be a range; its bounds must be the same whenever it is reached."""
@@ -450,7 +471,10 @@ class _Reader:
         bounds = [Kind.NONE if bound is None else self.value(bound) for bound in (place.lower, place.upper, place.step)]
         fixed = all(bound in _SAME for bound in bounds)
         symbolic = owner is Kind.ROW and all(bound in _SAME or bound is Kind.SIZE for bound in bounds)
-        if symbolic or (owner is Kind.TEXT and fixed):
+        if owner is Kind.TEXT and self.after and place.upper is None and place.step is None:
+            if isinstance(place.lower, ast.Name) and place.lower.id in self.lengths:
+                return True  # all but the prompt
+        elif symbolic or (owner is Kind.TEXT and fixed and not (self.after and bounds[:2] != [Kind.NONE, Kind.NONE])):
             # Where it meets a size of the text, which is a symbol, a cut leaves a guard.
             return not fixed or (owner is Kind.TEXT and place.upper is not None)
         if not self.looping:
@@ -539,7 +563,9 @@ class _Reader:
                 raise self.doubt(node, f"{function.__qualname__} takes any arguments")
             if name not in bound_kinds:
                 bound_kinds[name] = kind_of(parameter.default)
-        return _Reader(function, bound_kinds, self.depth - 1, self.looping).read()
+        reader = _Reader(function, bound_kinds, self.depth - 1, self.looping)
+        reader.after = self.after
+        return reader.read()
 
     def model(self, node: ast.Call, kinds: Sequence[Fact]) -> Fact:
         unclear = any(kind in (Kind.COUNT, Kind.UNKNOWN, Kind.CHOICE) or isinstance(kind, Known) for kind in kinds)

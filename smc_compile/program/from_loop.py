@@ -17,13 +17,13 @@ from smc_compile.passes.loop.branches import EndTokens
 from smc_compile.passes.loop.recover import DecodeLoop
 from smc_compile.passes.pipeline import trace_model
 from smc_compile.program.build import CompileDraft, build_program
+from smc_compile.program.cropped_texts import draft_beside, in_window
 from smc_compile.program.draft_calls import compile_called, needs_more
 from smc_compile.program.guards import program_key
 from smc_compile.program.loop_finder import step_text
 from smc_compile.program.lru import LRU
 from smc_compile.program.model import compile_model, with_cache
 from smc_compile.program.program import Program
-from smc_compile.program.windows import draft_beside, in_window
 from smc_compile.runtime.algorithms.next_token import NextTokenDistribution
 from smc_compile.runtime.state.request import Request
 

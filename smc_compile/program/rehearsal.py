@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary, WeakSet
 from torch import nn
 
 from smc_compile.errors import LoopError, SMCError
+from smc_compile.passes.fx_tools import user_line
 from smc_compile.passes.loop.recover import DecodeLoop
 from smc_compile.program.capture import CapturedCall
 from smc_compile.program.even_loops import Doubt
@@ -41,6 +42,13 @@ class Rehearsed:
         """One iteration in lines, each input by its name."""
         lines = step_text(self.loop.step.graph).splitlines()
         return (*self.finder.input_names(self.loop), *lines, str(self.loop.fixed_floats))
+
+    def line_of(self, at: int) -> str:
+        """The user's line behind a line of ``step``, in words."""
+        nodes = list(self.loop.step.graph.nodes)
+        number = at - len(self.finder.input_names(self.loop))
+        line = user_line(nodes[number]) if self.loop.window is None and 0 <= number < len(nodes) else ""
+        return f", at {line}" if line else ""
 
 
 class Rehearsal:
@@ -78,10 +86,10 @@ class Rehearsal:
             found = call.finder.loop_for(call.arguments) if call is not None else None
             if call is None or found is None:
                 raise LoopError(NO_LOOP)
-            if found.cached is not None:
-                found.check(call.arguments)
         except SMCError as error:
             raise unlike(doubt, error.why or error.what) from error
+        if found.cached is not None:
+            found.check(call.arguments)
         self._loops.add(found)
         return Rehearsed(found, call.finder)
 
@@ -98,12 +106,17 @@ class Rehearsal:
         else:
             pair = short.loop.lines_at(long.loop.window), long.loop.lines_at(long.loop.window)
         if pair[0] != pair[1] or not pair[0]:
-            raise unlike(doubt, _difference(*pair))
+            raise unlike(doubt, _difference(*pair) + long.line_of(_first_off(*pair)))
         self._agreed[long.loop].add(short.loop)
 
 
+def _first_off(short: Sequence[str], long: Sequence[str]) -> int:
+    pairs = enumerate(zip(short, long, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(short), len(long)))
+
+
 def _difference(short: Sequence[str], long: Sequence[str]) -> str:
-    at = next((i for i, (a, b) in enumerate(zip(short, long, strict=False)) if a != b), min(len(short), len(long)))
+    at = _first_off(short, long)
     ends = [lines[at] if at < len(lines) else "nothing" for lines in (short, long)]
     return f"in the first iterations one computes `{ends[0]}`, in later ones `{ends[1]}`"
 

@@ -422,10 +422,26 @@ def test_refuses_integers_that_grow_unevenly():
     assert "2 in iteration 0, 4 in iteration 1 and 8 in iteration 2" in refusal(fn, prompt()).why
 
 
-def test_refuses_a_cropped_window():
+@pytest.mark.parametrize("window", [P, P + 1])
+def test_a_cropped_window_is_its_last_tokens(window):
     def fn(ids):
         for _ in range(3):
-            ids = torch.cat([ids, greedy(MODEL(ids[:, -P:])[:, -1])[:, None]], 1)
+            ids = torch.cat([ids, greedy(MODEL(ids[:, -window:])[:, -1])[:, None]], 1)
+        return ids
+
+    found, _ = capture(fn, prompt())
+    assert found is not None
+    assert found.window == window
+    assert found.iterations == 3
+    assert found.lines_at(window)
+    assert found.lines_at(window + 1) == ()
+
+
+def test_refuses_a_window_beside_the_whole_text():
+    def fn(ids):
+        for _ in range(3):
+            logits = MODEL(ids[:, -P:])[:, -1] + MODEL(ids)[:, -1]
+            ids = torch.cat([ids, greedy(logits)[:, None]], 1)
         return ids
 
     error = refusal(fn, prompt())
