@@ -23,8 +23,9 @@ NO_CACHE = (
     "the compiler inserts the cache itself"
 )
 NO_END = (
-    "an end of the text may leave the loop (if token == eos: break) and may fill up rows that have ended "
-    "(torch.where(done, pad, token)); what else reads the text goes to generate(..., logits_processor=[...])"
+    "for an end of the text pass eos_token_id, or use @smc_compile.decode: there a token may leave the loop (if token "
+    "== eos: break), and rows that have ended may be filled up (torch.where(done, pad, token)); what else reads the "
+    "text goes to generate(..., logits_processor=[...])"
 )
 READS_TEXT = (
     "what reads the text besides the model goes to smc_compile.generate(model, draft, ids, logits_processor=[...])"

@@ -67,13 +67,13 @@ class ForcedText:
         Raises:
             LoopError: the loop does something else than what was traced.
         """
-        self._require_text(given)
         if self.left:
             raise LoopError(
                 "A branch on a token does something else than to end the loop.",
                 f"{self.branches[self.left[0]]}: the loop went on after it had gone another way than in the trace",
                 "end the loop there with break or return, or write what it does as tensor code (torch.where)",
             )
+        self._require_text(given)
         batch, drawn = self.drawn.shape[0], self.calls
         self.calls += 1
         self.picked.clear()
