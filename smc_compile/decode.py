@@ -24,7 +24,6 @@ from smc_compile.program.caller_caches import names_a_cache, own_copy, refuse_re
 from smc_compile.program.callers_generator import with_generator
 from smc_compile.program.capture import CapturedCall
 from smc_compile.program.dynamo_refusals import FailedLoop, Untraceable, dynamo_errors, failed_loop
-from smc_compile.program.forced_run import models_as_they_are
 from smc_compile.program.from_loop import program_for, prompt_of
 from smc_compile.program.iteration_count import PROBE, IterationCount, find_iteration_count
 from smc_compile.program.model_calls import traceable
@@ -127,7 +126,7 @@ class CompiledLoop:
         count = self._count
         iterations = count.iterations(bound.arguments[count.name], prompt_length(bound))
         short = self._with_value(traced, count.name, count.value(PROBE, prompt_length(traced)))
-        with dynamo_errors(), models_as_they_are():
+        with dynamo_errors():
             call = code.captured(short)
         found = call.finder.loop_for(call.arguments) if call is not None else None
         if call is None or found is None:
@@ -155,7 +154,7 @@ class CompiledLoop:
         def look(name: str, value: int) -> DecodeLoop | SMCError | None:
             changed = self._with_value(bound, name, value)
             try:
-                with dynamo_errors(), models_as_they_are():
+                with dynamo_errors():
                     call = code.captured(changed)
                 return call.finder.loop_for(call.arguments) if call is not None else None
             except Untraceable:  # so it is for other values

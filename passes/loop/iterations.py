@@ -75,7 +75,7 @@ class Iterations:
         what = f"Iteration {iteration} of the decode loop reads tokens other than as the whole sequence so far."
         found = f"{describe(node)} reads `{source.name}`, which holds {self.spell(reading.columns)}"
         expected = f"prompt[0:{self.layouts.prompt_length}] + tokens[0:{iteration}]"
-        whole = any(self.reads_history(*pair, iteration) for pair in self.layouts.readings)
+        whole = any(self.reads_history(reader, read, iteration) for reader, read in self.layouts.readings)
         fix = READS_TEXT if whole else NO_CACHE
         kind: type[LoopError] = LoopError
         if reading.columns and reading.columns[: self.length(iteration)] == self.history[: self.length(iteration)]:

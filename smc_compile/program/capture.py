@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from smc_compile.program.callables import own_code
+from smc_compile.program.forced_run import models_as_they_are
 from smc_compile.program.loop_finder import LoopFinder
 
 
@@ -52,14 +53,15 @@ class Capture:
             Exception: what Dynamo raises for code that it cannot trace, or the function itself while it is traced.
         """
         try:
-            self._traced(*args, **kwargs)
+            with models_as_they_are():
+                self._traced(*args, **kwargs)
         except _Captured as found:
             return found.call
         return None
 
     def result(self, outputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
         """What the function returns for arguments that were captured before, with ``outputs`` as those of its graph."""
-        with self._answering(outputs):
+        with self._answering(outputs), models_as_they_are():
             return self._traced(*args, **kwargs)
 
     @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
+import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from smc_compile.errors import LoopError
+from smc_compile.program.callables import cells_of
 
 _lock = threading.RLock()  # the models of a run answer to it alone, and no trace of them is made meanwhile
 
@@ -130,12 +132,29 @@ def forced_run(
     outputs: Outputs,
 ) -> Any:
     """What ``function`` returns when its models make it draw ``text``."""
-    with _lock, torch.compiler.set_stance("force_eager"), answering(models, text, outputs), _Watched(text):
+    with _lock, _uncompiled(function, args), answering(models, text, outputs), _Watched(text):
         result = function(*args, **kwargs)
     text.require_last()
     if text.calls == 0 and not text.left:
         raise not_replaceable("the function called no module with the tokens")
     return result
+
+
+@contextmanager
+def _uncompiled(function: Callable[..., Any], args: Sequence[Any]) -> Iterator[None]:
+    """Inside, functions that were compiled by themselves and that ``function`` may call run as they are written.
+
+    That holds for all threads, and so only where there is such a function.
+    """
+    reach = [*args]
+    if isinstance(function, types.FunctionType):
+        reach += [function.__globals__.get(name) for name in function.__code__.co_names]
+        reach += [cell.cell_contents for cell in cells_of(function).values()]
+    if any(hasattr(value, "_torchdynamo_orig_callable") for value in reach):
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield
 
 
 class _Watched(TorchFunctionMode):
