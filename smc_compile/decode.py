@@ -27,7 +27,6 @@ from smc_compile.program.callers_generator import with_generator
 from smc_compile.program.capture import CapturedCall
 from smc_compile.program.dynamo_refusals import FailedLoop, Untraceable, dynamo_errors, failed_loop
 from smc_compile.program.even_loops import Doubt, find_doubt
-from smc_compile.program.forced_run import models_as_they_are
 from smc_compile.program.from_loop import program_for, prompt_of
 from smc_compile.program.iteration_count import PROBE, IterationCount, find_iteration_count
 from smc_compile.program.loop_finder import LoopFinder
@@ -163,7 +162,7 @@ class CompiledLoop:
 
     def _captured(self, traced: inspect.BoundArguments, exact: bool = False) -> tuple[CapturedCall, DecodeLoop]:
         """The loop that Dynamo sees in a few iterations, ``exact``ly those of this prompt length or any."""
-        with dynamo_errors(), models_as_they_are():
+        with dynamo_errors():
             call = self._code.captured(self._counting(traced, PROBE))
         found = call.finder.loop_for(call.arguments, exact) if call is not None else None
         if call is None or found is None:
@@ -201,7 +200,7 @@ class CompiledLoop:
             asked = traced if cached else self._with_prompts(bound, length)
             asked = self._counting(asked, n - count.extra)
             log.info("%d iterations are traced: %s", n, doubt)
-            with dynamo_errors(), models_as_they_are():
+            with dynamo_errors():
                 return rehearsal.loop(lambda code: code.captured(asked), opaque, doubt or PINNED)
 
         traces = Traces(
@@ -242,7 +241,7 @@ class CompiledLoop:
         def look(name: str, value: int) -> DecodeLoop | SMCError | None:
             changed = self._with_value(bound, name, value)
             try:
-                with dynamo_errors(), models_as_they_are():
+                with dynamo_errors():
                     call = code.captured(changed)
                 return call.finder.loop_for(call.arguments) if call is not None else None
             except Untraceable:  # so it is for other values

@@ -14,7 +14,6 @@ from smc_compile.passes.fx_tools import describe, op_name
 from smc_compile.passes.loop.iterations import Iterations
 from smc_compile.passes.loop.leaves import Leaf, flatten
 from smc_compile.passes.loop.lengths import Lengths, Sample, Uneven, fit_all, is_integer
-from smc_compile.passes.loop.refusals import NO_CACHE
 from smc_compile.passes.loop.tensor_info import plain_tensor
 
 Varying = dict[Leaf, dict[int, int]]  # integer of iteration 0 -> its values in the iterations where it differs
@@ -133,5 +132,5 @@ def _unlike(first: fx.Node, other: fx.Node, iteration: int, value: str, counterp
     return LoopError(
         "The iterations of the decode loop are not alike, so it cannot be compiled as one step.",
         f"{describe(first)} has {value} in iteration 0 but {counterpart} in iteration {iteration}, {describe(other)}",
-        f"make every iteration do the same: no values that change with the iteration number, and {NO_CACHE}",
+        "make every iteration do the same: no values and no branches that change with the iteration number",
     )

@@ -12,7 +12,7 @@ from torch import fx
 from smc_compile.errors import LoopError
 from smc_compile.passes.fx_tools import describe, mutated_inputs, op_name
 from smc_compile.passes.loop.needs_value import EndInLoop
-from smc_compile.passes.loop.refusals import NO_CACHE, NO_END
+from smc_compile.passes.loop.refusals import NO_CACHE, NO_END, READS_TEXT
 from smc_compile.passes.loop.tensor_info import tensor_info
 from smc_compile.passes.loop.token_labels import Layouts
 
@@ -83,7 +83,8 @@ class Iterations:
         what = f"Iteration {iteration} of the decode loop reads tokens other than as the whole sequence so far."
         found = f"{describe(node)} reads `{source.name}`, which holds {self.spell(reading.columns)}"
         expected = self.spell(self.text(iteration))
-        fix = NO_CACHE
+        whole = any(self.reads_history(reader, read, iteration) for reader, read in self.layouts.readings)
+        fix = READS_TEXT if whole else NO_CACHE
         kind: type[LoopError] = LoopError
         if reading.columns and reading.columns[: self.length(iteration)] == self.text(iteration):
             fix = "give the model the filled part of the buffer only, model(buf[:, :length])[:, -1]"

@@ -23,8 +23,12 @@ NO_CACHE = (
     "the compiler inserts the cache itself"
 )
 NO_END = (
-    "an end of the text may leave the loop (if token == eos: break) and may fill up rows that have ended "
-    "(torch.where(done, pad, token)); what else reads the text goes to generate(..., logits_processor=[...])"
+    "for an end of the text pass eos_token_id, or use @smc_compile.decode: there a token may leave the loop (if token "
+    "== eos: break), and rows that have ended may be filled up (torch.where(done, pad, token)); what else reads the "
+    "text goes to generate(..., logits_processor=[...])"
+)
+READS_TEXT = (
+    "what reads the text besides the model goes to smc_compile.generate(model, draft, ids, logits_processor=[...])"
 )
 FROM_IDS = "make masks and positions inside of the function, torch.ones_like(ids) or torch.arange(ids.shape[1])"
 
@@ -110,8 +114,13 @@ def refuse_padding(
         info, real = tensor_info(node), plain_tensor(value)
         if node is prompt or node in ones or info is None or info.shape != shape or not node.users or real is None:
             continue
-        if info.dtype in (*TOKEN_DTYPES, torch.bool) and bool(((real == 0) | (real == 1)).all()):
+        if info.dtype in (*TOKEN_DTYPES, torch.bool) and _hides(real):
             raise hidden_tokens(f"`{node.name}` {tuple(shape)}")
+
+
+def _hides(mask: torch.Tensor) -> bool:
+    """Whether a mask is one, of zeros and ones, and hides something."""
+    return bool(((mask == 0) | (mask == 1)).all()) and bool((mask == 0).any())
 
 
 def hidden_tokens(where: str) -> LoopError:

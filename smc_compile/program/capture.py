@@ -15,6 +15,7 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from smc_compile.program.callables import own_code
 from smc_compile.program.dynamo_limits import without_limit
+from smc_compile.program.forced_run import models_as_they_are
 from smc_compile.program.guards import model_state
 from smc_compile.program.loop_finder import LoopFinder
 from smc_compile.program.lru import LRU
@@ -74,9 +75,9 @@ class Capture:
             return self._call(*args, **kwargs)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        models = reachable_models(self._function, [*args, *kwargs.values()])
-        key = tuple(model_state(model) for model in models)
-        with without_limit():
+        with models_as_they_are(), without_limit():
+            models = reachable_models(self._function, [*args, *kwargs.values()])
+            key = tuple(model_state(model) for model in models)
             return self._traced.get_or_make(key, self._compiled)(*args, **kwargs)
 
     def _compiled(self) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
+import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -18,8 +19,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from smc_compile.errors import LoopError
+from smc_compile.program.callables import cells_of
 
 _lock = threading.RLock()  # the models of a run answer to it alone, and no trace of them is made meanwhile
 
@@ -57,6 +60,7 @@ class ForcedText:
     left: list[int]
     branches: dict[int, str]
     calls: int = 0
+    picked: list[Tensor] = field(default_factory=list)  # [B] each, what is drawn behind the latest call
 
     def next_logits(self, given: Sequence[Tensor]) -> Tensor:
         """[B, V]: logits that leave the token behind the text; one of the integers that a model is ``given`` is that
@@ -65,15 +69,16 @@ class ForcedText:
         Raises:
             LoopError: the loop does something else than what was traced.
         """
-        self._require_text(given)
         if self.left:
             raise LoopError(
                 "A branch on a token does something else than to end the loop.",
                 f"{self.branches[self.left[0]]}: the loop went on after it had gone another way than in the trace",
                 "end the loop there with break or return, or write what it does as tensor code (torch.where)",
             )
+        self._require_text(given)
         batch, drawn = self.drawn.shape[0], self.calls
         self.calls += 1
+        self.picked.clear()
         if drawn > self.known:
             raise LoopError(
                 "The loop draws more tokens than it seems to.",
@@ -84,6 +89,20 @@ class ForcedText:
         if drawn == self.known:  # a call whose logits nothing is drawn from
             return logits.fill_(math.nan)
         return logits.scatter_(1, self.drawn[:, drawn : drawn + 1], 0.0)
+
+    def require_last(self) -> None:
+        """No call of the model shows what became of the last token: what was drawn must be that token.
+
+        Raises:
+            LoopError: it is another.
+        """
+        at = self.calls - 1
+        if 0 <= at < self.known and self.picked and not any(torch.equal(p, self.drawn[:, at]) for p in self.picked):
+            raise LoopError(
+                "The loop draws other tokens than those that its distribution gives.",
+                f"of logits that leave {self.drawn[:, at].tolist()} it draws {self.picked[-1].tolist()}",
+                "draw with torch.multinomial or argmax from the model's logits, without adding up or averaging them",
+            )
 
     def _require_text(self, given: Sequence[Tensor]) -> None:
         text = torch.cat([self.prompt, self.appended[:, : self.calls]], 1)
@@ -113,11 +132,44 @@ def forced_run(
     outputs: Outputs,
 ) -> Any:
     """What ``function`` returns when its models make it draw ``text``."""
-    with _lock, torch.compiler.set_stance("force_eager"), answering(models, text, outputs):
+    with _lock, _uncompiled(function, args), answering(models, text, outputs), _Watched(text):
         result = function(*args, **kwargs)
+    text.require_last()
     if text.calls == 0 and not text.left:
         raise not_replaceable("the function called no module with the tokens")
     return result
+
+
+@contextmanager
+def _uncompiled(function: Callable[..., Any], args: Sequence[Any]) -> Iterator[None]:
+    """Inside, functions that were compiled by themselves and that ``function`` may call run as they are written.
+
+    That holds for all threads, and so only where there is such a function.
+    """
+    reach = [*args]
+    if isinstance(function, types.FunctionType):
+        reach += [function.__globals__.get(name) for name in function.__code__.co_names]
+        reach += [cell.cell_contents for cell in cells_of(function).values()]
+    if any(hasattr(value, "_torchdynamo_orig_callable") for value in reach):
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield
+
+
+class _Watched(TorchFunctionMode):
+    """Inside, what is drawn is noted."""
+
+    def __init__(self, text: ForcedText) -> None:
+        super().__init__()
+        self.text = text
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        drawn = getattr(func, "__name__", "") in ("multinomial", "argmax")
+        if drawn and isinstance(result, Tensor) and result.numel() == self.text.drawn.shape[0]:
+            self.text.picked.append(result.flatten().clone())
+        return result
 
 
 @contextmanager

@@ -80,7 +80,8 @@ def drawn(logits: Tensor) -> Tensor:
 
 def plain(model: nn.Module, ids: Tensor, n: int, sample: Sample = greedy) -> Tensor:
     for _ in range(n):
-        ids = torch.cat([ids, sample(model(ids))], 1)
+        out = model(ids)
+        ids = torch.cat([ids, sample(getattr(out, "logits", out))], 1)
     return ids
 
 
@@ -400,16 +401,6 @@ def greedy_at_first(model, ids, n):
     return ids
 
 
-def eos_ids(model, ids, n):
-    x, cache, ended = ids, None, torch.zeros(ids.shape[0], 1, dtype=torch.bool)
-    for _ in range(n):
-        logits, cache = model(x, cache)
-        x = torch.where(ended, 2, drawn(logits))
-        ended = ended | (x == 2)
-        ids = torch.cat([ids, x], 1)
-    return ids
-
-
 def in_parts(model, ids, n):
     _, cache = model(ids[:, :-1], None)
     x = ids[:, -1:]
@@ -442,7 +433,6 @@ REFUSED = {
     thrown_away: (handed, "does not compute what the model computes on all tokens so far"),
     another_temperature: (handed, "does not compute what the model computes on all tokens so far"),
     greedy_at_first: (handed, "do not draw their tokens alike"),
-    eos_ids: (handed, "pass eos_token_id instead"),
     in_parts: (handed, "reads tokens other than as the whole sequence"),
     returned: (handed, "Only tokens can be returned"),
     stays_at_one_position: (slots, "does not compute what the model computes on all tokens so far"),
@@ -455,6 +445,40 @@ def test_what_is_refused(loop):
     make, reason = REFUSED[loop]
     with pytest.raises(LoopError, match=reason):
         decode(loop, **OPTIONS, draft=TableLM(17).double())(make(), prompt(), N)
+
+
+@untraced
+def test_a_loop_with_a_cache_may_end_its_texts():
+    """Rows that have ended are filled up, and the loop ends with the last of them; a cache goes on meanwhile."""
+
+    def filled(model, ids, n, eos):
+        x, cache, ended = ids, None, torch.zeros(ids.shape[0], 1, dtype=torch.bool)
+        for _ in range(n):
+            logits, cache = model(x, cache)
+            x = torch.where(ended, 2, greedy(logits))
+            ended = ended | (x == eos)
+            ids = torch.cat([ids, x], 1)
+            if ended.all():
+                break
+        return ids
+
+    def stops(model, ids, n, eos):
+        x, past = ids, None
+        for _ in range(n):
+            out = model(x, past_key_values=past, use_cache=True)
+            past, x = out.past_key_values, greedy(out.logits)
+            if x.item() == eos:
+                break
+            ids = torch.cat([ids, x], dim=-1)
+        return ids
+
+    for loop, model, ids in ((filled, handed(), prompt()), (stops, llama(), prompt(1))):
+        compiled = decode(loop, compiler="eager")
+        with torch.no_grad():
+            text = plain(model if loop is stops else Whole(model), ids, N)
+            for eos in (int(text[0, P + 2]), 99):
+                assert torch.equal(compiled(model, ids, N, eos), loop(model, ids, N, eos))
+        assert compiled.loop.cached is not None
 
 
 @untraced

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from helpers.model_parts import perturbed
@@ -33,10 +35,11 @@ def greedy(model: nn.Module, ids: Tensor, n: int) -> Tensor:
     return ids
 
 
-def branching(model: nn.Module, ids: Tensor, n: int) -> Tensor:
+def hurried(model: nn.Module, ids: Tensor, n: int) -> Tensor:
+    start = time.time()
     for _ in range(n):
         ids = torch.cat([ids, torch.multinomial(torch.softmax(model(ids)[:, -1], -1), 1)], 1)
-        if (ids[:, -1] == 0).all():
+        if time.time() - start > 9:
             break
     return ids
 
@@ -96,7 +99,7 @@ def test_what_decode_has_compiled_can_be_explained():
 @pytest.mark.parametrize(
     ("function", "model", "kind", "word"),
     [
-        (branching, MODEL, LoopError, "control flow that depends on data"),
+        (hurried, MODEL, LoopError, "looks at the clock"),
         (loop, REFUSED["bidirectional"][0](vocab=4), CacheError, "attention"),
         (lambda model, ids, n: ids + n, MODEL, LoopError, "no argument counts the iterations"),
     ],

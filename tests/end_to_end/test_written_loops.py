@@ -604,3 +604,18 @@ def test_several_generators_are_refused():
     two = torch.Generator(), torch.Generator()
     with pytest.raises(LoopError, match="several generators"):
         decode(with_two, method="autoregressive", **QUICK)(MODEL, ONE, N, *two)
+
+
+def test_a_draw_that_cannot_be_made_for_it_is_refused():
+    """The mean of the logits that leave one token is no number: the last token shows in no call of the model."""
+
+    def centred(model, ids, n):
+        for _ in range(n):
+            logits = model(ids)[:, -1]
+            token = (logits - logits.mean(-1, keepdim=True)).argmax(-1, keepdim=True)
+            ids = torch.cat([ids, token], 1)
+        return ids.tolist()
+
+    for n in (1, 2, N):
+        with pytest.raises(LoopError, match=r"draws other tokens|gives its model other tokens"):
+            decode(centred, **QUICK)(MODEL, ONE, n)

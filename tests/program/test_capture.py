@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from threading import Thread
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from smc_compile.errors import OptionError
 from smc_compile.program.capture import Capture, CapturedCall
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -82,11 +80,6 @@ def test_the_functions_own_error_is_raised() -> None:
 
     with pytest.raises(Exception, match="mine"):
         Capture(failing).captured(X)
-
-
-def test_what_is_no_function_is_refused() -> None:
-    with pytest.raises(OptionError, match="plain Python function"):
-        Capture(partial(scaled, X))
 
 
 def test_an_answer_is_for_the_thread_that_made_it() -> None:

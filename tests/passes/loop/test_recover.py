@@ -462,7 +462,7 @@ def test_refuses_an_end_of_sequence_mask():
     error = refusal(fn, prompt())
     assert "`eq`" in error.why
     assert "token == 5" in error.why
-    assert "may fill up rows that have ended" in error.fix
+    assert "eos_token_id" in error.fix
 
 
 def test_refuses_an_end_of_sequence_mask_in_place():

@@ -388,7 +388,7 @@ def test_refuses_a_condition_on_tokens():
 
     error = refusal(fn, bigram, prompt(), 5)
     assert "only count iterations" in error.what
-    assert "eos_token_id" in error.fix
+    assert "i < limit" in error.fix
 
 
 def test_refuses_a_limit_that_is_data():
