@@ -228,7 +228,7 @@ class CompiledLoop:
             writes = [name for name in call.writes if not name.startswith(tuple(caches))]
             assert self._count is not None
             text, counter = next(iter(prompts(traced)), None), self._count.name
-            read = find_doubt(self._function, traced.arguments, text, counter)
+            read = find_doubt(self._function, traced.arguments, text, counter, isinstance(self._code, Written))
             written = Doubt(f"{writes[0]} is changed by the loop, which may read it") if writes else None
             self._doubts[call.finder] = written or read
         return self._doubts[call.finder]

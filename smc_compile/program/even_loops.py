@@ -58,6 +58,7 @@ _SAME = frozenset([Kind.FIXED, Kind.NONE])
 _ODD = frozenset([Kind.UNKNOWN, Kind.CACHE, Kind.CHOICE])  # no tensor code is known to take these
 _STILL = frozenset([Kind.FIXED, Kind.NONE, Kind.ROW])
 _PLAIN = (int, float, complex, bool, str, bytes, type(...), torch.dtype, torch.device, torch.Size)
+_BARS = ("tqdm", "rich")  # packages that show how far a loop is
 _LIBRARIES = ("torch", "transformers")  # properties of their objects are read
 _DEPTH = 5  # functions that call functions
 _PASSES = 8  # over a loop, until the kinds of its variables settle
@@ -94,7 +95,7 @@ class _Doubtful(Exception):
 
 
 def find_doubt(
-    function: Callable[..., Any], arguments: Mapping[str, Any], prompt: str | None, counter: str
+    function: Callable[..., Any], arguments: Mapping[str, Any], prompt: str | None, counter: str, values: bool = False
 ) -> Doubt | None:
     """The first line of a loop that may do something else in an iteration that was not traced; None without one.
 
@@ -102,11 +103,13 @@ def find_doubt(
         arguments: those of a call, by name.
         prompt: the name of the one that is the text.
         counter: the name of the one that counts the iterations; it was another number when three were traced.
+        values: whether the trace takes Python values of tokens for tensors, and prints and bars for nothing (see
+            `twin`): they decide nothing then but where a text ends.
     """
     kinds = {name: kind_of(value) for name, value in arguments.items()}
     kinds.update({name: Kind.TEXT for name in (prompt,) if name is not None}, **{counter: Kind.COUNT})
     try:
-        _Reader(function, kinds, _DEPTH, looping=False).read()
+        _Reader(function, kinds, _DEPTH, looping=False, values=values).read()
     except _Doubtful as found:
         return found.doubt
     return None
@@ -183,7 +186,9 @@ def _first_line(node: ast.FunctionDef) -> int:
 class _Reader:
     """Reads one function, with the kinds of its arguments; functions that it calls are read too."""
 
-    def __init__(self, function: Callable[..., Any], kinds: Mapping[str, Fact], depth: int, looping: bool) -> None:
+    def __init__(
+        self, function: Callable[..., Any], kinds: Mapping[str, Fact], depth: int, looping: bool, values: bool
+    ) -> None:
         while hasattr(function, "__wrapped__") and _is_torch_file(function):  # as under @torch.no_grad()
             function = function.__wrapped__
         source = source_of(function) if isinstance(function, types.FunctionType) else None
@@ -195,6 +200,7 @@ class _Reader:
         self.path, self.depth, self.function = function.__code__.co_filename, depth, function
         self.kinds: dict[str, Fact] = dict(kinds)
         self.returned: Fact | None = None
+        self.values = values
         self.looping = looping  # whether this code runs in every iteration
         self.carried: frozenset[str] = frozenset()  # variables that the innermost loop hands on
         self.copies: set[str] = set()  # of such variables
@@ -351,11 +357,21 @@ class _Reader:
 
     def range(self, node: ast.expr) -> None:
         """What a loop runs over must be a range; its bounds must be the same whenever it is reached."""
+        node = self.without_bar(node) if self.values else node
         is_range = isinstance(node, ast.Call) and self.value(node.func) == Known(range) and not node.keywords
         bounds = [self.value(arg) for arg in node.args] if is_range and isinstance(node, ast.Call) else [Kind.UNKNOWN]
         same = (Kind.FIXED, Kind.SIZE, *(() if self.looping else (Kind.COUNT,)))
         if not bounds or any(bound not in same for bound in bounds):
             raise self.doubt(node, "a loop that runs over something else than a plain range")
+
+    def without_bar(self, node: ast.expr) -> ast.expr:
+        """``range(n)`` of ``tqdm(range(n))``."""
+        if isinstance(node, ast.Call) and node.args and isinstance(node.func, ast.Name | ast.Attribute):
+            bar = self.value(node.func)
+            module = getattr(bar.value, "__module__", "") if isinstance(bar, Known) else ""
+            if str(module).partition(".")[0] in _BARS:
+                return node.args[0]
+        return node
 
     # ---- expressions
 
@@ -520,6 +536,8 @@ class _Reader:
     # ---- calls
 
     def call(self, node: ast.Call) -> Fact:
+        if self.values and isinstance(node.func, ast.Name) and self.name(node, node.func.id) == Known(print):
+            return Kind.NONE
         given = [self.value(arg.value if isinstance(arg, ast.Starred) else arg) for arg in node.args]
         named = {keyword.arg: self.value(keyword.value) for keyword in node.keywords}
         if None in named:
@@ -563,7 +581,7 @@ class _Reader:
                 raise self.doubt(node, f"{function.__qualname__} takes any arguments")
             if name not in bound_kinds:
                 bound_kinds[name] = kind_of(parameter.default)
-        reader = _Reader(function, bound_kinds, self.depth - 1, self.looping)
+        reader = _Reader(function, bound_kinds, self.depth - 1, self.looping, self.values)
         reader.after = self.after
         return reader.read()
 
@@ -574,6 +592,8 @@ class _Reader:
         return Kind.ROW if kinds and all(kind in _STILL for kind in kinds) else Kind.OUTPUT
 
     def pure(self, node: ast.Call, function: Any, kinds: Sequence[Fact]) -> Fact:
+        if self.values and function in (int, bool) and len(kinds) == 1 and kinds[0] in (Kind.ROW, Kind.TENSOR):
+            return Kind.TENSOR
         if function is len and len(kinds) == 1:
             if kinds[0] in (Kind.TEXT, Kind.ROW):
                 return Kind.FIXED
@@ -603,6 +623,8 @@ class _Reader:
         return self.value(parts.elts[0]) is Kind.TEXT
 
     def method(self, node: ast.Call, owner: Fact, name: str, kinds: Sequence[Fact]) -> Fact:
+        if self.values and name in ("item", "tolist") and owner in (Kind.ROW, Kind.TENSOR) and not kinds:
+            return Kind.TENSOR
         if owner is Kind.LIST and name == "append" and kinds[0] in _TENSORS:
             return Kind.FIXED
         if owner is Kind.CACHE and name == "get_seq_length":

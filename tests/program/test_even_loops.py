@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from helpers.toys import TableLM
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from smc_compile.program.even_loops import find_doubt, source_of
 
@@ -245,3 +246,33 @@ def test_code_without_its_source_is_doubted():
     assert source_of(growing) is not None
     moved = growing.__code__.replace(co_firstlineno=growing.__code__.co_firstlineno + 1)
     assert source_of(type(growing)(moved, growing.__globals__)) is None
+
+
+# ---- loops whose own code runs beside the compiled one ---------------------------------------------------------------
+
+
+def ends_by_value(model, ids, n):
+    for _ in tqdm(range(n)):
+        token = model(ids)[:, -1].argmax(-1, keepdim=True)
+        print(token)
+        if token.item() == 3 or int(token) in (4, 5):
+            break
+        ids = torch.cat([ids, token], 1)
+    return ids
+
+
+def counts_values(model, ids, n):
+    for i in range(n):
+        token = model(ids)[:, -1].argmax(-1, keepdim=True)
+        ids = torch.cat([ids, token], 1)
+        if i > 4 and token.item() == 3:
+            break
+    return ids
+
+
+@pytest.mark.parametrize(("loop", "values", "doubtful"), [
+    (ends_by_value, True, False), (ends_by_value, False, True), (counts_values, True, True),
+])  # fmt: skip
+def test_values_of_tokens_decide_where_a_text_ends_and_nothing_else(loop, values, doubtful):
+    arguments = {"model": torch.nn.Linear(1, 1), "ids": torch.zeros(1, 2, dtype=torch.int64), "n": 3}
+    assert (find_doubt(loop, arguments, "ids", "n", values) is not None) == doubtful
