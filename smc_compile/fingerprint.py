@@ -83,6 +83,7 @@ class Snapshot:
         self.empty: list[Any] = []  # containers
         self.attributes: list[tuple[Any, str, Any]] = []
         self.names: list[tuple[dict[str, Any], str, Any]] = []  # of globals
+        self.cells: list[tuple[types.CellType, Any]] = []  # of closures
         self.weights: list[tuple[dict[str, Any], str, tuple[Any, ...] | None]] = []
         self.ties: list[tuple[dict[str, Any], str, dict[str, Any], str]] = []
         self.keys: list[tuple[dict[str, Any], tuple[str, ...]]] = []
@@ -98,6 +99,7 @@ class Snapshot:
             and all(len(s) == len(items) and all(map(operator.is_, s, items)) for s, items in self.sequences)
             and all(getattr(o, name, MISSING) is value for o, name, value in self.attributes)
             and all(d.get(name, MISSING) is value for d, name, value in self.names)
+            and all(_held(cell) is value for cell, value in self.cells)
             and all(tuple(d) == keys for d, keys in self.keys)
             and all(described(d.get(name)) == seen for d, name, seen in self.weights)
             and all(d.get(name) is e.get(other) for d, name, e, other in self.ties)
@@ -308,8 +310,8 @@ class StateWalk:
         self.visit(value.__defaults__)
         self.visit(value.__kwdefaults__)
         for name, cell in zip(code.co_freevars, value.__closure__ or (), strict=True):
-            content = getattr(cell, "cell_contents", MISSING)
-            self.snapshot.attributes.append((cell, "cell_contents", content))
+            content = _held(cell)
+            self.snapshot.cells.append((cell, content))
             self.visit(None if content is MISSING else content, name)
         if vars(value):
             self._dict(vars(value))
@@ -361,6 +363,13 @@ class StateWalk:
             elif not library and isinstance(item, (dict, list, tuple, set)):
                 self.snapshot.attributes.append((_Namespace(value), name, item))
                 self.visit(item, name)
+
+
+def _held(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # an empty one raises when read
+        return MISSING
 
 
 class _Namespace:

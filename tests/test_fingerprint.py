@@ -164,3 +164,17 @@ def test_a_change_is_named_by_its_path() -> None:
     before.visit(module)
     module.items[1] = 5
     assert first_difference(module, before.tokens) == "items.1"
+
+
+def test_a_variable_that_is_not_assigned_yet_and_then_is() -> None:
+    def later() -> object:
+        return value
+
+    module, before = nn.Module(), StateWalk()
+    module.function = later
+    before.visit(module)
+    assert before.snapshot.holds()
+    value = 3
+    assert not before.snapshot.holds()
+    assert first_difference(module, before.tokens) == "function.value"
+    assert later() == value
