@@ -13,7 +13,7 @@ from torch import Tensor
 
 import smc_compile
 
-LOOPS, CALLS = 24, 10
+LOOPS, CALLS = 6, 20
 pytestmark = pytest.mark.usefixtures("untraced_regions")
 
 
@@ -53,6 +53,7 @@ def outcomes(seed: int, loops: int, calls: int) -> tuple[Counter[str], list[str]
     return counts, wrong
 
 
+@pytest.mark.slow
 def test_no_result_differs_from_the_plain_loops() -> None:
     counts, wrong = outcomes(seed=0, loops=LOOPS, calls=CALLS)
     print(dict(counts))
