@@ -104,8 +104,17 @@ def erase_dead_code(graph: fx.Graph) -> bool:
 # ---- what a node computes --------------------------------------------------------------------------------------------
 
 
+# What changes the state of the process, and computes nothing.
+_SWITCHES = frozenset(
+    ["_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode",
+     "manual_seed", "set_rng_state", "set_default_dtype"]
+)  # fmt: skip
+
+
 def call_node(node: fx.Node, args: Iterable[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What the function or method of a node returns for these arguments."""
+    """What the function or method of a node returns for these arguments; a switch of torch's state is not called."""
+    if op_name(node) in _SWITCHES:
+        return None
     if node.op == "call_method":
         receiver, *rest = args
         return getattr(receiver, str(node.target))(*rest, **kwargs)

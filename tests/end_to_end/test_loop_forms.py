@@ -332,3 +332,16 @@ def test_autocast_that_is_off_changes_nothing_and_one_that_is_on_is_refused():
     compiled_is_written(cast, MODEL, IDS, N, False)
     with pytest.raises(LoopError, match="switches autocast on"):
         decode(cast, **QUICK)(TinyTransformerLM(V), IDS, N, True)
+
+
+def test_a_loop_that_is_refused_leaves_autocast_as_it_was():
+    def narrow(model, ids, n):
+        for _ in range(n):
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = model(ids)[:, -1]
+            ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
+        return ids
+
+    with pytest.raises(LoopError, match="autocast"):
+        decode(narrow, compiler="eager", method="autoregressive")(TableLM(5), torch.tensor([[1, 2, 3]]), 3)
+    assert not torch.is_autocast_enabled("cpu")

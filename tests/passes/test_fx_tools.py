@@ -10,6 +10,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from smc_compile.passes import fx_tools
+from smc_compile.passes.fx_tools import call_node
 
 aten = torch.ops.aten
 
@@ -137,3 +138,19 @@ def test_ancestors_and_descendants_include_the_node_and_come_in_order(graph, x):
     assert sorted(fx_tools.descendants(a)) == [a, b, c]
     assert sorted(fx_tools.ancestors(a, y)) == [x, y, a]
     assert fx_tools.reachable([c], lambda node: node.all_input_nodes if node is c else ()) == {c, y, b}
+
+
+@pytest.mark.parametrize(
+    ("switch", "arguments"),
+    [
+        (torch.amp.autocast_mode._enter_autocast, ("cpu", torch.bfloat16, True, None)),
+        (torch._C._set_grad_enabled, (False,)),
+        (torch.manual_seed, (3,)),
+    ],
+)
+def test_a_switch_of_torchs_state_is_not_called(switch, arguments):
+    """Graphs are interpreted to learn what they compute; the process goes on as it was."""
+    before = torch.is_autocast_enabled("cpu"), torch.is_grad_enabled(), torch.initial_seed()
+    node = fx.Graph().call_function(switch, arguments)
+    assert call_node(node, arguments, {}) is None
+    assert (torch.is_autocast_enabled("cpu"), torch.is_grad_enabled(), torch.initial_seed()) == before

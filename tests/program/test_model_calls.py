@@ -61,7 +61,7 @@ def test_logits_are_unwrapped_and_no_cache_is_asked_for() -> None:
     ("result", "found"),
     [
         (torch.zeros(1, 5), r"shape \(1, 5\)"),
-        ((torch.zeros(1, 5, 7), None), "tuple"),
+        ((None, torch.zeros(1, 5, 7)), "tuple"),
         (SimpleNamespace(logits=torch.zeros(5)), r"shape \(5,\)"),
         (SimpleNamespace(hidden=torch.zeros(1, 5, 7)), "SimpleNamespace"),
         (None, "NoneType"),

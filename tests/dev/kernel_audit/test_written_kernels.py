@@ -26,6 +26,7 @@ def small_flush() -> Iterator[None]:
 def test_every_op_of_the_package_is_in_the_list() -> None:
     names = torch._C._dispatch_get_all_op_names()
     ours = {name.partition("::")[2] for name in names if name.startswith("smc_compile::")}
+    ours -= {"branch"}  # a mark in a trace, which is never run (see passes.loop.branches)
     assert {entry.name for entry in WRITTEN_BY_HAND} == ours
 
 
