@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import smc_compile
@@ -18,6 +20,16 @@ CONFIGS = {
     "int8 weights and activations": quantization.Int8DynamicActivationInt8WeightConfig,
 }
 PROMPT = torch.tensor([[3, 1, 4, 1, 5]])
+
+
+@pytest.fixture(autouse=True)
+def settings_do_not_stay() -> Iterator[None]:
+    """The library sets options of Inductor for the whole process when it quantises."""
+    before = inductor_config.get_config_copy()
+    yield
+    for name, value in inductor_config.get_config_copy().items():
+        if value != before[name]:
+            setattr(inductor_config, name, before[name])
 
 
 def llama(name: str | None = None, layers: int = 1, seed: int = 0) -> nn.Module:
