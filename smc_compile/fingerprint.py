@@ -13,14 +13,18 @@ of its file and the names that they use. What torch and the standard library hol
 
 from __future__ import annotations
 
+import array
+import contextvars
 import enum
 import functools
 import hashlib
 import operator
+import os
 import sys
+import threading
 import types
 from collections import deque
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -38,6 +42,10 @@ WRITTEN = (float, complex, slice, range, np.generic)  # compared as they are wri
 FIXED = {*sys.stdlib_module_names, "torch", "numpy", "triton", "sympy", "rich", "tqdm"}  # packages
 FIXED_CODE = {*FIXED, __name__.partition(".")[0]}  # and this one
 STORES = ("types", "collections", "argparse")  # modules whose objects hold what the user put into them
+BUFFERS = (bytearray, array.array, memoryview)
+ENVIRONMENT = type(os.environ)
+OF_A_THREAD = (threading.local, contextvars.ContextVar)
+BY_ANY_NAME = ("getattr", "vars", "globals", "__dict__")  # code that names these may read what it does not name
 MISSING = object()
 Replaced = TypeVar("Replaced", bound=Callable[..., Any])
 
@@ -171,15 +179,15 @@ class StateWalk:
     def _take_apart(self, value: Any, kind: type) -> None:
         if isinstance(value, Tensor):
             self._tensor(value)
-        elif isinstance(value, np.ndarray):
-            self.add(_content(value))
+        elif isinstance(value, (np.ndarray, *BUFFERS, ENVIRONMENT)):
+            self._by_content(value)
+        elif isinstance(value, OF_A_THREAD):
             self.snapshot.arrays.append((value, _content(value)))
-        elif isinstance(value, dict):
-            self._dict(value)
-        elif isinstance(value, (list, tuple, deque)):
-            self._sequence(value)
-        elif isinstance(value, (set, frozenset)):
-            self._set(value)
+            for name, item in _of_this_thread(value):
+                self.add((kind, name))
+                self.visit(item, name)
+        elif isinstance(value, (dict, list, tuple, deque, set, frozenset)):
+            self._container(value)
         elif isinstance(value, types.FunctionType):
             self._function(value)
         elif isinstance(value, types.MethodType):
@@ -200,8 +208,7 @@ class StateWalk:
 
     def _tensor(self, value: Tensor) -> None:
         if self.by_content:
-            self.add(_content(value))
-            self.snapshot.arrays.append((value, _content(value)))
+            self._by_content(value)
         else:
             self.add((Same(value), described(value)))
             held = {"": value}
@@ -224,7 +231,22 @@ class StateWalk:
             self._first.setdefault(id(weight), (values, name, len(self._first)))
             self._path.pop()
 
+    def _by_content(self, value: Any) -> None:
+        content = _content(value)
+        self.add(content)
+        self.snapshot.arrays.append((value, content))
+
     # ---- containers --------------------------------------------------------------------------------------------------
+
+    def _container(self, value: Any) -> None:
+        if isinstance(value, dict):
+            self._dict(value)
+        elif isinstance(value, (set, frozenset)):
+            self._set(value)
+        else:
+            self._sequence(value)
+        if not _is_fixed(type(value)):  # a class of the user's own, which may hold more than items
+            self._object(value, type(value))
 
     def _dict(self, value: dict[Any, Any]) -> None:
         self.add((type(value), len(value)))
@@ -269,7 +291,8 @@ class StateWalk:
         slots = [name for owner in kind.__mro__ for name in _slots(owner) if name not in ("__dict__", "__weakref__")]
         attributes = getattr(value, "__dict__", None)
         if not slots and not isinstance(attributes, dict):
-            self.add(Same(value))
+            if not isinstance(value, (dict, list, tuple, deque, set, frozenset)):
+                self.add(Same(value))
             return
         for name in slots:
             item = getattr(value, name, MISSING)
@@ -320,7 +343,7 @@ class StateWalk:
     def _globals(self, function: types.FunctionType, own: bool) -> None:
         """The globals that a function names. A library's function is followed within its file."""
         space = function.__globals__
-        for name in _names(function.__code__):
+        for name in _names_in(function.__code__, space) if own else _names(function.__code__):
             item = space.get(name, MISSING)
             if item is MISSING:
                 continue
@@ -335,34 +358,34 @@ class StateWalk:
     def _module(self, module: types.ModuleType, code: types.CodeType, own: bool) -> None:
         """What code reads from a module of the user."""
         self.add(Same(module))
+        if module is os and {"environ", "getenv"} & set(_names(code)):
+            self._by_content(os.environ)
         source = getattr(module, "__file__", None)
         if not own or source is None or _is_library(source) or _package(module.__name__) in FIXED:
             return
-        for name in _names(code):
+        for name in _names_in(code, vars(module)):
             item = vars(module).get(name, MISSING)
             if item is not MISSING and not isinstance(item, types.ModuleType):
                 self.snapshot.names.append((vars(module), name, item))
                 self.visit(item, f"{module.__name__}.{name}")
 
     def _class(self, value: type) -> None:
-        """A class: its functions and its plain attributes."""
+        """A class: its functions and its other attributes; of a library's class, its functions."""
         self.add(Same(value))
         if _package(value.__module__) in FIXED_CODE:
             return
         library = _is_library(getattr(sys.modules.get(value.__module__), "__file__", None) or "")
         if library and "forward" not in vars(value):
             return
+        self.snapshot.keys.append((vars(value), tuple(vars(value))))  # type: ignore[arg-type]
         for name, item in list(vars(value).items()):
             if name.startswith("__") and name not in ("__call__", "__getattr__", "__torch_function__"):
                 continue
-            item = item.__func__ if isinstance(item, (staticmethod, classmethod)) else item
-            item = item.fget if isinstance(item, property) else item
-            if isinstance(item, types.FunctionType) or (not library and type(item) in (*PLAIN, float, complex)):
-                self.snapshot.attributes.append((_Namespace(value), name, vars(value)[name]))
-                self.visit(item, name)
-            elif not library and isinstance(item, (dict, list, tuple, set)):
+            found = item.__func__ if isinstance(item, (staticmethod, classmethod)) else item
+            found = found.fget if isinstance(found, property) else found
+            if isinstance(found, types.FunctionType) or not library:
                 self.snapshot.attributes.append((_Namespace(value), name, item))
-                self.visit(item, name)
+                self.visit(found, name)
 
 
 def _held(cell: types.CellType) -> Any:
@@ -409,6 +432,20 @@ def _names(code: types.CodeType) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*code.co_names, *(name for const in inner for name in _names(const))]))
 
 
+def _names_in(code: types.CodeType, space: Mapping[str, Any]) -> Iterable[str]:
+    """The names in some code; all data of a space of names, where the code may read it by a name that it makes."""
+    names = _names(code)
+    if not set(BY_ANY_NAME) & set(names):
+        return names
+    return dict.fromkeys([*names, *(name for name, item in list(space.items()) if _is_data(item))])
+
+
+def _is_data(value: Any) -> bool:
+    """Plain values, and what holds values."""
+    held = (dict, list, tuple, set, frozenset, deque, np.ndarray, *BUFFERS, *OF_A_THREAD, types.SimpleNamespace)
+    return type(value) in PLAIN or isinstance(value, (*WRITTEN, *held))
+
+
 @functools.lru_cache(maxsize=10_000)
 def _is_library(filename: str) -> bool:
     """Whether a file belongs to an installed package."""
@@ -422,11 +459,22 @@ def _content(value: Any) -> Hashable:
     """What a tensor, an array or a set holds."""
     if isinstance(value, set):
         return frozenset(map(id, value))
+    if isinstance(value, ENVIRONMENT):
+        return tuple(value.items())
+    if isinstance(value, OF_A_THREAD):
+        return tuple((name, id(item)) for name, item in _of_this_thread(value))
+    if isinstance(value, BUFFERS):
+        return type(value), hashlib.sha256(bytes(value)).hexdigest()
     if isinstance(value, np.ndarray):
         data = repr(value.tolist()).encode() if value.dtype == object else value.tobytes()
         return np.ndarray, value.shape, str(value.dtype), hashlib.sha256(data).hexdigest()
     flat = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     return Tensor, tuple(value.shape), str(value.dtype), hashlib.sha256(flat.tobytes()).hexdigest()
+
+
+def _of_this_thread(value: Any) -> list[tuple[str, Any]]:
+    """What a thread's variable holds in this thread and context."""
+    return list(vars(value).items()) if isinstance(value, threading.local) else [(value.name, value.get(None))]
 
 
 def first_difference(value: Any, before: Iterable[Hashable]) -> str:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import array
+import contextvars
 import dataclasses
 import functools
 import logging
 import math
+import os
+import threading
 import types
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -19,6 +23,24 @@ from torch import nn
 from smc_compile.fingerprint import StateWalk, fingerprint, first_difference
 
 FACTOR = 2.0
+NESTED = {"a": [{"b": 1.0}]}
+IN_CONTEXT = contextvars.ContextVar("in_context", default=1.0)
+IN_THREAD = threading.local()
+IN_THREAD.value = 1.0
+
+
+class Options:
+    """Settings as people keep them: on a class, in objects on it, in classes inside it."""
+
+    scale = 1.0
+    more = types.SimpleNamespace(scale=1.0)
+
+    class Inner:
+        scale = 1.0
+
+
+class Table(dict):  # type: ignore[type-arg]
+    scale = 1.0
 
 
 class Slotted:
@@ -178,3 +200,36 @@ def test_a_variable_that_is_not_assigned_yet_and_then_is() -> None:
     assert not before.snapshot.holds()
     assert first_difference(module, before.tokens) == "function.value"
     assert later() == value
+
+
+READ: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "a class": (lambda m: Options.scale, lambda m: setattr(Options, "scale", Options.scale + 1)),
+    "an object on a class": (lambda m: Options.more.scale, lambda m: setattr(Options.more, "scale", 2.0)),
+    "a class in a class": (lambda m: Options.Inner.scale, lambda m: setattr(Options.Inner, "scale", 2.0)),
+    "a new attribute of a class": (lambda m: getattr(Options, "late", 1), lambda m: setattr(Options, "late", 2)),
+    "an attribute of a dictionary": (lambda m: m.table.scale, lambda m: setattr(m.table, "scale", 2.0)),
+    "bytes": (lambda m: m.bytes[0], lambda m: m.bytes.__setitem__(0, 9)),
+    "an array": (lambda m: m.numbers[0], lambda m: m.numbers.__setitem__(0, 9.0)),
+    "nested globals": (lambda m: NESTED["a"][0]["b"], lambda m: NESTED["a"][0].update(b=NESTED["a"][0]["b"] + 1)),
+    "a context": (lambda m: IN_CONTEXT.get(), lambda m: IN_CONTEXT.set(2.0)),
+    "a thread": (lambda m: IN_THREAD.value, lambda m: setattr(IN_THREAD, "value", 2.0)),
+    "the environment": (lambda m: os.environ.get("SCALE"), lambda m: os.environ.update(SCALE="2")),
+    "a name that is made": (lambda m: globals()["FAC" + "TOR"], lambda m: globals().update(FACTOR=FACTOR + 1)),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_whatever_a_forward_reads_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCALE", "1")
+    module = nn.Module()
+    module.table, module.bytes, module.numbers = Table(a=1), bytearray(b"ab"), array.array("d", [1.0])
+    module.function, change = READ[name]
+    seen, before = module.function(module), StateWalk()
+    before.visit(module)
+    assert before.snapshot.holds()
+    change(module)
+    assert module.function(module) != seen
+    assert not before.snapshot.holds()
+    after = StateWalk()
+    after.visit(module)
+    assert after.tokens != before.tokens
