@@ -245,7 +245,7 @@ class StateWalk:
             self._set(value)
         else:
             self._sequence(value)
-        if not _is_fixed(type(value)):  # a class of the user's own, which may hold more than items
+        if _package(type(value).__module__) not in FIXED:  # a class of the user's own, which may hold more than items
             self._object(value, type(value))
 
     def _dict(self, value: dict[Any, Any]) -> None:
