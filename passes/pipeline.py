@@ -27,16 +27,17 @@ from smc_compile.passes.capture.export_lm import (
     OwnedWeights,
     causal_lm,
     export_step,
-    fewest_positions,
+    lengths_to_compare,
+    longest_comparable,
     require_any_length,
     share_subexpressions,
     untraceable,
 )
 from smc_compile.passes.capture.length_bound import bound_length
+from smc_compile.passes.capture.other_lengths import check_other_lengths
 from smc_compile.passes.capture.picked_rows import handle_all_rows
 from smc_compile.passes.capture.sampler import Sampler, match_sampler
 from smc_compile.passes.capture.sampler_faults import as_sampler_fault
-from smc_compile.passes.capture.short_texts import check_short_texts
 from smc_compile.passes.ir import CachedLM, CausalLM
 from smc_compile.passes.loop.alike import compare_iterations
 from smc_compile.passes.loop.as_written import PaddedIteration, cached_iterations
@@ -153,7 +154,9 @@ def capture(
     lm = passes.run(share_subexpressions, lm)
     lm = passes.run(bound_length, lm)
     lm = passes.run(handle_all_rows, lm)
-    passes.run(check_short_texts, step, lm, fewest_positions(program), [*owned(), *weights], weights)
+    if (longest := longest_comparable(program)) is not None:
+        lm = replace(lm, max_positions=min(longest, lm.max_positions or longest))
+    passes.run(check_other_lengths, step, lm, lengths_to_compare(program), [*owned(), *weights], weights)
     log.debug("captured step\n%s", lm.graph_module.print_readable(print_output=False))
     return lm, owned
 

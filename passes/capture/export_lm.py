@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch._functorch.compile_utils import fx_graph_cse
@@ -18,8 +21,10 @@ from smc_compile.errors import CacheError
 from smc_compile.passes.capture.untouched import untouched
 from smc_compile.passes.fx_tools import erase_dead_code
 from smc_compile.passes.ir import CausalLM
+from smc_compile.passes.length_guards import FURTHEST, holds, is_bound, lengths_off
 
 TRACE_LENGTH = 7  # any length >= 2: the sequence axis is symbolic
+COMPARED = 256  # the longest text on which a step is run to see whether it takes another branch
 
 
 def export_step(step: nn.Module, ids: Tensor, weights: Sequence[Tensor], symbolic: bool = True) -> ExportedProgram:
@@ -83,11 +88,44 @@ def share_subexpressions(lm: CausalLM) -> CausalLM:
     return replace(lm, graph_module=module, ids=copies[lm.ids], weights=tuple(copies[node] for node in lm.weights))
 
 
-def fewest_positions(program: ExportedProgram) -> int:
-    """The shortest sequence that the trace stands for: a branch on the length excludes those that go the other way."""
+def lengths_to_compare(program: ExportedProgram) -> list[int]:
+    """Lengths at which the step may take another branch than the one that was traced, and is cheap to run.
+
+    Those below the shortest that the trace stands for, and those at which a guard fails that bounds nothing: all that
+    are shorter than the traced text, and the first two beyond it.
+    """
+    bounds, guards, symbol = _bounds(program), _unbounding_guards(program), _length(program)
+    fewest = int(bounds.lower) if bounds is not None and bounds.lower.is_Integer else 2
+    most = int(bounds.upper) if bounds is not None and bounds.upper.is_Integer else FURTHEST
+    short = {n for n in range(2, TRACE_LENGTH) for guard in guards if not holds(guard, symbol, n)}
+    far = {n for guard in guards for n in itertools.islice(lengths_off(guard, symbol, TRACE_LENGTH), 2) if n <= most}
+    return sorted({*range(2, fewest), *short, *(n for n in far if n <= COMPARED)})
+
+
+def longest_comparable(program: ExportedProgram) -> int | None:
+    """The longest text below the first one at which a branch may begin that is too long to be compared."""
+    guards, symbol = _unbounding_guards(program), _length(program)
+    far = [n for guard in guards for n in lengths_off(guard, symbol, TRACE_LENGTH) if n > COMPARED]
+    return min(far) - 1 if far else None
+
+
+def _length(program: ExportedProgram) -> Any:
+    """The length of the text as the tracer's symbol, or as a number."""
     length = user_inputs(program)[0].meta["val"].shape[1]
-    bounds = program.range_constraints.get(length.node.expr)
-    return int(bounds.lower) if bounds is not None and bounds.lower.is_Integer else 2
+    return length.node.expr if isinstance(length, torch.SymInt) else length
+
+
+def _bounds(program: ExportedProgram) -> Any:
+    return program.range_constraints.get(_length(program))
+
+
+def _unbounding_guards(program: ExportedProgram) -> list[Any]:
+    """What the tracer noted of branches on the length, but for the bounds, which are in its range."""
+    length, symbol = user_inputs(program)[0].meta["val"].shape[1], _length(program)
+    if not isinstance(symbol, sympy.Symbol):
+        return []
+    guards = [guard.expr for guard in length.node.shape_env.guards]
+    return [guard for guard in guards if symbol in guard.free_symbols and not is_bound(guard, symbol)]
 
 
 def user_inputs(program: ExportedProgram) -> list[fx.Node]:

@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from smc_compile.passes.fx_tools import call_node, op_name
+from smc_compile.passes.length_guards import holds, is_bound, lengths_off
 from smc_compile.passes.loop.leaves import Leaf, flatten, replace_leaves
 from smc_compile.passes.loop.tensor_info import TensorInfo, tensor_info
 
@@ -430,23 +431,18 @@ def longest_text(prompt: fx.Node, every: bool = True) -> int | None:
 
 
 def _last_value(guard: sympy.Basic, symbol: sympy.Symbol, traced: int) -> int | None:
-    """The last value from ``traced`` on up to which a guard holds, found by bisection; None if there is none."""
-    if isinstance(guard, sympy.Ne) and guard.free_symbols == {symbol}:  # one length is told apart from all others
-        difference = guard.lhs - guard.rhs
-        slope = difference.diff(symbol) if difference.is_polynomial(symbol) else sympy.Integer(0)
-        root = symbol - difference / slope if slope.is_Integer and slope != 0 else sympy.Integer(0)
-        root = sympy.simplify(root)
-        return int(root) - 1 if root.is_Integer and root > traced else None
-
-    def holds(value: int) -> bool:
-        return guard.xreplace({symbol: sympy.Integer(value)}) != sympy.false
-
-    low, high = 2, 2**20 + 7
-    if symbol not in guard.free_symbols or holds(high):
+    """The last value from ``traced`` on up to which a guard holds; None if there is none."""
+    if symbol not in guard.free_symbols:
         return None
-    while low < high and not holds(low):  # a guard that begins somewhere
+    if not is_bound(guard, symbol):  # one length is told apart from the others, or some in turn
+        off = next(lengths_off(guard, symbol, traced), None)
+        return off - 1 if off is not None else None
+    low, high = 2, 2**20 + 7
+    if holds(guard, symbol, high):
+        return None
+    while low < high and not holds(guard, symbol, low):  # a guard that begins somewhere
         low += 1
-    while high - low > 1:
+    while high - low > 1:  # by bisection
         middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
+        low, high = (middle, high) if holds(guard, symbol, middle) else (low, middle)
     return low

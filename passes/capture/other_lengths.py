@@ -1,4 +1,4 @@
-"""Short sequences, for which the step may take another branch than the one that was traced."""
+"""Lengths of the text at which the step may take another branch than the one that was traced."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from smc_compile.errors import CacheError
 from smc_compile.passes.ir import CausalLM
 
 
-def check_short_texts(
-    step: nn.Module, lm: CausalLM, fewest: int, weights: Sequence[Tensor], explicit: Sequence[Tensor]
+def check_other_lengths(
+    step: nn.Module, lm: CausalLM, lengths: Sequence[int], weights: Sequence[Tensor], explicit: Sequence[Tensor]
 ) -> None:
-    """Compare ``lm`` with ``step`` at every length below ``fewest``, the shortest that the trace stands for.
+    """Compare ``lm`` with ``step`` on texts of these lengths.
 
     Args:
         weights: those of ``lm``: the step's own and the explicit ones.
@@ -23,9 +23,10 @@ def check_short_texts(
     Raises:
         CacheError: when the two differ, or the graph cannot compute it.
     """
-    ids = torch.arange(lm.batch * fewest).view(lm.batch, fewest) % 2
+    longest = max(lengths, default=0)
+    ids = torch.arange(lm.batch * longest).view(lm.batch, longest) % 2
     ids = ids.to(next((w.device for w in weights), ids.device))
-    for length in range(2, fewest):
+    for length in lengths:
         text = ids[:, :length]
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(0)
@@ -34,14 +35,14 @@ def check_short_texts(
             try:
                 actual = fx.Interpreter(lm.graph_module).run(*lm.arguments(text, weights))[0]
             except RuntimeError as error:
-                raise _branches(length, f"the branch of longer ones fails: {str(error).splitlines()[0]}") from error
+                raise _branches(length, f"the traced branch fails: {str(error).splitlines()[0]}") from error
         if not torch.allclose(actual.double(), expected.double(), rtol=1e-3, atol=1e-4, equal_nan=True):
-            raise _branches(length, "the branch of longer ones computes something else")
+            raise _branches(length, "the traced branch computes something else")
 
 
 def _branches(length: int, why: str) -> CacheError:
     return CacheError(
-        "the model takes another branch for short sequences",
+        "the model takes another branch for some lengths of the text",
         f"at {length} positions {why}",
         "make the forward tensor code without a Python branch on ids.shape (masks and windows by comparing positions)",
     )

@@ -1,0 +1,33 @@
+"""At which lengths a guard of the tracer fails."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import sympy
+
+from smc_compile.passes.length_guards import is_bound, lengths_off
+
+S = sympy.Symbol("s", integer=True, positive=True)
+
+
+@pytest.mark.parametrize(
+    ("guard", "off"),
+    [
+        (sympy.Ne(S, 9), [9]),
+        (sympy.Ne(S + 3, 9), []),
+        (sympy.Ne(sympy.Mod(S, 5), 0), [10, 15]),
+        (sympy.Eq(sympy.Mod(S, 2), 1), [8, 10]),
+        (sympy.Ne(S, 5000), [5000]),
+        (sympy.Ne(sympy.Mod(sympy.floor(S / 20), 10), 9), [180, 181]),
+    ],
+)
+def test_lengths_beyond_the_traced_one(guard: sympy.Basic, off: list[int]) -> None:
+    assert not is_bound(guard, S)
+    assert list(itertools.islice(lengths_off(guard, S, 7), 2)) == off
+
+
+@pytest.mark.parametrize("guard", [S <= 9, S + 2 < 20, 2 * S >= 4])
+def test_bounds_are_left_to_the_range(guard: sympy.Basic) -> None:
+    assert is_bound(guard, S)
