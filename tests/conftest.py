@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from collections.abc import Iterator
 
@@ -14,6 +15,7 @@ os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 import pytest
 import torch
+import torch._dynamo.guards
 from helpers.shared_traces import trace_structure_once
 
 from smc_compile.program import from_loop, from_model
@@ -22,6 +24,11 @@ from smc_compile.runtime.execution import region as compiled
 
 # Models here are tiny: threads would only spin, and wait for cores that other processes use.
 torch.set_num_threads(1)
+# After each compilation Dynamo empties the processor's caches to time the guards, and only logs the result.
+torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
+# pytest listens to loggers that do not propagate. Of this one torch asks whether anyone listens, and if so renders
+# every graph for it.
+logging.getLogger("torch.__trace").propagate = True
 
 
 def pytest_collection_finish() -> None:

@@ -34,6 +34,8 @@ class IncrementalGraphs(Protocol):
     def table_axes(self) -> Sequence[tuple[int, ...]]: ...
     @property
     def vocab_size(self) -> int: ...
+    @property
+    def max_positions(self) -> int | None: ...
 
 
 class RuntimeModel(Protocol):
@@ -54,6 +56,19 @@ class RuntimeModel(Protocol):
     def logit_bytes(self) -> int:
         """Bytes of the logits at one position in float32; 0 where the size of the vocabulary is not known."""
         ...
+
+    def _tables(self, length: int, reach: int, weights: list[Tensor]) -> list[Tensor]:
+        """Position tables for ``length`` positions, the last of which is not read, filled up to ``reach``."""
+        length -= self._graphs.max_positions == length - 1
+        try:
+            tables = self._graphs.tables(length, *weights)
+        except (IndexError, RuntimeError):  # the model's own tables end
+            length -= 1
+            tables = self._graphs.tables(length, *weights)
+        return [
+            mark_dynamic(lengthened(table, axes, reach - length), *axes)
+            for table, axes in zip(tables, self._graphs.table_axes, strict=True)
+        ]
 
     def copy_rows(self, state: State, dead: Tensor, source: Tensor, since: int, used: int) -> None:
         """Overwrite rows ``dead`` by rows ``source``, in place.
@@ -88,12 +103,10 @@ class CachedModel:
 
     def begin(self, request: Request, n_particles: int, capacity: int) -> tuple[Tensor, Any, State]:
         weights = self.weights()
-        length = int((request.lengths + request.new_tokens).max())
-        tables = list(self._graphs.tables(length, *weights))
+        length = int(request.positions_read.max()) + 1  # one for keys that no query sees
         rows, *prompts = by_length(request, lambda ids: self._graphs.prefill(ids, *weights), positions=2)
         prompts = [mark_dynamic(p.contiguous(), 2) for p in prompts]
-        spare, all_axes = max(request.reach - length, 0), self._graphs.table_axes
-        tables = [mark_dynamic(lengthened(t, axes, spare), *axes) for t, axes in zip(tables, all_axes, strict=True)]
+        tables = self._tables(length, max(length, request.reach), weights)
         return rows, (prompts, tables, weights), self._suffixes(prompts, n_particles, capacity)
 
     def grow(self, state: State, size: int) -> State:
@@ -118,6 +131,19 @@ class CachedModel:
             return False
         return True
 
+    def _tables(self, length: int, reach: int, weights: list[Tensor]) -> list[Tensor]:
+        """Position tables for ``length`` positions, the last of which is not read, filled up to ``reach``."""
+        length -= self._graphs.max_positions == length - 1
+        try:
+            tables = self._graphs.tables(length, *weights)
+        except (IndexError, RuntimeError):  # the model's own tables end
+            length -= 1
+            tables = self._graphs.tables(length, *weights)
+        return [
+            mark_dynamic(lengthened(table, axes, reach - length), *axes)
+            for table, axes in zip(tables, self._graphs.table_axes, strict=True)
+        ]
+
     def copy_rows(self, state: State, dead: Tensor, source: Tensor, since: int, used: int) -> None:
         for suffix in state:
             suffix[dead, :, since:used] = suffix[source, :, since:used]
@@ -130,10 +156,23 @@ class CachedModel:
 
 
 def lengthened(table: Tensor, axes: Sequence[int], by: int) -> Tensor:
-    """``table`` with ``by`` more positions along ``axes``, which repeat its last one."""
+    """``table`` with ``by`` more positions along ``axes``, where no query stands.
+
+    Along one axis they go on evenly, as positions do. With two, queries and keys, they hold what the first query sees
+    of the last key: nothing.
+    """
     for axis in axes if by else ():
-        last = table.shape[axis] - 1
-        table = table.index_select(axis, torch.arange(last + 1 + by, device=table.device).clamp(max=last))
+        others = [other for other in axes if other != axis]
+        last = table.narrow(axis, table.shape[axis] - 1, 1)
+        if others:
+            first = last.narrow(others[0], 0, 1)
+            more = [first.expand_as(last)] * by
+        elif table.is_floating_point() or table.dtype == torch.int64:
+            step = last - table.narrow(axis, max(table.shape[axis] - 2, 0), 1)
+            more = [last + step * (k + 1) for k in range(by)]
+        else:
+            more = [last] * by
+        table = torch.cat([table, *more], axis)
     return table.contiguous()
 
 
@@ -212,6 +251,19 @@ class StatefulModel:
 
     def logit_bytes(self) -> int:
         return int(getattr(self.model, "vocab_size", 0)) * 4
+
+    def _tables(self, length: int, reach: int, weights: list[Tensor]) -> list[Tensor]:
+        """Position tables for ``length`` positions, the last of which is not read, filled up to ``reach``."""
+        length -= self._graphs.max_positions == length - 1
+        try:
+            tables = self._graphs.tables(length, *weights)
+        except (IndexError, RuntimeError):  # the model's own tables end
+            length -= 1
+            tables = self._graphs.tables(length, *weights)
+        return [
+            mark_dynamic(lengthened(table, axes, reach - length), *axes)
+            for table, axes in zip(tables, self._graphs.table_axes, strict=True)
+        ]
 
     def copy_rows(self, state: State, dead: Tensor, source: Tensor, since: int, used: int) -> None:
         for leaf in state:

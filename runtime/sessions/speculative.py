@@ -85,9 +85,9 @@ class SpeculativeRun(Run):
         self.request_eos_ids = EosIds(self.request.eos_ids, self.request.pad)
 
     def positions(self, offset: int, count: int) -> Tensor:
-        """Where ``count`` tokens stand [B, count], from ``offset`` behind the pending one on; none past the cap."""
+        """Where ``count`` tokens stand [B, count], from ``offset`` behind the pending one on; none past those read."""
         last = self.request.lengths + self.p.count - 1 + offset
-        top = self.request.lengths + self.request.new_tokens - 1
+        top = self.request.positions_read - 1
         return (last[:, None] + torch.arange(count, device=last.device)).minimum(top[:, None])
 
     def _take(self, keep: list[int], models: object) -> None:

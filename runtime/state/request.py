@@ -61,6 +61,11 @@ class Request:
     def batch(self) -> int:
         return self.ids.shape[0]
 
+    @property
+    def positions_read(self) -> Tensor:
+        """How many positions models read of each text [B]: all but that of the last wanted token."""
+        return self.lengths + self.new_tokens - 1
+
     def rows(self, n: int) -> Rows:
         """The rows of ``n`` particles a request, R = B*n."""
         request = torch.tensor(self.number, device=self.ids.device).repeat_interleave(n)
@@ -87,9 +92,9 @@ class Request:
     def positions(self, slots: Tensor) -> Tensor:
         """Positions of suffix slots [T] in each sequence: [B, T].
 
-        Slots past the last wanted token have its position: nothing reads them.
+        The last wanted token and slots past it have the position before: nothing reads what models say of them.
         """
-        return (slots + self.lengths[:, None]).minimum((self.lengths + self.new_tokens - 1)[:, None])
+        return (slots + self.lengths[:, None]).minimum((self.positions_read - 1)[:, None])
 
     def key_positions(self, capacity: int) -> Tensor:
         """Positions of cached keys [B, P+S], for suffixes of ``capacity`` = S slots.

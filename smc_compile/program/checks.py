@@ -84,22 +84,22 @@ def check_request(request: Request, target: Model, draft: Model | None) -> None:
         raise InputError(
             "pad_token_id is out of range", f"id {pad[0]}, vocabulary {vocab}", "use one of the vocabulary"
         )
-    total = int((request.lengths + request.new_tokens).max())
+    total = int(request.positions_read.max())  # the last token is drawn, not read
     for name, model in (("target", target), ("draft", draft)):
         limit = position_limit(model, total) if model is not None else None
         if limit is not None and total > limit:
-            row = int((request.lengths + request.new_tokens).argmax())
+            row = int(request.positions_read.argmax())
             length, n = int(request.lengths[row]), int(request.new_tokens[row])
             raise InputError(
                 f"prompt plus new tokens exceed the {name}'s maximum positions",
-                f"{length} + {n} > {limit}",
-                f"ask for at most {max(limit - length, 0)} new tokens, or shorten the prompt",
+                f"{length} + {n} - 1 > {limit}",
+                f"ask for at most {limit - length + 1} new tokens" if length <= limit else "shorten the prompt",
             )
 
 
 def beyond_training(request: Request, *models: Model | None) -> list[str]:
     """A warning for each model that ran past the positions its configuration names, though its tables go on."""
-    total = int((request.lengths + request.new_tokens).max())
+    total = int(request.positions_read.max())
     limits = {name: model.trained_positions for name, model in zip(("target", "draft"), models, strict=True) if model}
     return [
         f"the {name} was asked for {total} positions, and its configuration names {limit}: beyond them it may do worse"

@@ -144,7 +144,7 @@ def test_a_point_past_the_positions_is_named_and_the_rest_goes_on(pair):
     points = [BASE, BASE._replace(prompt_length=60)]
     measured = measure_points(points, ["short", "long"], point_timer(*pair, 1.0, 1), 2, 0, QUIET)
     assert [len(timings) for timings in measured.timings.values()] == [2]
-    assert "exceed the target's maximum positions 60 + 20 > 64" in measured.failures[points[1]]
+    assert "exceed the target's maximum positions 60 + 20 - 1 > 64" in measured.failures[points[1]]
 
 
 def test_an_allocation_that_fails_is_named_and_any_other_error_is_raised():

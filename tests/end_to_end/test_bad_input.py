@@ -131,13 +131,13 @@ def test_a_bad_number_of_iterations(n):
 
 @pytest.mark.parametrize("kind", ["gpt", "gpt_sliced_positions"])
 def test_past_the_last_position(kind):
-    """An embedding and a slice of a parameter; the limit is 9, the prompt 3."""
+    """An embedding and a slice of a parameter; the limit is 9, the prompt 3: the last of 7 new tokens is not read."""
     model = CACHEABLE[kind](vocab=V, layers=1, max_positions=9)
-    assert run(model, model, n=6).sequences.shape == (2, 9)
-    with pytest.raises(InputError, match=r"maximum positions[\s\S]*3 \+ 7 > 9[\s\S]*at most 6 new tokens"):
-        run(model, model, n=7)
+    assert run(model, model, n=7).sequences.shape == (2, 10)
+    with pytest.raises(InputError, match=r"maximum positions[\s\S]*3 \+ 8 - 1 > 9[\s\S]*at most 7 new tokens"):
+        run(model, model, n=8)
     with pytest.raises(InputError, match="the draft's maximum positions"):
-        run(draft=model, n=7)
+        run(draft=model, n=8)
 
 
 @pytest.mark.parametrize(("name", "value"), [("n_particles", 0), ("lookahead", 0), ("n_particles", -3)])

@@ -47,6 +47,61 @@ def assert_row_is(together: Generation, b: int, alone: Generation, prompt: int, 
     assert together.ess[b, cycles:].isnan().all()
 
 
+# ---- the last position -----------------------------------------------------------------------------------------------
+
+
+class TableMask(nn.Module):
+    """Learned positions and a mask of so many, sliced: what a key past the last of them is, no table says."""
+
+    def __init__(self, positions: int, seed: int, transposed: bool = False) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        weights = [torch.randn(size, generator=generator) for size in ((VOCAB, 4), (40, 4), (4, VOCAB))]
+        self.embed, self.place, self.head = (nn.Parameter(w.double()) for w in weights)
+        self.place = nn.Parameter(self.place[:positions].clone())
+        seen = torch.ones(positions, positions, dtype=torch.bool).tril()
+        self.register_buffer("seen", seen.T.contiguous() if transposed else seen)
+        self.transposed = transposed
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed[ids] + self.place[: ids.shape[1]]  # [B, S, d]
+        seen, scores = self.seen[: ids.shape[1], : ids.shape[1]], 2 * x @ x.mT
+        if self.transposed:
+            scores = scores.mT.masked_fill(~seen, -1e9).softmax(1).mT  # over keys, which stand in front
+        else:
+            scores = scores.masked_fill(~seen, -1e9).softmax(-1)
+        return (x + scores @ x) @ self.head
+
+
+def of_learned_positions(positions: int, seed: int) -> nn.Module:
+    model, longest = (TinyTransformerLM(VOCAB, max_positions=n, seed=seed).double() for n in (positions, 40))
+    weights, size = model.state_dict(), longest.state_dict()
+    model.load_state_dict({name: size[name][: len(weight)] for name, weight in weights.items()})
+    return model
+
+
+LIMITED = {
+    "learned positions": of_learned_positions,
+    "a table as the mask": TableMask,
+    "keys in front": lambda positions, seed: TableMask(positions, seed, transposed=True),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("kind", LIMITED)
+@pytest.mark.parametrize("method", ["smc", "speculative", "autoregressive"])
+def test_the_last_token_needs_no_position(method, kind):
+    """It is drawn and never read; slots of a block that lie past it change nothing."""
+    short, long = ([LIMITED[kind](positions, seed) for seed in (0, 1)] for positions in (12, 40))
+    for lookahead in (1, 2, 3, 5) if method != "autoregressive" else (1,):
+        options = {"method": method, "attention_mask": MASK, "n": [8, 3, 10, 9], "lookahead": lookahead}
+        there = run(short, **options)
+        room = run(long, **options)
+        assert torch.equal(there.particles, room.particles)
+        for name in (*FIELDS, "log_probs"):
+            torch.testing.assert_close(getattr(there, name), getattr(room, name), equal_nan=True)
+
+
 # ---- prompts of several lengths --------------------------------------------------------------------------------------
 
 
@@ -76,15 +131,15 @@ def test_what_the_padding_is_does_not_matter(pair):
 @interpreted
 @pytest.mark.parametrize("kind", ["gpt", "gpt_sliced_positions"])
 def test_the_shorter_prompt_may_take_all_positions(kind):
-    """Learned positions end at nine: 5 + 4 and 3 + 6 fit, and padding is hidden from the last of them."""
+    """Learned positions end at nine: 5 + 5 and 3 + 7 fit, and padding is hidden from the last of them."""
     target = CACHEABLE[kind](vocab=VOCAB, max_positions=9).double()
     pair = target, perturbed(target, 0.5)
-    together = run(pair, PROMPTS[:2], [6, 4], attention_mask=MASK[:2])
-    for b, n in enumerate((6, 4)):
+    together = run(pair, PROMPTS[:2], [7, 5], attention_mask=MASK[:2])
+    for b, n in enumerate((7, 5)):
         alone = run(pair, PROMPTS[b : b + 1, 5 - LENGTHS[b] :], n, seed=7 + b)
         assert_row_is(together, b, alone, LENGTHS[b], n)
-    with pytest.raises(InputError, match="3 \\+ 7 > 9"):
-        run(pair, PROMPTS[:2], [7, 4], attention_mask=MASK[:2])
+    with pytest.raises(InputError, match="3 \\+ 8 - 1 > 9"):
+        run(pair, PROMPTS[:2], [8, 5], attention_mask=MASK[:2])
 
 
 # ---- settings of each request ----------------------------------------------------------------------------------------
