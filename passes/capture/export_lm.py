@@ -21,7 +21,7 @@ from smc_compile.errors import CacheError
 from smc_compile.passes.capture.untouched import untouched
 from smc_compile.passes.fx_tools import erase_dead_code
 from smc_compile.passes.ir import CausalLM
-from smc_compile.passes.length_guards import FURTHEST, holds, is_bound, lengths_off
+from smc_compile.passes.length_guards import FURTHEST, is_bound, lengths_off, path_test
 
 TRACE_LENGTH = 7  # any length >= 2: the sequence axis is symbolic
 COMPARED = 256  # the longest text on which a step is run to see whether it takes another branch
@@ -97,7 +97,8 @@ def lengths_to_compare(program: ExportedProgram) -> list[int]:
     bounds, guards, symbol = _bounds(program), _unbounding_guards(program), _length(program)
     fewest = int(bounds.lower) if bounds is not None and bounds.lower.is_Integer else 2
     most = int(bounds.upper) if bounds is not None and bounds.upper.is_Integer else FURTHEST
-    short = {n for n in range(2, TRACE_LENGTH) for guard in guards if not holds(guard, symbol, n)}
+    tests = [path_test(guard, symbol) for guard in guards]
+    short = {n for n in range(2, TRACE_LENGTH) for holds in tests if not holds(n)}
     far = {n for guard in guards for n in itertools.islice(lengths_off(guard, symbol, TRACE_LENGTH), 2) if n <= most}
     return sorted({*range(2, fewest), *short, *(n for n in far if n <= COMPARED)})
 

@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from smc_compile.passes.fx_tools import call_node, op_name
-from smc_compile.passes.length_guards import holds, is_bound, lengths_off
+from smc_compile.passes.length_guards import is_bound, lengths_off, path_test
 from smc_compile.passes.loop.leaves import Leaf, flatten, replace_leaves
 from smc_compile.passes.loop.tensor_info import TensorInfo, tensor_info
 
@@ -437,12 +437,12 @@ def _last_value(guard: sympy.Basic, symbol: sympy.Symbol, traced: int) -> int | 
     if not is_bound(guard, symbol):  # one length is told apart from the others, or some in turn
         off = next(lengths_off(guard, symbol, traced), None)
         return off - 1 if off is not None else None
-    low, high = 2, 2**20 + 7
-    if holds(guard, symbol, high):
+    low, high, holds = 2, 2**20 + 7, path_test(guard, symbol)
+    if holds(high):
         return None
-    while low < high and not holds(guard, symbol, low):  # a guard that begins somewhere
+    while low < high and not holds(low):  # a guard that begins somewhere
         low += 1
     while high - low > 1:  # by bisection
         middle = (low + high) // 2
-        low, high = (middle, high) if holds(guard, symbol, middle) else (low, middle)
+        low, high = (middle, high) if holds(middle) else (low, middle)
     return low

@@ -31,3 +31,11 @@ def test_lengths_beyond_the_traced_one(guard: sympy.Basic, off: list[int]) -> No
 @pytest.mark.parametrize("guard", [S <= 9, S + 2 < 20, 2 * S >= 4])
 def test_bounds_are_left_to_the_range(guard: sympy.Basic) -> None:
     assert is_bound(guard, S)
+
+
+def test_guards_without_python_code_are_tried_too() -> None:
+    assert next(lengths_off(sympy.Ne(2**S, 512), S, 7)) == 9
+
+
+def test_guards_on_other_sizes_say_nothing_of_the_length() -> None:
+    assert not list(lengths_off(sympy.Ne(S, sympy.Symbol("n", integer=True) + 8), S, 7))
