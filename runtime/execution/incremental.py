@@ -239,19 +239,6 @@ class StatefulModel:
     def logit_bytes(self) -> int:
         return int(getattr(self.model, "vocab_size", 0)) * 4
 
-    def _tables(self, length: int, reach: int, weights: list[Tensor]) -> list[Tensor]:
-        """Position tables for ``length`` positions, the last of which is not read, filled up to ``reach``."""
-        length -= self._graphs.max_positions == length - 1
-        try:
-            tables = self._graphs.tables(length, *weights)
-        except (IndexError, RuntimeError):  # the model's own tables end
-            length -= 1
-            tables = self._graphs.tables(length, *weights)
-        return [
-            mark_dynamic(lengthened(table, axes, reach - length), *axes)
-            for table, axes in zip(tables, self._graphs.table_axes, strict=True)
-        ]
-
     def copy_rows(self, state: State, dead: Tensor, source: Tensor, since: int, used: int) -> None:
         for leaf in state:
             leaf[dead] = leaf[source]
