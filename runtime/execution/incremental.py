@@ -57,19 +57,6 @@ class RuntimeModel(Protocol):
         """Bytes of the logits at one position in float32; 0 where the size of the vocabulary is not known."""
         ...
 
-    def _tables(self, length: int, reach: int, weights: list[Tensor]) -> list[Tensor]:
-        """Position tables for ``length`` positions, the last of which is not read, filled up to ``reach``."""
-        length -= self._graphs.max_positions == length - 1
-        try:
-            tables = self._graphs.tables(length, *weights)
-        except (IndexError, RuntimeError):  # the model's own tables end
-            length -= 1
-            tables = self._graphs.tables(length, *weights)
-        return [
-            mark_dynamic(lengthened(table, axes, reach - length), *axes)
-            for table, axes in zip(tables, self._graphs.table_axes, strict=True)
-        ]
-
     def copy_rows(self, state: State, dead: Tensor, source: Tensor, since: int, used: int) -> None:
         """Overwrite rows ``dead`` by rows ``source``, in place.
 
@@ -130,6 +117,19 @@ class CachedModel:
         except (IndexError, RuntimeError):
             return False
         return True
+
+    def _tables(self, length: int, reach: int, weights: list[Tensor]) -> list[Tensor]:
+        """Position tables for ``length`` positions, the last of which is not read, filled up to ``reach``."""
+        length -= self._graphs.max_positions == length - 1
+        try:
+            tables = self._graphs.tables(length, *weights)
+        except (IndexError, RuntimeError):  # the model's own tables end
+            length -= 1
+            tables = self._graphs.tables(length, *weights)
+        return [
+            mark_dynamic(lengthened(table, axes, reach - length), *axes)
+            for table, axes in zip(tables, self._graphs.table_axes, strict=True)
+        ]
 
     def copy_rows(self, state: State, dead: Tensor, source: Tensor, since: int, used: int) -> None:
         for suffix in state:
