@@ -38,6 +38,7 @@ from smc_compile.passes.capture.other_lengths import check_other_lengths
 from smc_compile.passes.capture.picked_rows import handle_all_rows
 from smc_compile.passes.capture.sampler import Sampler, match_sampler
 from smc_compile.passes.capture.sampler_faults import as_sampler_fault
+from smc_compile.passes.capture.text_sampler import TextSampler, check_groups, split_sampler
 from smc_compile.passes.ir import CachedLM, CausalLM
 from smc_compile.passes.loop.alike import compare_iterations
 from smc_compile.passes.loop.as_written import PaddedIteration, cached_iterations
@@ -91,6 +92,7 @@ class Traced:
         owned: the weights that the step owns itself; they precede the explicit ones in ``lm.weights``.
         error: largest relative difference between cached and original rows, None when not validated.
         seconds: time of each pass.
+        text: what the step does with the text behind its model's logits, which ``lm`` then ends in; None if nothing.
     """
 
     lm: CausalLM
@@ -99,6 +101,7 @@ class Traced:
     owned: OwnedWeights
     error: float | None
     seconds: dict[str, float] = field(default_factory=dict)
+    text: TextSampler | None = None
 
 
 class Passes:
@@ -124,18 +127,34 @@ def trace_model(step: nn.Module, ids: Tensor, weights: Sequence[Tensor], check: 
     """
     passes = Passes()
     lm, owned = capture(step, ids, weights, passes)
-    sampler = None
+    sampler = text = None
     if sampled:
         lm, sampler = passes.run(match_sampler, lm)
     try:
         cached = passes.run(synthesize_cache, lm)
     except CacheError as refusal:
-        raise (as_sampler_fault(lm, refusal) if sampled else refusal) from None
+        found = passes.run(split_sampler, lm, sampler) if sampled else None
+        if found is None:
+            raise (as_sampler_fault(lm, refusal) if sampled else refusal) from None
+        lm, text = found
+        _check_text_sampler(text, [*owned(), *weights])
+        cached = passes.run(synthesize_cache, lm)
     cached = passes.run(early_head, cached)
     cached = passes.run(rewrite_cached, cached)
     error = passes.run(validate, lm, cached, [*owned(), *weights]) if check else None
     cached = passes.run(outline_layers, cached)
-    return Traced(lm, sampler, cached, owned, error, passes.seconds)
+    return Traced(lm, sampler, cached, owned, error, passes.seconds, text)
+
+
+def _check_text_sampler(text: TextSampler, weights: Sequence[Tensor]) -> None:
+    """Run both halves on random rows.
+
+    Raises:
+        LoopError: rows depend on each other.
+    """
+    check_groups(text.reading, weights, texts=True)
+    if text.behind is not None:
+        check_groups(text.behind, weights, texts=False)
 
 
 def capture(

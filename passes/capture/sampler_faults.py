@@ -19,7 +19,7 @@ _MIX_TOKENS = frozenset(
 def as_sampler_fault(lm: CausalLM, error: CacheError) -> CacheError | LoopError:
     """The refusal of an op behind the selection of the last position in the sampler's words; others as they are."""
     node = error.node
-    chosen = _first_choices(lm)
+    chosen = first_choices(lm)
     if node is None or not chosen or node in ancestors(*chosen):
         return error
     if op_name(node) in _MIX_TOKENS and _reads_tokens(lm, node, chosen):
@@ -42,7 +42,7 @@ def as_sampler_fault(lm: CausalLM, error: CacheError) -> CacheError | LoopError:
     )
 
 
-def _first_choices(lm: CausalLM) -> list[fx.Node]:
+def first_choices(lm: CausalLM) -> list[fx.Node]:
     """Where the last position is selected: writes in place select it again behind the sampler's ops."""
     found: list[fx.Node] = []
     for node in lm.graph.nodes:

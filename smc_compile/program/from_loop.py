@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
@@ -15,7 +15,7 @@ from smc_compile.inputs.requests import build_request, check_prompt, request_see
 from smc_compile.options import Options
 from smc_compile.passes.loop.branches import EndTokens
 from smc_compile.passes.loop.recover import DecodeLoop
-from smc_compile.passes.pipeline import trace_model
+from smc_compile.passes.pipeline import Traced, trace_model
 from smc_compile.program.build import CompileDraft, build_program
 from smc_compile.program.cropped_texts import draft_beside, in_window
 from smc_compile.program.draft_calls import compile_called, needs_more
@@ -24,6 +24,7 @@ from smc_compile.program.loop_finder import step_text
 from smc_compile.program.lru import LRU
 from smc_compile.program.model import compile_model, with_cache
 from smc_compile.program.program import Program
+from smc_compile.program.text_rules import RunSampler, check_rule, sampler_to_run
 from smc_compile.runtime.algorithms.next_token import NextTokenDistribution
 from smc_compile.runtime.state.request import Request
 
@@ -34,14 +35,24 @@ _checked: WeakSet[DecodeLoop] = WeakSet()
 
 @dataclass(frozen=True)
 class LoopProgram:
-    """A program whose target reads its weights from ``weights``: the arguments of the current call."""
+    """A program whose target reads its weights from ``weights``: the arguments of the current call.
+
+    Attributes:
+        owned: the weights that the step holds itself.
+        sampler: what reads the text behind the target's logits; None if nothing does.
+    """
 
     program: Program
     weights: list[Tensor]
+    owned: Callable[[], list[Tensor]]
+    sampler: RunSampler | None = None
 
     def request(self, loop: DecodeLoop, arguments: Sequence[Any], iterations: int, options: Options) -> Request:
         """The request that a call of the loop's graph makes; the call's weights are taken up for it."""
         self.weights[:] = _weights(loop, arguments)
+        if self.sampler is not None:
+            self.sampler.take([*self.owned(), *self.weights])
+        on_host = self.sampler.on_host if self.sampler is not None else ()
         ids = prompt_of(loop, arguments)
         seeds, ends = request_seeds(options.seed, ids), self.end_tokens(loop, arguments)
         if options.eos_token_id is not None and ends.ids and options.eos_token_id not in ends.ids:
@@ -51,7 +62,7 @@ class LoopProgram:
                 "leave eos_token_id out",
             )
         eos_ids = list(ends.ids) or options.eos_token_id
-        return build_request(ids, iterations, seeds, eos_ids=eos_ids, pad=ends.pad)
+        return build_request(ids, iterations, seeds, eos_ids=eos_ids, pad=ends.pad, text_processors=on_host)
 
     @property
     def vocabulary(self) -> int:
@@ -118,12 +129,43 @@ def _compile(
     ids = prompt_of(loop, arguments)
     traced = trace_model(loop.step, ids.new_zeros(loop.batch, 2), weights, options.validate)
     assert traced.sampler is not None
-    current = list(weights)
-    distribution = NextTokenDistribution(traced.sampler.kind)
+    current, kind = list(weights), traced.sampler.kind
+    sampler = _text_sampler(loop, traced, weights, options, window)
+    if sampler is not None:
+        distribution, draft_distribution = sampler.distribution, sampler.draft_distribution
+    else:
+        distribution = NextTokenDistribution(kind)
+        temperature = options.draft_temperature or traced.sampler.temperature
+        draft_distribution = NextTokenDistribution("greedy" if kind == "greedy" else "logits", temperature)
     target = with_cache(traced, lambda: [*traced.owned(), *current], options, "target", distribution)
-    kind = "greedy" if traced.sampler.kind == "greedy" else "logits"
-    draft_distribution = NextTokenDistribution(kind, options.draft_temperature or traced.sampler.temperature)
     compile_draft: CompileDraft = compile_called if needs_more(options.draft) else compile_model
     if window is not None:
         target, compile_draft = in_window(target, window), draft_beside(window, compile_draft)
-    return LoopProgram(build_program(target, options, draft_distribution, ids, compile_draft), current)
+    rules = (sampler.rule,) if sampler is not None else ()
+    traced_rules, on_host = (rules, False) if sampler is None or sampler.traced else ((), True)
+    program = build_program(
+        target, options, draft_distribution, ids, compile_draft, text_processors=traced_rules, on_host=on_host
+    )
+    if sampler is not None and traced.text is not None:
+        check_rule(traced.text, sampler.rule, program)
+    return LoopProgram(program, current, traced.owned, sampler)
+
+
+def _text_sampler(
+    loop: DecodeLoop, traced: Traced, weights: Sequence[Tensor], options: Options, window: int | None
+) -> RunSampler | None:
+    """What reads the text behind the target's logits, if anything does.
+
+    Raises:
+        LoopError: the loop keeps a cache of its own.
+    """
+    if traced.text is None or traced.sampler is None:
+        return None
+    if loop.cached is not None:
+        raise LoopError(
+            "The sampler reads the tokens of the text, in a loop that keeps a cache.",
+            f"{traced.text.where}: only the first iteration shows which tokens it reads",
+            "write the loop without a cache, model(ids)[:, -1]: the compiler makes its own",
+        )
+    given, vocabulary = [*traced.owned(), *weights], traced.cached.vocab_size
+    return sampler_to_run(traced.text, traced.sampler.kind, given, vocabulary, options.draft_temperature, window)
