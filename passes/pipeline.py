@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from smc_compile.errors import CacheError, SMCError
+from smc_compile.errors import CacheError, LoopError, SMCError
 from smc_compile.passes.axes.infer import type_axes
 from smc_compile.passes.cache.synthesize import synthesize_cache
 from smc_compile.passes.capture import shape_only, single_positions  # noqa: F401  (they register rewrites)
@@ -127,18 +127,20 @@ def trace_model(step: nn.Module, ids: Tensor, weights: Sequence[Tensor], check: 
     """
     passes = Passes()
     lm, owned = capture(step, ids, weights, passes)
-    sampler = text = None
+    sampler, text = None, None
+    whole, unsplit = lm, None
     if sampled:
-        lm, sampler = passes.run(match_sampler, lm)
+        whole, sampler = passes.run(match_sampler, lm)
+        try:
+            lm, text = passes.run(split_sampler, whole, sampler) or (whole, None)
+        except LoopError as refusal:  # it may read the text position by position, as a model does
+            lm, unsplit = whole, refusal
     try:
         cached = passes.run(synthesize_cache, lm)
     except CacheError as refusal:
-        found = passes.run(split_sampler, lm, sampler) if sampled else None
-        if found is None:
-            raise (as_sampler_fault(lm, refusal) if sampled else refusal) from None
-        lm, text = found
+        raise unsplit or (as_sampler_fault(lm, refusal) if sampled else refusal) from None
+    if text is not None:
         _check_text_sampler(text, [*owned(), *weights])
-        cached = passes.run(synthesize_cache, lm)
     cached = passes.run(early_head, cached)
     cached = passes.run(rewrite_cached, cached)
     error = passes.run(validate, lm, cached, [*owned(), *weights]) if check else None

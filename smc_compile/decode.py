@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from smc_compile.backend import answer_loop
 from smc_compile.errors import InputError, LoopError, OptionError, SMCError
 from smc_compile.options import Options
-from smc_compile.passes.loop.kv_loop import ShortPrompt
-from smc_compile.passes.loop.needs_value import NeedsValue
+from smc_compile.passes.loop.needs_value import NeedsValue, ShortPrompt
 from smc_compile.passes.loop.recover import DecodeLoop
 from smc_compile.program.all_iterations import PINNED, Traces, before_window, check_all_iterations, with_window
 from smc_compile.program.callables import bound_function
@@ -261,8 +260,8 @@ class CompiledLoop:
         return inspect.BoundArguments(self._signature, OrderedDict({**own, name: value}))
 
     def _with_longer_prompts(self, bound: inspect.BoundArguments) -> inspect.BoundArguments:
-        """The arguments with each prompt twice over: one token is too short to show how a cache grows."""
-        longer = {name: torch.cat([bound.arguments[name]] * 2, -1) for name in prompts(bound)}
+        """The arguments with prompts of one token more: those given are too short to show what longer ones do."""
+        longer = {n: torch.cat([p, p[..., :1]], -1) for n in prompts(bound) for p in [bound.arguments[n]]}
         return inspect.BoundArguments(self._signature, OrderedDict({**bound.arguments, **longer}))
 
 

@@ -31,12 +31,13 @@ def export_step(step: nn.Module, ids: Tensor, weights: Sequence[Tensor], symboli
     """Export ``step(ids [B, S], *weights) -> [B, ...]``, ATen ops kept whole (so is attention).
 
     S is symbolic, or as the tracer finds it if not ``symbolic``: a number where the step holds for one length only.
+    Branches go as for texts of ``TRACE_LENGTH`` tokens, or as many as ``ids`` has if these are more.
 
     Raises:
         Exception: of many types, when the tracer fails.
     """
     length = torch.export.Dim.DYNAMIC if symbolic else torch.export.Dim.AUTO
-    inputs = (ids.new_zeros(ids.shape[0], TRACE_LENGTH), *weights)
+    inputs = (ids.new_zeros(ids.shape[0], max(TRACE_LENGTH, ids.shape[1])), *weights)
     dynamic = ({1: length}, *({} for _ in weights))
     with warnings.catch_warnings(), torch.no_grad(), untouched(step):
         warnings.simplefilter("ignore")

@@ -20,7 +20,7 @@ from smc_compile.errors import CacheError, LoopError
 from smc_compile.passes.axes.axis_types import B, Typing
 from smc_compile.passes.axes.helpers import plain
 from smc_compile.passes.axes.infer import type_nodes
-from smc_compile.passes.fx_tools import describe, op_name, output_values, reachable, run_node
+from smc_compile.passes.fx_tools import arguments, describe, op_name, output_values, reachable, run_node
 from smc_compile.passes.ir import CausalLM
 from smc_compile.passes.rewrites import new_node
 
@@ -137,7 +137,11 @@ def _at_one_length(code: RowCode) -> CausalLM:
             if not isinstance(values[node], Tensor | tuple | list):
                 copies[node] = values[node]  # a size
                 continue
-            copies[node] = graph.node_copy(node, copies.__getitem__)
+            if node.target is aten.new_full.default:  # it reads no value of the text, see ``_copied``
+                args, kwargs = fx.map_arg((node.args[1:], dict(node.kwargs)), copies.__getitem__)
+                copies[node] = graph.call_function(aten.full.default, args, kwargs)
+            else:
+                copies[node] = graph.node_copy(node, copies.__getitem__)
             copies[node].meta = {**node.meta, "val": values[node]}
             placeholders += [copies[node]] if node.op == "placeholder" else []
     module = fx.GraphModule(code.graph_module, graph)
@@ -173,19 +177,46 @@ def between(lm: CausalLM, parts: Sequence[fx.Node], result: fx.Node) -> RowCode:
         copies[part] = _from_rows(placeholder, part, lm)
     for node in lm.graph.nodes:
         if node in needed and node not in copies:
-            copies[node] = _copied(graph, node, copies)
+            copies[node] = _copied(node, copies, given[0])
     graph.output(as_rows(copies[result], result, lm))
     module = fx.GraphModule(lm.graph_module, graph, class_name="Rows")
     return RowCode(module, lm.batch, tuple(part.meta["val"].dtype for part in parts), weights)
 
 
-def _copied(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
-    """A copy of a node; ``vmap`` knows sizes as methods only."""
-    if node.target is not aten.sym_size.int:
+def _copied(node: fx.Node, copies: dict[fx.Node, fx.Node], text: fx.Node) -> fx.Node:
+    """A copy of a node in the graph of ``text``, in a form that ``vmap`` runs for texts of every length."""
+    graph = text.graph
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), copies.__getitem__)
+    if node.target is aten.sym_size.int:
+        copy = graph.call_method("size", args)
+    elif node.target is aten.full.default:  # one for each row: ``vmap`` fixes the length where it has to repeat one
+        copy = graph.call_function(aten.new_full.default, (text, *args), _placed(kwargs, node))
+    elif node.target is aten.bincount.default and _counts_tokens(node):
+        copy = _counted(node, args[0], text)
+    else:
         return graph.node_copy(node, copies.__getitem__)
-    copy = graph.call_method("size", fx.map_arg(node.args, copies.__getitem__))
     copy.meta = {**node.meta}
     return copy
+
+
+def _placed(kwargs: dict[str, Any], node: fx.Node) -> dict[str, Any]:
+    """Where a new tensor stands, and of what type it is."""
+    return {"dtype": node.meta["val"].dtype, "device": kwargs.get("device", node.meta["val"].device)}
+
+
+def _counts_tokens(node: fx.Node) -> bool:
+    """Whether a ``bincount`` has so many bins as it names: the trace took it for that, and so does what reads it."""
+    bound = arguments(node)
+    return bound["weights"] is None and tuple(node.meta["val"].shape) == (bound["minlength"],)
+
+
+def _counted(node: fx.Node, tokens: Any, text: fx.Node) -> fx.Node:
+    """``bincount`` as a sum of ones: the number of its bins depends on no value."""
+    graph, dtype = text.graph, node.meta["val"].dtype
+    bins = graph.call_function(aten.new_full.default, (text, [arguments(node)["minlength"]], 0), {"dtype": dtype})
+    length = graph.call_method("size", (tokens, 0))
+    ones = graph.call_function(aten.new_full.default, (text, [length], 1), {"dtype": dtype})
+    return graph.call_function(aten.scatter_add.default, (bins, 0, tokens, ones))
 
 
 def backwards(result: fx.Node, stops: Iterable[fx.Node]) -> set[fx.Node]:

@@ -147,7 +147,7 @@ def _logits(lm: CausalLM, rows: fx.Node, firsts: Sequence[fx.Node], reader: fx.N
     Raises:
         LoopError: there are none.
     """
-    behind = descendants(*firsts)
+    behind = descendants(*firsts) - descendants(reader)
     for node in lm.graph.nodes:
         if node not in behind or not is_scores(node, lm, vocabulary) or _row_of(lm, node) is None:
             continue

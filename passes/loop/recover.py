@@ -50,6 +50,7 @@ class DecodeLoop:
         any_length: whether Dynamo traced the prompt's length as a symbol: branches on lengths have left guards.
         ends: how the loop ends its texts, if it does so before it has drawn all of them.
         ones: placeholders of masks that `step` takes for ones.
+        shortest: how many tokens a text has at least where `step` does what was traced: it reads so many at the end.
     """
 
     step: fx.GraphModule
@@ -69,6 +70,7 @@ class DecodeLoop:
     lines_at: Callable[[int], tuple[str, ...]] = field(default=lambda length: (), compare=False)
     ends: Ends | None = None
     ones: tuple[int, ...] = ()
+    shortest: int = 0
 
     def check_ones(self, arguments: Sequence[Any]) -> None:
         """Refuse a mask that hides something, if `step` was made for masks of ones.
@@ -201,6 +203,7 @@ def decode_loop(
         any_length=isinstance(symbolic_length(layouts.prompt), sympy.Symbol),
         ends=ends,
         ones=tuple(placeholders.index(node) for node in ones),
+        shortest=iterations.longest_end(found.closure),
     )
 
 
