@@ -275,7 +275,9 @@ def _common_step(gm: fx.GraphModule, iterations: Iterations) -> RecoveredStep:
     step, invariants = build_step(gm, iterations, closure, growing)
     drop_ones_masks(step)
     step = sample_rows(step, closure)
-    return RecoveredStep(step, invariants, closure, report)
+    last = len(closures) - 1
+    shortest = iterations.length(last) + 1 if iterations.read_ends(closures[last], last) else 0
+    return RecoveredStep(step, invariants, closure, report, shortest=shortest)
 
 
 def _unpadded_step(

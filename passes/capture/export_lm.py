@@ -24,6 +24,7 @@ from smc_compile.passes.ir import CausalLM
 from smc_compile.passes.length_guards import FURTHEST, holds, is_bound, lengths_off
 
 TRACE_LENGTH = 7  # any length >= 2: the sequence axis is symbolic
+MOST_BELOW = 16  # lengths below the shortest that a trace stands for, at which a step is run
 COMPARED = 256  # the longest text on which a step is run to see whether it takes another branch
 
 
@@ -92,15 +93,16 @@ def share_subexpressions(lm: CausalLM) -> CausalLM:
 def lengths_to_compare(program: ExportedProgram) -> list[int]:
     """Lengths at which the step may take another branch than the one that was traced, and is cheap to run.
 
-    Those below the shortest that the trace stands for, and those at which a guard fails that bounds nothing: all that
-    are shorter than the traced text, and the first two beyond it.
+    Those below the shortest that the trace stands for, some of many, and those at which a guard fails that bounds
+    nothing: all that are shorter than the usual traced text, and the first two beyond it.
     """
     bounds, guards, symbol = _bounds(program), _unbounding_guards(program), _length(program)
     fewest = int(bounds.lower) if bounds is not None and bounds.lower.is_Integer else 2
     most = int(bounds.upper) if bounds is not None and bounds.upper.is_Integer else FURTHEST
-    short = {n for n in range(2, TRACE_LENGTH) for guard in guards if not holds(guard, symbol, n)}
+    short = {n for n in range(2, TRACE_LENGTH + 1) for guard in guards if not holds(guard, symbol, n)}
     far = {n for guard in guards for n in itertools.islice(lengths_off(guard, symbol, TRACE_LENGTH), 2) if n <= most}
-    return sorted({*range(2, fewest), *short, *(n for n in far if n <= COMPARED)})
+    below = {*range(2, fewest, max(1, fewest // MOST_BELOW)), max(2, fewest - 1)} if fewest > 2 else set()
+    return sorted({*below, *short, *(n for n in far if n <= COMPARED)})
 
 
 def longest_comparable(program: ExportedProgram) -> int | None:

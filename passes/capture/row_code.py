@@ -191,12 +191,31 @@ def _copied(node: fx.Node, copies: dict[fx.Node, fx.Node], text: fx.Node) -> fx.
         copy = graph.call_method("size", args)
     elif node.target is aten.full.default:  # one for each row: ``vmap`` fixes the length where it has to repeat one
         copy = graph.call_function(aten.new_full.default, (text, *args), _placed(kwargs, node))
+    elif node.target is aten.slice_scatter.default and isinstance(node.meta["val"].shape[arguments(node)["dim"]], int):
+        copy = _put(node, args[0], args[1], graph)
+    elif node.target is aten.fill.Tensor:
+        copy = _filled(node, args[0], args[1], text)
     elif node.target is aten.bincount.default and _counts_tokens(node):
         copy = _counted(node, args[0], text)
     else:
         return graph.node_copy(node, copies.__getitem__)
     copy.meta = {**node.meta}
     return copy
+
+
+def _put(node: fx.Node, tensor: Any, part: Any, graph: fx.Graph) -> fx.Node:
+    """``slice_scatter`` whose start and end are counted from the front."""
+    bound = arguments(node)
+    start, end, _ = slice(bound["start"], bound["end"]).indices(node.meta["val"].shape[bound["dim"]])
+    return graph.call_function(node.target, (tensor, part, bound["dim"], start, end, bound["step"]))  # type: ignore[arg-type]
+
+
+def _filled(node: fx.Node, tensor: Any, value: Any, text: fx.Node) -> fx.Node:
+    """``fill`` by a tensor of one number, as a choice that always takes it."""
+    graph, dtype = text.graph, node.meta["val"].dtype
+    always = graph.call_function(aten.full_like.default, (tensor, True), {"dtype": torch.bool})
+    number = graph.call_function(aten._to_copy.default, (value,), {"dtype": dtype})
+    return graph.call_function(aten.where.self, (always, number, tensor))
 
 
 def _placed(kwargs: dict[str, Any], node: fx.Node) -> dict[str, Any]:

@@ -26,8 +26,8 @@ def as_sampler_fault(lm: CausalLM, error: CacheError) -> CacheError | LoopError:
         return LoopError(
             "The sampler reads the tokens of the text.",
             f"{describe(node)}: what a token is drawn from depends on earlier tokens in another way than by the model",
-            "smc_compile.generate(model, draft, ids, logits_processor=[...]) takes processors that read the text, such "
-            "as RepetitionPenaltyLogitsProcessor of transformers",
+            "write it as a function of ids and of logits = model(ids)[:, -1]; smc_compile.generate(model, draft, ids, "
+            "logits_processor=[...]) takes processors that read the text",
         )
     if "line up" in error.what or "mixes requests" in error.what:
         return LoopError(
@@ -60,7 +60,10 @@ def _selects_position(node: fx.Node) -> bool:
     source = node.args[0]
     value = source.meta["val"]  # type: ignore[union-attr]
     dim = node.args[1] if len(node.args) > 1 else 0
-    return value.is_floating_point() and not isinstance(value.shape[dim], int)
+    if not value.is_floating_point() or isinstance(value.shape[dim], int):
+        return False
+    left = node.meta["val"].shape[dim] if node.target is aten.slice.Tensor else 1
+    return isinstance(left, int) and left == 1
 
 
 def _reads_tokens(lm: CausalLM, node: fx.Node, chosen: list[fx.Node]) -> bool:

@@ -108,7 +108,15 @@ def check_groups(code: RowCode, weights: Sequence[Tensor], texts: bool) -> None:
         with torch.no_grad():
             groups = zip(*(part.split(code.batch) for part in parts), strict=True)
             expected = torch.cat([code.graph_module(*group, *own) for group in groups])
-            actual = code([part[order][:-1] for part in parts], own)
+            try:
+                actual = code([part[order][:-1] for part in parts], own)
+            except RuntimeError as error:  # an op for which vmap has no rule, or a wrong one
+                raise LoopError(
+                    "The sampler reads the text, and has an op that cannot be run for many rows.",
+                    str(error).splitlines()[0][:300],
+                    "write it with other ops; smc_compile.generate(model, draft, ids, logits_processor=[...]) takes "
+                    "processors that read the text, whatever they do",
+                ) from error
         wanted = expected[order][:-1].double()
         coarse = expected.dtype in NARROW
         if not torch.allclose(actual.double(), wanted, 2e-2 if coarse else 1e-4, 2e-2 if coarse else 1e-5, True):

@@ -109,11 +109,10 @@ class Iterations:
             for node, source in self.layouts.readings
         )
 
-    def longest_end(self, nodes: Sequence[fx.Node]) -> int:
-        """The most tokens at the end of the text that nodes of iteration 0 read beside the whole text; 0 for none."""
+    def read_ends(self, nodes: Sequence[fx.Node], iteration: int) -> bool:
+        """Whether nodes of an iteration read the end of its text beside the whole."""
         pairs = [(node, source) for node in nodes for source in node.all_input_nodes]
-        found = [pair for pair in pairs if not self.reads_history(*pair, 0) and self.reads_end(*pair, 0)]
-        return max((len(self.layouts.readings[pair].columns or ()) for pair in found), default=0)
+        return any(self.reads_end(*pair, iteration) and not self.reads_history(*pair, iteration) for pair in pairs)
 
     def spell(self, columns: tuple[int, ...] | None) -> str:
         """Columns in words: ``prompt[0:4] + tokens[1:2] + constant 0``."""

@@ -127,7 +127,7 @@ def _compile(
     loop: DecodeLoop, arguments: Sequence[Any], weights: list[Tensor], options: Options, window: int | None
 ) -> LoopProgram:
     ids = prompt_of(loop, arguments)
-    traced = trace_model(loop.step, ids.new_zeros(loop.batch, loop.shortest + 2), weights, options.validate)
+    traced = trace_model(loop.step, ids.new_zeros(loop.batch, max(2, loop.shortest)), weights, options.validate)
     assert traced.sampler is not None
     current, kind = list(weights), traced.sampler.kind
     sampler = _text_sampler(loop, traced, weights, options, window)
