@@ -105,9 +105,12 @@ def check_groups(code: RowCode, weights: Sequence[Tensor], texts: bool) -> None:
         ids = torch.randint(vocabulary, (rows, length), generator=generator)
         given = torch.randn(rows, vocabulary, generator=generator, dtype=torch.float64)
         parts = [part.to(device, dtype) for part, dtype in zip([ids, given][1 - texts :], code.dtypes, strict=True)]
+        groups = list(zip(*(part.split(code.batch) for part in parts), strict=True))
         with torch.no_grad():
-            groups = zip(*(part.split(code.batch) for part in parts), strict=True)
-            expected = torch.cat([code.graph_module(*group, *own) for group in groups])
+            try:
+                expected = torch.cat([code.graph_module(*group, *own) for group in groups])
+            except (RuntimeError, IndexError):  # shorter than what it reads of a text
+                continue
             try:
                 actual = code([part[order][:-1] for part in parts], own)
             except RuntimeError as error:  # an op for which vmap has no rule, or a wrong one

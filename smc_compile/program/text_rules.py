@@ -143,7 +143,7 @@ def cuts_by_logits(rule: TextRule, vocabulary: int) -> bool:
     generator = torch.Generator().manual_seed(0)
     device = next((value.device for value in rule.values), torch.device("cpu"))
     count = 4 * rule.code.batch
-    for length in (2, 9):
+    for length in (9, 16):
         ids = torch.randint(vocabulary, (count, length), generator=generator).to(device)
         rows = Rows(*torch.zeros(2, count, dtype=torch.int64, device=device))
         found = []
