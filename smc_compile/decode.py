@@ -174,13 +174,14 @@ class CompiledLoop:
         """A step that holds the length of the prompt it was ``traced`` with stands for no shorter one.
 
         Raises:
-            LoopError: with a prompt of one token more the step is another.
+            LoopError: with a prompt of one token more the step is another; or there are other integers that might have
+                been made longer.
         """
         _, longer = self._captured(self._with_longer_prompts(traced), exact=True)
-        if step_text(longer.step.graph) != step_text(found.step.graph):
+        if len(prompts(traced)) > 1 or step_text(longer.step.graph) != step_text(found.step.graph):
             raise LoopError(
                 "The prompt is too short to be told from the part of the text that the sampler reads.",
-                "the loop was traced with a longer prompt, and what it computes depends on the prompt's length",
+                "the loop was traced with a longer prompt, and what it computes may depend on the prompt's length",
                 f"give a prompt of {found.prompt_length} tokens or more",
             )
 

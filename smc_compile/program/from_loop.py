@@ -83,7 +83,7 @@ def program_for(loop: DecodeLoop, arguments: Sequence[Any], options: Options, wi
 
     Raises:
         LoopError: the loop was compiled for another number than one of ``arguments``, or it does not compute what its
-            step computes.
+            step computes, or it keeps a cache and its sampler reads the text.
         OptionError, InputError, CacheError, ValidationError: target and draft cannot be compiled.
     """
     for index, value in loop.fixed_floats:
@@ -101,7 +101,14 @@ def program_for(loop: DecodeLoop, arguments: Sequence[Any], options: Options, wi
     weights = _weights(loop, arguments)
     inputs = tuple((tuple(w.shape), w.dtype, w.device) for w in weights)
     key = program_key(options, step_text(loop.step.graph), loop.batch, inputs, window)
-    return programs.get_or_make(key, lambda: _compile(loop, arguments, weights, options, window))
+    program = programs.get_or_make(key, lambda: _compile(loop, arguments, weights, options, window))
+    if program.sampler is not None and loop.cached is not None:  # a loop without a cache may have the same program
+        raise LoopError(
+            "The sampler reads the tokens of the text, in a loop that keeps a cache.",
+            f"{program.sampler.where}: only the first iteration shows which tokens it reads",
+            "write the loop without a cache, model(ids)[:, -1]: the compiler makes its own",
+        )
+    return program
 
 
 def loop_outputs(loop: DecodeLoop, arguments: Sequence[Any], sequences: Tensor) -> tuple[Tensor | None, ...]:
@@ -130,7 +137,7 @@ def _compile(
     traced = trace_model(loop.step, ids.new_zeros(loop.batch, max(2, loop.shortest)), weights, options.validate)
     assert traced.sampler is not None
     current, kind = list(weights), traced.sampler.kind
-    sampler = _text_sampler(loop, traced, weights, options, window)
+    sampler = _text_sampler(traced, weights, options, window)
     if sampler is not None:
         distribution, draft_distribution = sampler.distribution, sampler.draft_distribution
     else:
@@ -146,26 +153,14 @@ def _compile(
     program = build_program(
         target, options, draft_distribution, ids, compile_draft, text_processors=traced_rules, on_host=on_host
     )
-    if sampler is not None and traced.text is not None:
-        check_rule(traced.text, sampler.rule, program)
+    if sampler is not None:
+        check_rule(sampler, program)
     return LoopProgram(program, current, traced.owned, sampler)
 
 
-def _text_sampler(
-    loop: DecodeLoop, traced: Traced, weights: Sequence[Tensor], options: Options, window: int | None
-) -> RunSampler | None:
-    """What reads the text behind the target's logits, if anything does.
-
-    Raises:
-        LoopError: the loop keeps a cache of its own.
-    """
+def _text_sampler(traced: Traced, weights: Sequence[Tensor], options: Options, window: int | None) -> RunSampler | None:
+    """What reads the text behind the target's logits, if anything does."""
     if traced.text is None or traced.sampler is None:
         return None
-    if loop.cached is not None:
-        raise LoopError(
-            "The sampler reads the tokens of the text, in a loop that keeps a cache.",
-            f"{traced.text.where}: only the first iteration shows which tokens it reads",
-            "write the loop without a cache, model(ids)[:, -1]: the compiler makes its own",
-        )
     given, vocabulary = [*traced.owned(), *weights], traced.cached.vocab_size
     return sampler_to_run(traced.text, traced.sampler.kind, given, vocabulary, options.draft_temperature, window)

@@ -16,6 +16,7 @@ from smc_compile.program.program import Program
 from smc_compile.runtime.algorithms.next_token import NextTokenDistribution, Warper
 from smc_compile.runtime.state.request import Rows, TextProcessor
 
+BEYOND = 200  # deviations of random logits: their own differences are ten, or with a temperature of 0.05 this
 SPREADS = {False: (1.0, 10.0, 100.0), True: (1.0, 5.0)}  # of random logits; a softmax of wider ones is 0 by rounding
 
 
@@ -69,6 +70,7 @@ class RunSampler:
         rule: what applies to target and draft.
         traced: whether it compiles; else it runs on the host.
         distribution, draft_distribution: of the next token, behind the rule.
+        where: the op that reads the text, and its line.
     """
 
     rule: TextRule
@@ -76,6 +78,7 @@ class RunSampler:
     traced: bool
     distribution: NextTokenDistribution
     draft_distribution: NextTokenDistribution
+    where: str
 
     def take(self, weights: Sequence[Tensor]) -> None:
         """Read these weights from here on."""
@@ -109,14 +112,14 @@ def sampler_to_run(
     temperature = draft_temperature / reading if draft_temperature is not None else behind
     draft = distribution if greedy else NextTokenDistribution("logits", temperature)
     device = next((weight.device for weight in weights), torch.device("cpu"))
-    return RunSampler(rule, warper, compiles((rule,), vocabulary, device), distribution, draft)
+    return RunSampler(rule, warper, compiles((rule,), vocabulary, device), distribution, draft, text.where)
 
 
 # ---- what does not fit -----------------------------------------------------------------------------------------------
 
 
-def check_rule(text: TextSampler, rule: TextRule, program: Program) -> None:
-    """Whether a program gives the law of its loop under a rule.
+def check_rule(sampler: RunSampler, program: Program) -> None:
+    """Whether a program gives the law of its loop, whose sampler reads the text.
 
     Raises:
         InputError: the draft leaves tokens out that the rule was traced with.
@@ -129,28 +132,29 @@ def check_rule(text: TextSampler, rule: TextRule, program: Program) -> None:
             f"{target.distribution.vocab} and {target.vocab_size}: the sampler was traced with those of the target",
             'use a draft with as many rows, or method="autoregressive"',
         )
-    if program.method == "smc" and cuts_by_logits(rule, target.vocab_size or 0):
+    if program.method == "smc" and cuts_by_logits(sampler.rule, target.vocab_size or 0):
         raise LoopError(
             "The sampler removes tokens by their logits before it has read the text.",
-            f"{text.where} comes behind it, and what reads the text applies to the draft too: a draft that truncates "
-            "could not propose every token",
+            f"{sampler.where} comes behind it, and what reads the text applies to the draft too: a draft that "
+            "truncates could not propose every token",
             'put top-k and top-p behind what reads the text; or pass method="speculative" or "autoregressive"',
         )
 
 
 def cuts_by_logits(rule: TextRule, vocabulary: int) -> bool:
-    """Whether a rule gives -inf to other tokens after the same texts where logits differ: tried on random ones."""
+    """Whether a rule removes other tokens after the same texts where logits differ: tried on random ones."""
     generator = torch.Generator().manual_seed(0)
     device = next((value.device for value in rule.values), torch.device("cpu"))
     count = 4 * rule.code.batch
     for length in (9, 16):
         ids = torch.randint(vocabulary, (count, length), generator=generator).to(device)
         rows = Rows(*torch.zeros(2, count, dtype=torch.int64, device=device))
-        found = []
         for spread in SPREADS[rule.probs]:
+            found = []
             for _ in range(2):
                 logits = torch.randn(count, vocabulary, generator=generator, dtype=torch.float64) * spread
-                found.append(rule(ids, logits.to(device, rule.code.dtypes[1]), rows) == -torch.inf)
-        if not all(torch.equal(removed, found[0]) for removed in found):
-            return True
+                scores = rule(ids, logits.to(device, rule.code.dtypes[1]), rows).double()
+                found.append(scores < scores.amax(-1, keepdim=True) - BEYOND * spread)  # -inf, or what stands for it
+            if not torch.equal(*found):
+                return True
     return False

@@ -156,7 +156,7 @@ def test_a_list_of_tokens_that_ends():
 
     compiled = decode(loop, **QUICK)
     for eos in (2, 4):
-        assert compiled(MODEL, IDS[:1], 9, eos) == loop(MODEL, IDS[:1], 9, eos)
+        assert compiled(TABLE, IDS[:1], 9, eos) == loop(TABLE, IDS[:1], 9, eos)
 
 
 def test_prompts_of_any_length_and_the_last_tokens_alone():
@@ -164,10 +164,10 @@ def test_prompts_of_any_length_and_the_last_tokens_alone():
         return repeated_less(ids[:, -3:], logits)
 
     compiled = decode(loop_of(last_three, largest), **QUICK)
-    for length in (3, 4, 8):
+    for length in (3, 8):
         ids = torch.arange(2 * length).view(2, length) * 3 % V
-        assert torch.equal(compiled(MODEL, ids, 6), loop_of(last_three, largest)(MODEL, ids, 6))
-    same_as_eager(loop_of(never_twice, largest), MODEL, IDS[:, :1], 6)
+        assert torch.equal(compiled(TABLE, ids, 6), loop_of(last_three, largest)(TABLE, ids, 6))
+    same_as_eager(loop_of(never_twice, largest), TABLE, IDS[:, :1], 6)
 
 
 def test_the_answer_alone():
@@ -183,8 +183,8 @@ def test_the_answer_alone():
     compiled = decode(loop, **QUICK)
     for length in (3, 12):
         ids = torch.arange(2 * length).view(2, length) * 3 % V
-        assert torch.equal(compiled(MODEL, ids, 6), loop(MODEL, ids, 6)), length
-    refused(loop, MODEL, IDS[:, :1], 6, match="too short to be told")  # it was traced with a longer one
+        assert torch.equal(compiled(TABLE, ids, 6), loop(TABLE, ids, 6)), length
+    refused(loop, TABLE, IDS[:, :1], 6, match="too short to be told")  # it was traced with a longer one
 
 
 def test_weights_of_the_sampler_may_change():
@@ -195,7 +195,7 @@ def test_weights_of_the_sampler_may_change():
 
     compiled = decode(loop, **QUICK)
     for bias in torch.eye(V, dtype=torch.float64)[:3] * 4:
-        assert torch.equal(compiled(MODEL, IDS, 6, bias), loop(MODEL, IDS, 6, bias))
+        assert torch.equal(compiled(TABLE, IDS, 6, bias), loop(TABLE, IDS, 6, bias))
 
 
 def test_a_rule_on_the_window_that_the_model_reads():
@@ -217,11 +217,24 @@ def test_a_preallocated_buffer_of_which_the_sampler_reads_the_text():
             text[:, start + i] = counted(filled, model(filled)[:, -1]).argmax(-1)
         return text
 
-    same_as_eager(loop, MODEL, IDS, 7)
+    same_as_eager(loop, TABLE, IDS, 7)
+
+
+def test_an_integer_argument_may_hold_no_part_of_the_prompt():
+    """A prompt of one token is traced with one more, and other integers must stay as they are."""
+
+    def loop(model, ids, n, banned):
+        for _ in range(n):
+            logits = model(ids)[:, -1] - 50.0 * nn.functional.one_hot(banned, V).sum(0)
+            ids = torch.cat([ids, largest(never_twice(ids, logits))], 1)
+        return ids
+
+    refused(loop, TABLE, IDS[:, :1], 5, torch.tensor([2]), match="too short to be told")
+    same_as_eager(loop, TABLE, IDS, 5, torch.tensor([2]))
 
 
 def test_the_report_tells_of_it():
-    found = explain(loop_of(repeated_less, largest), MODEL, IDS, 5, **QUICK)
+    found = explain(loop_of(repeated_less, largest), TABLE, IDS, 5, **QUICK)
     assert "the sampler of the loop: compiled" in str(found)
 
 
@@ -258,7 +271,9 @@ def test_top_k_before_the_penalty_is_refused_for_particles_and_runs_exactly():
         return repeated_less(ids, cut(logits))
 
     loop = loop_of(before, draw)
-    refused(loop, TABLE, IDS, 5, draft=perturbed(TABLE, 1.0), match="removes tokens by their logits")
+    nearly = loop_of(lambda ids, x: repeated_less(ids, x.where(x.softmax(-1) > 0.1, -1e9)), draw)
+    for sampler in (loop, nearly):
+        refused(sampler, TABLE, IDS, 5, draft=perturbed(TABLE, 1.0), match="removes tokens by their logits")
     compiled = decode(loop, method="autoregressive", seed=0, **QUICK)
     texts = compiled(TABLE, PROMPT.expand(4096, -1), 2)[:, len(PROMPT) :]
     assert chi_square_p_value(texts, law(before, 2)) > 1e-3
@@ -272,7 +287,7 @@ def test_a_sampler_that_reads_several_positions_of_the_model_is_refused():
             ids = torch.cat([ids, largest(logits[:, -1].scatter(1, ids, score))], 1)
         return ids
 
-    refused(loop, MODEL, IDS, 5, match="sampler reads the tokens")
+    refused(loop, TABLE, IDS, 5, match="sampler reads the tokens")
 
 
 def test_padding_is_not_penalised():
@@ -286,7 +301,7 @@ def test_padding_is_not_penalised():
             text[:, start + i] = logits.argmax(-1)
         return text
 
-    refused(loop, MODEL, IDS, 7, match="depend on the padding")
+    refused(loop, TABLE, IDS, 7, match="depend on the padding")
 
 
 def test_a_part_of_the_text_that_is_not_its_end_is_refused():
@@ -296,7 +311,7 @@ def test_a_part_of_the_text_that_is_not_its_end_is_refused():
             ids = torch.cat([ids, largest(repeated_less(prompt, model(ids)[:, -1]))], 1)
         return ids
 
-    refused(of_prompt, MODEL, IDS, 5, match="reads tokens other than|does not read the whole")
+    refused(of_prompt, TABLE, IDS, 5, match="reads tokens other than|does not read the whole")
 
 
 def test_a_draft_with_fewer_rows_is_refused():
