@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from smc_compile.errors import CacheError, SMCError
+from smc_compile.errors import CacheError, LoopError, SMCError
 from smc_compile.passes.axes.infer import type_axes
 from smc_compile.passes.cache.synthesize import synthesize_cache
 from smc_compile.passes.capture import shape_only, single_positions  # noqa: F401  (they register rewrites)
@@ -38,6 +38,7 @@ from smc_compile.passes.capture.other_lengths import check_other_lengths
 from smc_compile.passes.capture.picked_rows import handle_all_rows
 from smc_compile.passes.capture.sampler import Sampler, match_sampler
 from smc_compile.passes.capture.sampler_faults import as_sampler_fault
+from smc_compile.passes.capture.text_sampler import TextSampler, check_groups, split_sampler
 from smc_compile.passes.ir import CachedLM, CausalLM
 from smc_compile.passes.loop.alike import compare_iterations
 from smc_compile.passes.loop.as_written import PaddedIteration, cached_iterations
@@ -91,6 +92,7 @@ class Traced:
         owned: the weights that the step owns itself; they precede the explicit ones in ``lm.weights``.
         error: largest relative difference between cached and original rows, None when not validated.
         seconds: time of each pass.
+        text: what the step does with the text behind its model's logits, which ``lm`` then ends in; None if nothing.
     """
 
     lm: CausalLM
@@ -99,6 +101,7 @@ class Traced:
     owned: OwnedWeights
     error: float | None
     seconds: dict[str, float] = field(default_factory=dict)
+    text: TextSampler | None = None
 
 
 class Passes:
@@ -124,18 +127,36 @@ def trace_model(step: nn.Module, ids: Tensor, weights: Sequence[Tensor], check: 
     """
     passes = Passes()
     lm, owned = capture(step, ids, weights, passes)
-    sampler = None
+    sampler, text = None, None
+    whole, unsplit = lm, None
     if sampled:
-        lm, sampler = passes.run(match_sampler, lm)
+        whole, sampler = passes.run(match_sampler, lm)
+        try:
+            lm, text = passes.run(split_sampler, whole, sampler) or (whole, None)
+        except LoopError as refusal:  # it may read the text position by position, as a model does
+            lm, unsplit = whole, refusal
     try:
         cached = passes.run(synthesize_cache, lm)
     except CacheError as refusal:
-        raise (as_sampler_fault(lm, refusal) if sampled else refusal) from None
+        raise unsplit or (as_sampler_fault(lm, refusal) if sampled else refusal) from None
+    if text is not None:
+        _check_text_sampler(text, [*owned(), *weights])
     cached = passes.run(early_head, cached)
     cached = passes.run(rewrite_cached, cached)
     error = passes.run(validate, lm, cached, [*owned(), *weights]) if check else None
     cached = passes.run(outline_layers, cached)
-    return Traced(lm, sampler, cached, owned, error, passes.seconds)
+    return Traced(lm, sampler, cached, owned, error, passes.seconds, text)
+
+
+def _check_text_sampler(text: TextSampler, weights: Sequence[Tensor]) -> None:
+    """Run both halves on random rows.
+
+    Raises:
+        LoopError: rows depend on each other.
+    """
+    check_groups(text.reading, weights, texts=True)
+    if text.behind is not None:
+        check_groups(text.behind, weights, texts=False)
 
 
 def capture(
@@ -254,7 +275,9 @@ def _common_step(gm: fx.GraphModule, iterations: Iterations) -> RecoveredStep:
     step, invariants = build_step(gm, iterations, closure, growing)
     drop_ones_masks(step)
     step = sample_rows(step, closure)
-    return RecoveredStep(step, invariants, closure, report)
+    last = len(closures) - 1
+    shortest = iterations.length(last) + 1 if iterations.read_ends(closures[last], last) else 0
+    return RecoveredStep(step, invariants, closure, report, shortest=shortest)
 
 
 def _unpadded_step(

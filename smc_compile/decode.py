@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from smc_compile.backend import answer_loop
 from smc_compile.errors import InputError, LoopError, OptionError, SMCError
 from smc_compile.options import Options
-from smc_compile.passes.loop.kv_loop import ShortPrompt
-from smc_compile.passes.loop.needs_value import NeedsValue
+from smc_compile.passes.loop.needs_value import NeedsValue, ShortPrompt
 from smc_compile.passes.loop.recover import DecodeLoop
 from smc_compile.program.all_iterations import PINNED, Traces, before_window, check_all_iterations, with_window
 from smc_compile.program.callables import bound_function
@@ -29,7 +28,7 @@ from smc_compile.program.dynamo_refusals import FailedLoop, Untraceable, dynamo_
 from smc_compile.program.even_loops import Doubt, find_doubt
 from smc_compile.program.from_loop import program_for, prompt_of
 from smc_compile.program.iteration_count import PROBE, IterationCount, find_iteration_count
-from smc_compile.program.loop_finder import LoopFinder
+from smc_compile.program.loop_finder import LoopFinder, step_text
 from smc_compile.program.model_calls import traceable
 from smc_compile.program.reachable_models import reachable_models
 from smc_compile.program.rehearsal import Rehearsal, Rehearsed
@@ -136,6 +135,8 @@ class CompiledLoop:
             self._count = self._find_count(code, traced)
         iterations = self._count.iterations(bound.arguments[self._count.name], prompt_length(bound))
         call, found = self._captured(traced)
+        if traced is not bound and found.cached is None:
+            self._refuse_lengths_of_prompts(traced, found)
         check_longest(found, prompt_length(bound), iterations)
         self._count.stretched(found, iterations)  # refuses tokens that do not fit
         window = self._window(bound, traced, call, found, iterations)
@@ -168,6 +169,21 @@ class CompiledLoop:
         if call is None or found is None:
             raise LoopError("the function holds no decode loop", "no token is drawn and fed back")
         return call, found
+
+    def _refuse_lengths_of_prompts(self, traced: inspect.BoundArguments, found: DecodeLoop) -> None:
+        """A step that holds the length of the prompt it was ``traced`` with stands for no shorter one.
+
+        Raises:
+            LoopError: with a prompt of one token more the step is another; or there are other integers that might have
+                been made longer.
+        """
+        _, longer = self._captured(self._with_longer_prompts(traced), exact=True)
+        if len(prompts(traced)) > 1 or step_text(longer.step.graph) != step_text(found.step.graph):
+            raise LoopError(
+                "The prompt is too short to be told from the part of the text that the sampler reads.",
+                "the loop was traced with a longer prompt, and what it computes may depend on the prompt's length",
+                f"give a prompt of {found.prompt_length} tokens or more",
+            )
 
     def _counting(self, arguments: inspect.BoundArguments, iterations: int) -> inspect.BoundArguments:
         """The arguments of a call that asks for so many iterations."""
@@ -261,8 +277,8 @@ class CompiledLoop:
         return inspect.BoundArguments(self._signature, OrderedDict({**own, name: value}))
 
     def _with_longer_prompts(self, bound: inspect.BoundArguments) -> inspect.BoundArguments:
-        """The arguments with each prompt twice over: one token is too short to show how a cache grows."""
-        longer = {name: torch.cat([bound.arguments[name]] * 2, -1) for name in prompts(bound)}
+        """The arguments with prompts of one token more: those given are too short to show what longer ones do."""
+        longer = {n: torch.cat([p, p[..., :1]], -1) for n in prompts(bound) for p in [bound.arguments[n]]}
         return inspect.BoundArguments(self._signature, OrderedDict({**bound.arguments, **longer}))
 
 

@@ -120,6 +120,7 @@ def _describe(loop: CompiledLoop, seconds: float) -> Explanation:
     found = {
         "loop": list(loop.loop.report),
         "sampler": [f"{sampler.form}: {distribution}, temperature {sampler.temperature:g}"],
+        "rules on the text": loop.last.stats.rules,
     }
     return Explanation(True, None, _sections(found, program, loop.last, seconds))
 

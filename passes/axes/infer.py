@@ -33,7 +33,17 @@ def type_axes(lm: CausalLM) -> Typing:
     typing = Typing(lm, expression(lm.ids.meta["val"].shape[1]))
     typing.dependent.add(lm.ids)
     typing.axes[lm.ids] = ((B,), (Q,))
-    for node in lm.graph.nodes:
+    type_nodes(typing)
+    return typing
+
+
+def type_nodes(typing: Typing) -> None:
+    """Assign axes to every node that depends on those that have axes already.
+
+    Raises:
+        CacheError: as ``type_axes``.
+    """
+    for node in typing.lm.graph.nodes:
         if node.op != "call_function" or not _depends(typing, node):
             continue
         typing.dependent.add(node)
@@ -42,7 +52,6 @@ def type_axes(lm: CausalLM) -> Typing:
         follow_slots(typing, node)
         typing.axes[node] = rule_for(node)(typing, node)
         _check(typing, node)
-    return typing
 
 
 def _depends(typing: Typing, node: fx.Node) -> bool:

@@ -24,6 +24,7 @@ from smc_compile.passes.ir import CausalLM
 from smc_compile.passes.length_guards import FURTHEST, is_bound, lengths_off, path_test
 
 TRACE_LENGTH = 7  # any length >= 2: the sequence axis is symbolic
+MOST_BELOW = 16  # lengths below the shortest that a trace stands for, at which a step is run
 COMPARED = 256  # the longest text on which a step is run to see whether it takes another branch
 
 
@@ -31,12 +32,13 @@ def export_step(step: nn.Module, ids: Tensor, weights: Sequence[Tensor], symboli
     """Export ``step(ids [B, S], *weights) -> [B, ...]``, ATen ops kept whole (so is attention).
 
     S is symbolic, or as the tracer finds it if not ``symbolic``: a number where the step holds for one length only.
+    Branches go as for texts of ``TRACE_LENGTH`` tokens, or as many as ``ids`` has if these are more.
 
     Raises:
         Exception: of many types, when the tracer fails.
     """
     length = torch.export.Dim.DYNAMIC if symbolic else torch.export.Dim.AUTO
-    inputs = (ids.new_zeros(ids.shape[0], TRACE_LENGTH), *weights)
+    inputs = (ids.new_zeros(ids.shape[0], max(TRACE_LENGTH, ids.shape[1])), *weights)
     dynamic = ({1: length}, *({} for _ in weights))
     with warnings.catch_warnings(), torch.no_grad(), untouched(step):
         warnings.simplefilter("ignore")
@@ -91,16 +93,17 @@ def share_subexpressions(lm: CausalLM) -> CausalLM:
 def lengths_to_compare(program: ExportedProgram) -> list[int]:
     """Lengths at which the step may take another branch than the one that was traced, and is cheap to run.
 
-    Those below the shortest that the trace stands for, and those at which a guard fails that bounds nothing: all that
-    are shorter than the traced text, and the first two beyond it.
+    Those below the shortest that the trace stands for, some of many, and those at which a guard fails that bounds
+    nothing: all that are shorter than the usual traced text, and the first two beyond it.
     """
     bounds, guards, symbol = _bounds(program), _unbounding_guards(program), _length(program)
     fewest = int(bounds.lower) if bounds is not None and bounds.lower.is_Integer else 2
     most = int(bounds.upper) if bounds is not None and bounds.upper.is_Integer else FURTHEST
     tests = [path_test(guard, symbol) for guard in guards]
-    short = {n for n in range(2, TRACE_LENGTH) for holds in tests if not holds(n)}
+    short = {n for n in range(2, TRACE_LENGTH + 1) for holds in tests if not holds(n)}
     far = {n for guard in guards for n in itertools.islice(lengths_off(guard, symbol, TRACE_LENGTH), 2) if n <= most}
-    return sorted({*range(2, fewest), *short, *(n for n in far if n <= COMPARED)})
+    below = {*range(2, fewest, max(1, fewest // MOST_BELOW)), max(2, fewest - 1)} if fewest > 2 else set()
+    return sorted({*below, *short, *(n for n in far if n <= COMPARED)})
 
 
 def longest_comparable(program: ExportedProgram) -> int | None:

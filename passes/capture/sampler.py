@@ -96,7 +96,7 @@ def match_sampler(lm: CausalLM) -> tuple[CausalLM, Sampler]:
             describe(noise[0]),
             "compute them from the logits alone",
         )
-    temperature = _temperature(rows, kind)
+    temperature = temperature_of(rows, kind)
     cut = _cut(lm, rows, orders, kind)
     form += " in sorted space" if orders else ""
     counters["smc_compile"][f"sampler_{kind}"] += 1
@@ -279,7 +279,7 @@ def _draw_noise(noise: fx.Node, count: int) -> torch.Tensor:
     return values[noise]
 
 
-def _temperature(rows: fx.Node, kind: str) -> float:
+def temperature_of(rows: fx.Node, kind: str) -> float:
     """The scalar that divides the logits, found on the way back from ``rows`` to the model's output; 1.0 if none."""
     node, in_logits = rows, kind != "probs"  # a factor of probabilities is no temperature
     while node.op == "call_function":

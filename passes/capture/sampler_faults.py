@@ -19,15 +19,15 @@ _MIX_TOKENS = frozenset(
 def as_sampler_fault(lm: CausalLM, error: CacheError) -> CacheError | LoopError:
     """The refusal of an op behind the selection of the last position in the sampler's words; others as they are."""
     node = error.node
-    chosen = _first_choices(lm)
+    chosen = first_choices(lm)
     if node is None or not chosen or node in ancestors(*chosen):
         return error
     if op_name(node) in _MIX_TOKENS and _reads_tokens(lm, node, chosen):
         return LoopError(
             "The sampler reads the tokens of the text.",
             f"{describe(node)}: what a token is drawn from depends on earlier tokens in another way than by the model",
-            "smc_compile.generate(model, draft, ids, logits_processor=[...]) takes processors that read the text, such "
-            "as RepetitionPenaltyLogitsProcessor of transformers",
+            "write it as a function of ids and of logits = model(ids)[:, -1]; smc_compile.generate(model, draft, ids, "
+            "logits_processor=[...]) takes processors that read the text",
         )
     if "line up" in error.what or "mixes requests" in error.what:
         return LoopError(
@@ -42,7 +42,7 @@ def as_sampler_fault(lm: CausalLM, error: CacheError) -> CacheError | LoopError:
     )
 
 
-def _first_choices(lm: CausalLM) -> list[fx.Node]:
+def first_choices(lm: CausalLM) -> list[fx.Node]:
     """Where the last position is selected: writes in place select it again behind the sampler's ops."""
     found: list[fx.Node] = []
     for node in lm.graph.nodes:
@@ -60,7 +60,10 @@ def _selects_position(node: fx.Node) -> bool:
     source = node.args[0]
     value = source.meta["val"]  # type: ignore[union-attr]
     dim = node.args[1] if len(node.args) > 1 else 0
-    return value.is_floating_point() and not isinstance(value.shape[dim], int)
+    if not value.is_floating_point() or isinstance(value.shape[dim], int):
+        return False
+    left = node.meta["val"].shape[dim] if node.target is aten.slice.Tensor else 1
+    return isinstance(left, int) and left == 1
 
 
 def _reads_tokens(lm: CausalLM, node: fx.Node, chosen: list[fx.Node]) -> bool:

@@ -14,6 +14,7 @@ from smc_compile.passes.fx_tools import describe, op_name
 from smc_compile.passes.loop.iterations import Iterations
 from smc_compile.passes.loop.leaves import Leaf, flatten
 from smc_compile.passes.loop.lengths import Lengths, Sample, Uneven, fit_all, is_integer
+from smc_compile.passes.loop.needs_value import ShortPrompt
 from smc_compile.passes.loop.tensor_info import plain_tensor
 
 Varying = dict[Leaf, dict[int, int]]  # integer of iteration 0 -> its values in the iterations where it differs
@@ -24,10 +25,19 @@ def compare_iterations(iterations: Iterations) -> Lengths:
 
     Raises:
         LoopError: an iteration differs from iteration 0 in something else than an integer a*S + b.
+        ShortPrompt: they differ in that the prompt is as short as what others read of the text's end.
     """
     varying: Varying = defaultdict(dict)
+    short: list[fx.Node] = []  # they read the whole prompt, and the end of longer texts
     for iteration in range(1, len(iterations.tokens)):
-        _compare_iteration(iterations, iteration, varying)
+        _compare_iteration(iterations, iteration, varying, short)
+    if short:
+        raise ShortPrompt(
+            "The prompt is as short as the part of the text that the sampler reads.",
+            f"{describe(short[0])} reads all {iterations.length(0)} tokens in iteration 0, and so many at the end of "
+            "the text in later ones",
+            "give a prompt of one token more, or use @smc_compile.decode",
+        )
     try:
         return fit_all({leaf: _samples(iterations, leaf, values) for leaf, values in varying.items()})
     except Uneven as error:
@@ -41,14 +51,17 @@ def _samples(iterations: Iterations, leaf: Leaf, values: dict[int, int]) -> list
     return [(iterations.length(number), values.get(number, first)) for number in range(len(iterations.tokens))]
 
 
-def _compare_iteration(iterations: Iterations, iteration: int, varying: Varying) -> None:
-    """Compare the nodes behind a token with those behind token 0; integers that differ are added to `varying`."""
+def _compare_iteration(iterations: Iterations, iteration: int, varying: Varying, short: list[fx.Node]) -> None:
+    """Compare the nodes behind a token with those behind token 0.
+
+    Integers that differ are added to `varying`, and nodes that read the end of longer texts to `short`.
+    """
     pairs = {iterations.tokens[0]: iterations.tokens[iteration]}
     pending = [iterations.tokens[0]]
     while pending:
         first = pending.pop()
         other = pairs[first]
-        _compare_calls(iterations, first, other, iteration, varying)
+        _compare_calls(iterations, first, other, iteration, varying, short)
         for source, counterpart in _operand_pairs(iterations, first, other, iteration):
             if source not in pairs:
                 pairs[source] = counterpart
@@ -72,7 +85,9 @@ def _operand_pairs(
     return pairs
 
 
-def _compare_calls(iterations: Iterations, first: fx.Node, other: fx.Node, iteration: int, varying: Varying) -> None:
+def _compare_calls(
+    iterations: Iterations, first: fx.Node, other: fx.Node, iteration: int, varying: Varying, short: list[fx.Node]
+) -> None:
     """Compare the targets and the arguments of two calls."""
     if first is not other and (first.op == "placeholder" or other.op == "placeholder"):
         raise _unlike(first, other, iteration, f"the input `{first.name}`", f"`{other.name}`")
@@ -83,7 +98,9 @@ def _compare_calls(iterations: Iterations, first: fx.Node, other: fx.Node, itera
         raise _unlike(first, other, iteration, str(first.args), str(other.args))
     for i, (leaf, counterpart) in enumerate(zip(leaves, others, strict=True)):
         if isinstance(leaf, fx.Node) and isinstance(counterpart, fx.Node):
-            if not _read_alike(iterations, (first, leaf), (other, counterpart), iteration):
+            if _reads_end_of_longer(iterations, (first, leaf), (other, counterpart), iteration):
+                short.append(first)
+            elif not _read_alike(iterations, (first, leaf), (other, counterpart), iteration):
                 raise _unlike(first, other, iteration, f"`{leaf.name}`", f"`{counterpart.name}`")
         elif is_integer(leaf) and is_integer(counterpart):
             if leaf != counterpart:
@@ -100,6 +117,16 @@ def _read_alike(
     if length is None or found is None:
         return length is found
     return found == (length if length > iterations.length(0) else iterations.length(iteration))
+
+
+def _reads_end_of_longer(
+    iterations: Iterations, first: tuple[fx.Node, fx.Node], other: tuple[fx.Node, fx.Node], iteration: int
+) -> bool:
+    """Whether the whole prompt is read in iteration 0, and so many tokens at the end of a longer text."""
+    length = iterations.length(0)
+    if iterations.read_length(*first, 0) != length or not iterations.reads_end(*other, iteration):
+        return False
+    return len(iterations.layouts.readings[other].columns or ()) == length < iterations.length(iteration)
 
 
 def _same_target(first: fx.Node, other: fx.Node) -> bool:

@@ -14,9 +14,10 @@ from smc_compile.passes.fx_tools import describe, mutated_inputs, op_name
 from smc_compile.passes.loop.needs_value import EndInLoop
 from smc_compile.passes.loop.refusals import NO_CACHE, NO_END, READS_TEXT
 from smc_compile.passes.loop.tensor_info import tensor_info
-from smc_compile.passes.loop.token_labels import Layouts
+from smc_compile.passes.loop.token_labels import MOVES, Layouts
 
 _COMPARISONS = frozenset(["eq", "ne", "isin", "lt", "le", "gt", "ge", "where", "logical_or", "or_", "and_", "any"])
+_MODELS = frozenset(["embedding"])  # a model that reads the last tokens alone has a window, or lost its cache
 
 
 @dataclass
@@ -80,6 +81,8 @@ class Iterations:
             return
         if sorted(reading.columns or ()) == sorted(self.text(iteration)):
             return
+        if self.reads_end(node, source, iteration) and self.is_read_whole(iteration):
+            return
         what = f"Iteration {iteration} of the decode loop reads tokens other than as the whole sequence so far."
         found = f"{describe(node)} reads `{source.name}`, which holds {self.spell(reading.columns)}"
         expected = self.spell(self.text(iteration))
@@ -91,6 +94,25 @@ class Iterations:
         if op_name(node) in _COMPARISONS:
             fix, kind = NO_END, EndInLoop
         raise kind(what, f"{found}; an iteration may read only {expected}", fix)
+
+    def reads_end(self, node: fx.Node, source: fx.Node, iteration: int) -> bool:
+        """Whether `node` reads the last tokens of the text, as a sampler may beside its model; not to end the text."""
+        reading = self.layouts.readings.get((node, source))
+        if reading is None or not reading.columns or op_name(node) in _COMPARISONS | _MODELS:
+            return False
+        return sorted(reading.columns) == sorted(self.text(iteration)[-len(reading.columns) :])
+
+    def is_read_whole(self, iteration: int) -> bool:
+        """Whether something reads the whole text of an iteration, other than to move it about."""
+        return any(
+            self.reads_history(node, source, iteration) and not moves(node, source)
+            for node, source in self.layouts.readings
+        )
+
+    def read_ends(self, nodes: Sequence[fx.Node], iteration: int) -> bool:
+        """Whether nodes of an iteration read the end of its text beside the whole."""
+        pairs = [(node, source) for node in nodes for source in node.all_input_nodes]
+        return any(self.reads_end(*pair, iteration) and not self.reads_history(*pair, iteration) for pair in pairs)
 
     def spell(self, columns: tuple[int, ...] | None) -> str:
         """Columns in words: ``prompt[0:4] + tokens[1:2] + constant 0``."""
@@ -130,6 +152,14 @@ class Iterations:
         info, order = tensor_info(source), self.layouts.order
         found = self.writers.get(info.storage, []) if info is not None else []
         return [writer for writer in found if order[writer] < order[before]]
+
+
+def moves(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a node only puts the cells of a source elsewhere; an index says which cells of another are read."""
+    name = op_name(node)
+    if name in ("getitem", "gather", "index_select", "take_along_dim"):
+        return bool(node.args) and node.args[0] is source
+    return name in MOVES or name in ("to", "long", "int", "size", "setitem", "slice", "output")
 
 
 def find_writers(nodes: Sequence[fx.Node], to_inputs: bool = False) -> dict[int, list[fx.Node]]:

@@ -34,13 +34,10 @@ from smc_compile.passes.loop.lengths import (
     solve_lengths,
     symbolic_length,
 )
+from smc_compile.passes.loop.needs_value import ShortPrompt
 from smc_compile.passes.loop.padded_buffer import unclear_in_words
 from smc_compile.passes.loop.tensor_info import TOKEN_DTYPES, plain_tensor, tensor_info
 from smc_compile.passes.loop.token_labels import Layouts
-
-
-class ShortPrompt(LoopError):
-    """The prompt has one token: the loop may be traced with a longer one."""
 
 
 def carries_cache(layouts: Layouts, tokens: Sequence[fx.Node]) -> bool:

@@ -1,4 +1,4 @@
-"""Refusals of loops that need the value of a token. Their own code may run on the tokens instead of being compiled."""
+"""Refusals after which a loop is looked at in another way: its own code runs on the tokens, or its prompt is longer."""
 
 from __future__ import annotations
 
@@ -11,3 +11,7 @@ class NeedsValue(LoopError):
 
 class EndInLoop(NeedsValue):
     """The loop computes with the tokens as one does to end texts."""
+
+
+class ShortPrompt(LoopError):
+    """The prompt is so short that its iteration is a case of its own: the loop may be traced with a longer one."""

@@ -50,6 +50,8 @@ class DecodeLoop:
         any_length: whether Dynamo traced the prompt's length as a symbol: branches on lengths have left guards.
         ends: how the loop ends its texts, if it does so before it has drawn all of them.
         ones: placeholders of masks that `step` takes for ones.
+        shortest: of texts that are long enough for all that `step` reads: parts of the text may be shorter or empty in
+            shorter ones. 0 where it reads all of it.
     """
 
     step: fx.GraphModule
@@ -69,6 +71,7 @@ class DecodeLoop:
     lines_at: Callable[[int], tuple[str, ...]] = field(default=lambda length: (), compare=False)
     ends: Ends | None = None
     ones: tuple[int, ...] = ()
+    shortest: int = 0
 
     def check_ones(self, arguments: Sequence[Any]) -> None:
         """Refuse a mask that hides something, if `step` was made for masks of ones.
@@ -107,6 +110,7 @@ class RecoveredStep:
         known: (placeholder, value) of integer inputs that the step holds as constants.
         padded: what to compare the step with, if the iteration reads a padded buffer.
         cached: what to compare the step with, if the iterations hand on a cache.
+        shortest: as of a `DecodeLoop`.
     """
 
     step: fx.GraphModule
@@ -116,6 +120,7 @@ class RecoveredStep:
     known: Sequence[tuple[fx.Node, int]] = ()
     padded: PaddedIteration | None = None
     cached: CachedIterations | None = None
+    shortest: int = 0
 
 
 # ---- tokens --------------------------------------------------------------------------------------------------------
@@ -201,6 +206,7 @@ def decode_loop(
         any_length=isinstance(symbolic_length(layouts.prompt), sympy.Symbol),
         ends=ends,
         ones=tuple(placeholders.index(node) for node in ones),
+        shortest=found.shortest,
     )
 
 

@@ -28,7 +28,8 @@ NO_END = (
     "text goes to generate(..., logits_processor=[...])"
 )
 READS_TEXT = (
-    "what reads the text besides the model goes to smc_compile.generate(model, draft, ids, logits_processor=[...])"
+    "let what reads the text besides the model read all of it or its end, ids or ids[:, -8:], in a loop without a "
+    "cache and without a window; other rules go to smc_compile.generate(model, draft, ids, logits_processor=[...])"
 )
 FROM_IDS = "make masks and positions inside of the function, torch.ones_like(ids) or torch.arange(ids.shape[1])"
 

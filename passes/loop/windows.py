@@ -14,11 +14,10 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from smc_compile.passes.fx_tools import op_name
-from smc_compile.passes.loop.iterations import Iterations, iteration_nodes
+from smc_compile.passes.loop.iterations import Iterations, iteration_nodes, moves
 from smc_compile.passes.loop.leaves import flatten
 from smc_compile.passes.loop.tensor_info import plain_tensor
-from smc_compile.passes.loop.token_labels import MOVES, Layouts
+from smc_compile.passes.loop.token_labels import Layouts
 
 SHORTEST = 3  # a window that iterations of three lengths fit in: 1, 2 and 3 tokens
 
@@ -42,18 +41,10 @@ def _longest_end(layouts: Layouts, text: tuple[int, ...]) -> int | None:
         for (node, source), reading in layouts.readings.items()
         if reading.exact
         and reading.columns
-        and not _moves(node, source)
+        and not moves(node, source)
         and text[-len(reading.columns) :] == reading.columns
     ]
     return max(lengths, default=None)
-
-
-def _moves(node: fx.Node, source: fx.Node) -> bool:
-    """Whether a node only puts the cells of a source elsewhere; an index says which cells of another are read."""
-    name = op_name(node)
-    if name in ("getitem", "gather", "index_select", "take_along_dim"):
-        return bool(node.args) and node.args[0] is source
-    return name in MOVES or name in ("to", "long", "int", "size", "setitem", "slice", "output")
 
 
 def iteration_in_lines(iterations: Iterations, length: int) -> tuple[str, ...]:

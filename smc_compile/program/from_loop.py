@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
@@ -15,7 +15,7 @@ from smc_compile.inputs.requests import build_request, check_prompt, request_see
 from smc_compile.options import Options
 from smc_compile.passes.loop.branches import EndTokens
 from smc_compile.passes.loop.recover import DecodeLoop
-from smc_compile.passes.pipeline import trace_model
+from smc_compile.passes.pipeline import Traced, trace_model
 from smc_compile.program.build import CompileDraft, build_program
 from smc_compile.program.cropped_texts import draft_beside, in_window
 from smc_compile.program.draft_calls import compile_called, needs_more
@@ -24,6 +24,7 @@ from smc_compile.program.loop_finder import step_text
 from smc_compile.program.lru import LRU
 from smc_compile.program.model import compile_model, with_cache
 from smc_compile.program.program import Program
+from smc_compile.program.text_rules import RunSampler, check_rule, sampler_to_run
 from smc_compile.runtime.algorithms.next_token import NextTokenDistribution
 from smc_compile.runtime.state.request import Request
 
@@ -34,14 +35,24 @@ _checked: WeakSet[DecodeLoop] = WeakSet()
 
 @dataclass(frozen=True)
 class LoopProgram:
-    """A program whose target reads its weights from ``weights``: the arguments of the current call."""
+    """A program whose target reads its weights from ``weights``: the arguments of the current call.
+
+    Attributes:
+        owned: the weights that the step holds itself.
+        sampler: what reads the text behind the target's logits; None if nothing does.
+    """
 
     program: Program
     weights: list[Tensor]
+    owned: Callable[[], list[Tensor]]
+    sampler: RunSampler | None = None
 
     def request(self, loop: DecodeLoop, arguments: Sequence[Any], iterations: int, options: Options) -> Request:
         """The request that a call of the loop's graph makes; the call's weights are taken up for it."""
         self.weights[:] = _weights(loop, arguments)
+        if self.sampler is not None:
+            self.sampler.take([*self.owned(), *self.weights])
+        on_host = self.sampler.on_host if self.sampler is not None else ()
         ids = prompt_of(loop, arguments)
         seeds, ends = request_seeds(options.seed, ids), self.end_tokens(loop, arguments)
         if options.eos_token_id is not None and ends.ids and options.eos_token_id not in ends.ids:
@@ -51,7 +62,7 @@ class LoopProgram:
                 "leave eos_token_id out",
             )
         eos_ids = list(ends.ids) or options.eos_token_id
-        return build_request(ids, iterations, seeds, eos_ids=eos_ids, pad=ends.pad)
+        return build_request(ids, iterations, seeds, eos_ids=eos_ids, pad=ends.pad, text_processors=on_host)
 
     @property
     def vocabulary(self) -> int:
@@ -72,7 +83,7 @@ def program_for(loop: DecodeLoop, arguments: Sequence[Any], options: Options, wi
 
     Raises:
         LoopError: the loop was compiled for another number than one of ``arguments``, or it does not compute what its
-            step computes.
+            step computes, or it keeps a cache and its sampler reads the text.
         OptionError, InputError, CacheError, ValidationError: target and draft cannot be compiled.
     """
     for index, value in loop.fixed_floats:
@@ -90,7 +101,14 @@ def program_for(loop: DecodeLoop, arguments: Sequence[Any], options: Options, wi
     weights = _weights(loop, arguments)
     inputs = tuple((tuple(w.shape), w.dtype, w.device) for w in weights)
     key = program_key(options, step_text(loop.step.graph), loop.batch, inputs, window)
-    return programs.get_or_make(key, lambda: _compile(loop, arguments, weights, options, window))
+    program = programs.get_or_make(key, lambda: _compile(loop, arguments, weights, options, window))
+    if program.sampler is not None and loop.cached is not None:  # a loop without a cache may have the same program
+        raise LoopError(
+            "The sampler reads the tokens of the text, in a loop that keeps a cache.",
+            f"{program.sampler.where}: only the first iteration shows which tokens it reads",
+            "write the loop without a cache, model(ids)[:, -1]: the compiler makes its own",
+        )
+    return program
 
 
 def loop_outputs(loop: DecodeLoop, arguments: Sequence[Any], sequences: Tensor) -> tuple[Tensor | None, ...]:
@@ -116,14 +134,33 @@ def _compile(
     loop: DecodeLoop, arguments: Sequence[Any], weights: list[Tensor], options: Options, window: int | None
 ) -> LoopProgram:
     ids = prompt_of(loop, arguments)
-    traced = trace_model(loop.step, ids.new_zeros(loop.batch, 2), weights, options.validate)
+    traced = trace_model(loop.step, ids.new_zeros(loop.batch, max(2, loop.shortest)), weights, options.validate)
     assert traced.sampler is not None
-    current = list(weights)
-    distribution = NextTokenDistribution(traced.sampler.kind)
+    current, kind = list(weights), traced.sampler.kind
+    sampler = _text_sampler(traced, weights, options, window)
+    if sampler is not None:
+        distribution, draft_distribution = sampler.distribution, sampler.draft_distribution
+    else:
+        distribution = NextTokenDistribution(kind)
+        temperature = options.draft_temperature or traced.sampler.temperature
+        draft_distribution = NextTokenDistribution("greedy" if kind == "greedy" else "logits", temperature)
     target = with_cache(traced, lambda: [*traced.owned(), *current], options, "target", distribution)
-    kind = "greedy" if traced.sampler.kind == "greedy" else "logits"
-    draft_distribution = NextTokenDistribution(kind, options.draft_temperature or traced.sampler.temperature)
     compile_draft: CompileDraft = compile_called if needs_more(options.draft) else compile_model
     if window is not None:
         target, compile_draft = in_window(target, window), draft_beside(window, compile_draft)
-    return LoopProgram(build_program(target, options, draft_distribution, ids, compile_draft), current)
+    rules = (sampler.rule,) if sampler is not None else ()
+    traced_rules, on_host = (rules, False) if sampler is None or sampler.traced else ((), True)
+    program = build_program(
+        target, options, draft_distribution, ids, compile_draft, text_processors=traced_rules, on_host=on_host
+    )
+    if sampler is not None:
+        check_rule(sampler, program)
+    return LoopProgram(program, current, traced.owned, sampler)
+
+
+def _text_sampler(traced: Traced, weights: Sequence[Tensor], options: Options, window: int | None) -> RunSampler | None:
+    """What reads the text behind the target's logits, if anything does."""
+    if traced.text is None or traced.sampler is None:
+        return None
+    given, vocabulary = [*traced.owned(), *weights], traced.cached.vocab_size
+    return sampler_to_run(traced.text, traced.sampler.kind, given, vocabulary, options.draft_temperature, window)
