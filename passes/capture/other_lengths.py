@@ -20,9 +20,12 @@ def check_other_lengths(
         weights: those of ``lm``: the step's own and the explicit ones.
         explicit: those that ``step`` is called with.
 
+    Lengths beyond the positions of ``lm`` are left out: nobody may ask for them.
+
     Raises:
         CacheError: when the two differ, or the graph cannot compute it.
     """
+    lengths = [length for length in lengths if lm.max_positions is None or length <= lm.max_positions]
     longest = max(lengths, default=0)
     ids = torch.arange(lm.batch * longest).view(lm.batch, longest) % 2
     ids = ids.to(next((w.device for w in weights), ids.device))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -273,13 +273,25 @@ def test_processors_of_transformers_that_are_tensor_code_compile_and_others_are_
 # ---- masks and positions --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def llama() -> nn.Module:
-    pytest.importorskip("transformers", minversion="5")
-    from smc_compile.pairs.tiny_transformers import build
+class Rows(NamedTuple):
+    logits: Tensor
 
-    torch.manual_seed(0)
-    return build("llama", dtype=torch.float64, num_hidden_layers=1).eval()
+
+class Masked(nn.Module):
+    """Called as decoders of transformers are: with a mask [B, S] of the tokens, and with their positions or without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = TinyTransformerLM(V).double()
+        self.place = nn.Parameter(torch.randn(32, V, generator=torch.Generator().manual_seed(0)).double())
+
+    def forward(self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None) -> Rows:
+        seen = attention_mask.to(torch.float64).cumsum(-1)[..., None]  # [B, S, 1]
+        logits = self.inner(ids) / seen
+        return Rows(logits if position_ids is None else logits + self.place[position_ids])
+
+
+MASKED = Masked()
 
 
 def mask_grown(model, ids, n):
@@ -300,20 +312,20 @@ def mask_given(model, ids, n, mask):
     return ids
 
 
-def test_a_mask_that_grows(llama):
-    compiled_is_written(mask_grown, llama, IDS + 3, N)
+def test_a_mask_that_grows():
+    compiled_is_written(mask_grown, MASKED, IDS, N)
 
 
-def test_a_mask_that_is_given_must_show_all_tokens(llama):
-    ids, ones = IDS + 3, torch.ones_like(IDS)
+def test_a_mask_that_is_given_must_show_all_tokens():
+    ids, ones = IDS, torch.ones_like(IDS)
     compiled = decode(mask_given, **QUICK)
     with torch.no_grad():
-        assert torch.equal(compiled(llama, ids, N, ones), mask_given(llama, ids, N, ones))
+        assert torch.equal(compiled(MASKED, ids, N, ones), mask_given(MASKED, ids, N, ones))
     padded = ones.clone()
     padded[1, 0] = 0
     for function in (compiled, decode(mask_given, **QUICK)):
         with pytest.raises(LoopError, match=r"mask of the decode loop hides tokens[\s\S]*attention_mask=mask"):
-            function(llama, ids, N, padded)
+            function(MASKED, ids, N, padded)
 
 
 def test_a_prompt_of_ones_is_no_mask():
