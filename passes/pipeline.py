@@ -177,7 +177,7 @@ def capture(
     lm = passes.run(handle_all_rows, lm)
     if (longest := longest_comparable(program)) is not None:
         lm = replace(lm, max_positions=min(longest, lm.max_positions or longest))
-    passes.run(check_other_lengths, step, lm, lengths_to_compare(program), [*owned(), *weights], weights)
+    lm = passes.run(check_other_lengths, step, lm, lengths_to_compare(program), [*owned(), *weights], weights)
     log.debug("captured step\n%s", lm.graph_module.print_readable(print_output=False))
     return lm, owned
 

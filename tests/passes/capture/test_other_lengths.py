@@ -54,6 +54,15 @@ def test_a_branch_that_some_lengths_take_is_refused_at_the_first(branch, at: int
     assert f"at {at} positions" in caught.value.why
 
 
+def test_where_the_model_itself_fails_its_positions_end() -> None:
+    def then(x: torch.Tensor) -> torch.Tensor:
+        if x.shape[1] % 9 == 0:
+            raise ValueError("nine tokens")
+        return x[:, -1]
+
+    assert export_then(then).max_positions == 8
+
+
 def test_a_branch_that_is_too_far_to_be_compared_bounds_the_text() -> None:
     lm = export_then(lambda x: (-x if x.shape[1] == 900 else x)[:, -1])
     assert lm.max_positions == 899
