@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import bisect
 import math
 from collections.abc import Callable, Iterator
 
@@ -10,13 +10,21 @@ import sympy
 import torch
 from torch.utils._sympy.printers import PythonPrinter
 
-FURTHEST = 1 << 14  # how far beyond the traced length a guard that is no bound is tried
+FURTHEST = 1 << 14  # how far lengths are tried one by one
+LONGEST = 1 << 20  # no text is longer
 
 
-def is_bound(guard: sympy.Basic, symbol: sympy.Symbol) -> bool:
-    """Whether a guard holds up to a length or from one on: a linear inequality."""
-    ordered = isinstance(guard, sympy.Le | sympy.Lt | sympy.Ge | sympy.Gt)
-    return ordered and bool((guard.lhs - guard.rhs).is_polynomial(symbol))
+def lengths_off(guard: sympy.Basic, symbol: sympy.Symbol, traced: int) -> Iterator[int]:
+    """The lengths beyond ``traced`` at which a guard fails, in their order: texts of these take another path.
+
+    ``S <= 9`` fails from 10 on, which is found by bisection; ``S != 9`` once, ``S % 7 != 0`` again and again: of such
+    guards the lengths up to ``FURTHEST`` are tried.
+    """
+    holds = path_test(guard, symbol)
+    if _is_linear(guard, symbol) and holds(traced + 1):
+        first = bisect.bisect_left(range(LONGEST), True, lo=traced + 1, key=lambda length: not holds(length))
+        return iter(range(first, LONGEST))
+    return (length for length in range(traced + 1, FURTHEST) if not holds(length))
 
 
 def path_test(guard: sympy.Basic, symbol: sympy.Symbol) -> Callable[[int], bool]:
@@ -33,14 +41,9 @@ def path_test(guard: sympy.Basic, symbol: sympy.Symbol) -> Callable[[int], bool]
         return lambda length: guard.xreplace({symbol: sympy.Integer(length)}) != sympy.false
 
 
-def lengths_off(guard: sympy.Basic, symbol: sympy.Symbol, traced: int) -> Iterator[int]:
-    """The lengths beyond ``traced`` at which a guard fails that is no bound, in their order.
-
-    ``S != 9`` fails once, ``S % 7 != 0`` again and again: lengths are tried past every number that the guard names, and
-    once around its period, at most the product of its numbers.
-    """
-    parts = (part for number in guard.atoms(sympy.Rational) for part in (abs(number.p), number.q))
-    numbers = [part for part in parts if part > 1]
-    holds, last = path_test(guard, symbol), traced + min(sum(numbers) + math.prod(numbers) + 2, FURTHEST)
-    tried = itertools.count(traced + 1)
-    return (length for length in itertools.takewhile(lambda n: n <= last, tried) if not holds(length))
+def _is_linear(guard: sympy.Basic, symbol: sympy.Symbol) -> bool:
+    """Whether a guard holds up to a length or from one on."""
+    if not isinstance(guard, sympy.Le | sympy.Lt | sympy.Ge | sympy.Gt):
+        return False
+    difference = guard.lhs - guard.rhs
+    return bool(difference.is_polynomial(symbol)) and sympy.degree(difference, symbol) <= 1

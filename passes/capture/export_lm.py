@@ -21,7 +21,7 @@ from smc_compile.errors import CacheError
 from smc_compile.passes.capture.untouched import untouched
 from smc_compile.passes.fx_tools import erase_dead_code
 from smc_compile.passes.ir import CausalLM
-from smc_compile.passes.length_guards import FURTHEST, is_bound, lengths_off, path_test
+from smc_compile.passes.length_guards import LONGEST, lengths_off, path_test
 
 TRACE_LENGTH = 7  # any length >= 2: the sequence axis is symbolic
 MOST_BELOW = 16  # lengths below the shortest that a trace stands for, at which a step is run
@@ -93,24 +93,24 @@ def share_subexpressions(lm: CausalLM) -> CausalLM:
 def lengths_to_compare(program: ExportedProgram) -> list[int]:
     """Lengths at which the step may take another branch than the one that was traced, and is cheap to run.
 
-    Those below the shortest that the trace stands for, some of many, and those at which a guard fails that bounds
-    nothing: all that are shorter than the usual traced text, and the first two beyond it.
+    Those below the shortest that the trace stands for, some of many; of those at which a guard fails, all that are
+    shorter than the usual traced text, and for each guard the first two beyond the traced one.
     """
-    bounds, guards, symbol = _bounds(program), _unbounding_guards(program), _length(program)
+    bounds = program.range_constraints.get(_length(program))
     fewest = int(bounds.lower) if bounds is not None and bounds.lower.is_Integer else 2
-    most = int(bounds.upper) if bounds is not None and bounds.upper.is_Integer else FURTHEST
+    most = int(bounds.upper) if bounds is not None and bounds.upper.is_Integer else LONGEST
+    guards, symbol = _guards(program), _length(program)
     tests = [path_test(guard, symbol) for guard in guards]
     short = {n for n in range(2, TRACE_LENGTH + 1) for holds in tests if not holds(n)}
-    far = {n for guard in guards for n in itertools.islice(lengths_off(guard, symbol, TRACE_LENGTH), 2) if n <= most}
+    far = {n for guard in guards for n in itertools.islice(_lengths_off(program, guard), 2) if n <= most}
     below = {*range(2, fewest, max(1, fewest // MOST_BELOW)), max(2, fewest - 1)} if fewest > 2 else set()
     return sorted({*below, *short, *(n for n in far if n <= COMPARED)})
 
 
 def longest_comparable(program: ExportedProgram) -> int | None:
     """The longest text below the first one at which a branch may begin that is too long to be compared."""
-    guards, symbol = _unbounding_guards(program), _length(program)
-    far = [n for guard in guards for n in lengths_off(guard, symbol, TRACE_LENGTH) if n > COMPARED]
-    return min(far) - 1 if far else None
+    far = [next((n for n in _lengths_off(program, guard) if n > COMPARED), None) for guard in _guards(program)]
+    return min((n - 1 for n in far if n is not None), default=None)
 
 
 def _length(program: ExportedProgram) -> Any:
@@ -119,17 +119,17 @@ def _length(program: ExportedProgram) -> Any:
     return length.node.expr if isinstance(length, torch.SymInt) else length
 
 
-def _bounds(program: ExportedProgram) -> Any:
-    return program.range_constraints.get(_length(program))
-
-
-def _unbounding_guards(program: ExportedProgram) -> list[Any]:
-    """What the tracer noted of branches on the length, but for the bounds, which are in its range."""
-    length, symbol = user_inputs(program)[0].meta["val"].shape[1], _length(program)
-    if not isinstance(symbol, sympy.Symbol):
+def _guards(program: ExportedProgram) -> list[sympy.Basic]:
+    """What the tracer noted of branches on the length, each once."""
+    length = user_inputs(program)[0].meta["val"].shape[1]
+    if not isinstance(_length(program), sympy.Symbol):
         return []
-    guards = [guard.expr for guard in length.node.shape_env.guards]
-    return [guard for guard in guards if symbol in guard.free_symbols and not is_bound(guard, symbol)]
+    return list(dict.fromkeys(guard.expr for guard in length.node.shape_env.guards))
+
+
+def _lengths_off(program: ExportedProgram, guard: sympy.Basic) -> Iterator[int]:
+    """The lengths beyond the traced one at which a guard fails."""
+    return lengths_off(guard, _length(program), user_inputs(program)[0].meta["val"].shape[1].node.hint)
 
 
 def user_inputs(program: ExportedProgram) -> list[fx.Node]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from smc_compile.errors import CacheError
-from smc_compile.passes.capture.export_lm import TRACE_LENGTH
+from smc_compile.passes.closeness import allowed_error, coarsest_dtype, relative_error
 from smc_compile.passes.ir import CausalLM
 
 
@@ -29,7 +29,7 @@ def check_other_lengths(
         CacheError: when the two differ, or the graph cannot compute it.
     """
     lengths = [length for length in lengths if lm.max_positions is None or length <= lm.max_positions]
-    longest = max(lengths, default=0)
+    longest, traced = max(lengths, default=0), lm.ids.meta["val"].shape[1].node.hint
     ids = torch.arange(lm.batch * longest).view(lm.batch, longest) % 2
     ids = ids.to(next((w.device for w in weights), ids.device))
     for length in lengths:
@@ -39,7 +39,7 @@ def check_other_lengths(
             try:
                 expected = step(text, *explicit)
             except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError):
-                if length > TRACE_LENGTH:
+                if length > traced:
                     return replace(lm, max_positions=length - 1)
                 continue
             torch.manual_seed(0)
@@ -47,7 +47,7 @@ def check_other_lengths(
                 actual = fx.Interpreter(lm.graph_module).run(*lm.arguments(text, weights))[0]
             except RuntimeError as error:
                 raise _branches(length, f"the traced branch fails: {str(error).splitlines()[0]}") from error
-        if not torch.allclose(actual.double(), expected.double(), rtol=1e-3, atol=1e-4, equal_nan=True):
+        if relative_error(actual, expected) > allowed_error(coarsest_dtype([*weights, expected])):
             raise _branches(length, "the traced branch computes something else")
     return lm
 

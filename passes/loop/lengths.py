@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from smc_compile.passes.fx_tools import call_node, op_name
-from smc_compile.passes.length_guards import is_bound, lengths_off, path_test
+from smc_compile.passes.length_guards import lengths_off
 from smc_compile.passes.loop.leaves import Leaf, flatten, replace_leaves
 from smc_compile.passes.loop.tensor_info import TensorInfo, tensor_info
 
@@ -426,23 +426,6 @@ def longest_text(prompt: fx.Node, every: bool = True) -> int | None:
     if not isinstance(symbol, sympy.Symbol):
         return None
     size = prompt.meta["example_value"].shape[-1].node
-    ends = [_last_value(guard.expr, symbol, size.hint) for guard in size.shape_env.guards]
-    return min((end for end in ends if end is not None and (every or end + 1 in ends)), default=None)
-
-
-def _last_value(guard: sympy.Basic, symbol: sympy.Symbol, traced: int) -> int | None:
-    """The last value from ``traced`` on up to which a guard holds; None if there is none."""
-    if symbol not in guard.free_symbols:
-        return None
-    if not is_bound(guard, symbol):  # one length is told apart from the others, or some in turn
-        off = next(lengths_off(guard, symbol, traced), None)
-        return off - 1 if off is not None else None
-    low, high, holds = 2, 2**20 + 7, path_test(guard, symbol)
-    if holds(high):
-        return None
-    while low < high and not holds(low):  # a guard that begins somewhere
-        low += 1
-    while high - low > 1:  # by bisection
-        middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return low
+    firsts = [next(lengths_off(guard.expr, symbol, size.hint), None) for guard in size.shape_env.guards]
+    ends = [first - 1 for first in firsts if first is not None]
+    return min((end for end in ends if every or end + 1 in ends), default=None)

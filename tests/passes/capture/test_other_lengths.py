@@ -45,6 +45,10 @@ def test_a_branch_that_fails_for_short_sequences_is_refused() -> None:
         (lambda length: length % 9 == 0, 9),
         (lambda length: (length // 5) % 2 == 0, 2),
         (lambda length: length % 17 >= 14, 14),
+        (lambda length: (length - 12) ** 2 <= 4, 10),
+        (lambda length: (length - 9) * (length - 14) < 0, 10),
+        (lambda length: length * 0.1 > 1.05, 11),
+        (lambda length: 3 * length > 31, 11),
     ],
 )
 def test_a_branch_that_some_lengths_take_is_refused_at_the_first(branch, at: int) -> None:
