@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -303,23 +303,32 @@ def _is_like(node: fx.Node, rows: fx.Node) -> bool:
 
 def _cut(lm: CausalLM, rows: fx.Node, orders: Sequence[fx.Node], kind: str) -> CausalLM:
     """A copy of the graph that returns ``rows`` as [B, V], brought back to the vocabulary through ``orders``."""
+
+    def by_token(copies: Mapping[fx.Node, fx.Node]) -> fx.Node:
+        result = copies[rows]
+        if _rank(rows) == 3 and rows.meta["val"].shape[1] == 1:  # logits[:, -1:]
+            result = new_node(result, aten.squeeze.dim, result, 1)
+        for order in reversed(orders):
+            ranked = copies[_ranking(order).args[0]]  # type: ignore[union-attr, index]
+            result = _by_token(result, copies[order], ranked, 0.0 if kind == "probs" else -math.inf)
+        return result
+
+    return ending_in(lm, by_token)
+
+
+def ending_in(lm: CausalLM, result: Callable[[Mapping[fx.Node, fx.Node]], fx.Node]) -> CausalLM:
+    """A copy of a model that returns ``result``, which is given the copy of each node and may add nodes."""
     graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
+    copies: dict[fx.Node, fx.Node] = {}
     for node in lm.graph.nodes:
         if node.op != "output":
-            env[node] = graph.node_copy(node, env.__getitem__)
-    result = env[rows]
-    if _rank(rows) == 3 and rows.meta["val"].shape[1] == 1:  # logits[:, -1:]
-        result = new_node(result, aten.squeeze.dim, result, 1)
-    for order in reversed(orders):
-        ranked = env[_ranking(order).args[0]]  # type: ignore[union-attr, index]
-        result = _by_token(result, env[order], ranked, 0.0 if kind == "probs" else -math.inf)
-    graph.output((result,))
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output((result(copies),))
     erase_dead_code(graph)
     module = fx.GraphModule(lm.graph_module, graph)
-    cut = replace(lm, graph_module=module, ids=env[lm.ids], weights=tuple(env[w] for w in lm.weights))
-    cut.verify()
-    return cut
+    ended = replace(lm, graph_module=module, ids=copies[lm.ids], weights=tuple(copies[w] for w in lm.weights))
+    ended.verify()
+    return ended
 
 
 def _by_token(ranks: fx.Node, order: fx.Node, ranked: fx.Node, missing: float) -> fx.Node:

@@ -10,7 +10,7 @@ truncates could not propose every token.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -18,10 +18,10 @@ from torch._dynamo.utils import counters
 
 from smc_compile.errors import LoopError
 from smc_compile.passes.capture.row_code import RowCode, as_rows, backwards, between, check_rows, is_scores
-from smc_compile.passes.capture.sampler import Sampler, temperature_of
+from smc_compile.passes.capture.sampler import Sampler, ending_in, temperature_of
 from smc_compile.passes.capture.sampler_faults import first_choices
 from smc_compile.passes.closeness import NARROW
-from smc_compile.passes.fx_tools import descendants, describe, erase_dead_code, op_name, output_values
+from smc_compile.passes.fx_tools import descendants, describe, op_name, output_values
 from smc_compile.passes.ir import CausalLM
 from smc_compile.passes.rewrites import new_node
 
@@ -69,7 +69,7 @@ def split_sampler(lm: CausalLM, sampler: Sampler) -> tuple[CausalLM, TextSampler
     vocabulary = int(rows.meta["val"].shape[-1])
     logits = _logits(lm, rows, firsts, reader, vocabulary)
     scores = _scores(lm, rows, logits, vocabulary)
-    model = _ending_in(lm, logits)
+    model = _model_ending_in(lm, logits)
     reading = between(lm, [lm.ids, logits], scores)
     behind = None if scores is rows else between(lm, [scores], rows)
     check_rows(reading)
@@ -186,25 +186,14 @@ def _scores(lm: CausalLM, rows: fx.Node, logits: fx.Node, vocabulary: int) -> fx
     return rows
 
 
-def _ending_in(lm: CausalLM, logits: fx.Node) -> CausalLM:
+def _model_ending_in(lm: CausalLM, logits: fx.Node) -> CausalLM:
     """A copy of the model that returns its logits as rows [B, V]."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in lm.graph.nodes:
-        if node.op != "output":
-            copies[node] = graph.node_copy(node, copies.__getitem__)
     row = _row_of(lm, logits)
     assert row is not None
     if row is logits:
-        result = as_rows(copies[logits], logits, lm)
-    else:  # the last position of all rows, in the place of that of the one row
-        result = new_node(copies[logits], aten.select.int, copies[row], 1, logits.args[2])
-    graph.output((result,))
-    erase_dead_code(graph)
-    module = fx.GraphModule(lm.graph_module, graph)
-    model = replace(lm, graph_module=module, ids=copies[lm.ids], weights=tuple(copies[w] for w in lm.weights))
-    model.verify()
-    return model
+        return ending_in(lm, lambda copies: as_rows(copies[logits], logits, lm))
+    # the last position of all rows, in the place of that of the one row
+    return ending_in(lm, lambda copies: new_node(copies[logits], aten.select.int, copies[row], 1, logits.args[2]))
 
 
 def _row_of(lm: CausalLM, scores: fx.Node) -> fx.Node | None:
