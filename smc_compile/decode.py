@@ -6,8 +6,9 @@ import functools
 import inspect
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -26,7 +27,7 @@ from smc_compile.program.callers_generator import with_generator
 from smc_compile.program.capture import CapturedCall
 from smc_compile.program.dynamo_refusals import FailedLoop, Untraceable, dynamo_errors, failed_loop
 from smc_compile.program.even_loops import Doubt, find_doubt
-from smc_compile.program.from_loop import program_for, prompt_of
+from smc_compile.program.from_loop import LoopProgram, program_for, prompt_of
 from smc_compile.program.iteration_count import PROBE, IterationCount, find_iteration_count
 from smc_compile.program.loop_finder import LoopFinder, step_text
 from smc_compile.program.model_calls import traceable
@@ -60,6 +61,29 @@ def decode(function: Callable[..., Any] | None = None, *, trip_count: str | None
     return CompiledLoop(function, parsed, trip_count)
 
 
+_Way = tuple[Plain | Written, IterationCount | None, Rehearsal | None]  # how a function is traced
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A call whose program is compiled.
+
+    Attributes:
+        loop: that was found in few iterations.
+        arguments: of its graph.
+        iterations: that the call asks for.
+        window: the most tokens that the model reads, if the text outgrows it.
+        traced: the arguments that Dynamo saw.
+    """
+
+    program: LoopProgram
+    loop: DecodeLoop
+    arguments: Sequence[Any]
+    iterations: int
+    window: int | None
+    traced: inspect.BoundArguments
+
+
 class CompiledLoop:
     """A decode loop compiled by ``decode``.
 
@@ -81,8 +105,9 @@ class CompiledLoop:
             )
         self._trip_count = trip_count
         self._count: IterationCount | None = None  # found at the first call
-        self._code: Plain | Written = Plain(self._function)
+        self._code: Plain | Written = Plain(self._function, nodes=True)
         self._rehearsal = Rehearsal(self._code)
+        self._inlined: _Way = (Plain(self._function), None, None)
         self._doubts: WeakKeyDictionary[LoopFinder, Doubt | None] = WeakKeyDictionary()
         self.last: Generation | None = None
         self.loop: DecodeLoop | None = None
@@ -107,32 +132,67 @@ class CompiledLoop:
         """The result of a call with the arguments ``bound``; ``traced`` are those that Dynamo sees."""
         mark_lengths(traced)
         try:
-            return self._answer_by(self._code, bound, traced)
-        except (Untraceable, FailedLoop, NeedsValue, NumbersReturned) as error:
-            if isinstance(self._code, Written):
-                raise
-            found = self._by_twin(traced, error)
-        self._code, self._count = found
-        self._rehearsal = Rehearsal(self._code)
-        return self._answer_by(self._code, bound, traced)
+            return self._run(bound, self._ready(bound, traced))
+        except NumbersReturned as error:
+            self._take_twin(traced, error)
+        return self._run(bound, self._ready(bound, traced))
 
-    def _by_twin(self, traced: inspect.BoundArguments, error: SMCError) -> tuple[Written, IterationCount]:
-        """The function by its twin.
+    def _ready(self, bound: inspect.BoundArguments, traced: inspect.BoundArguments) -> _Ready:
+        """The program of a call. Models are one node each while the loop is traced; where that fails, they are traced.
+
+        Raises:
+            SMCError: the loop cannot be compiled.
+        """
+        if not self._code.nodes:
+            return self._ready_by_either(bound, traced)
+        try:
+            ready = self._ready_by_either(bound, traced)
+            why: object = _what_nodes_hide(ready, prompt_length(bound) + ready.iterations - 1)
+            if why is None:
+                return ready
+        except ShortPrompt:
+            raise
+        except Exception as error:  # of any kind: what follows is the way that takes all that can be compiled
+            why = error
+        log.info("the loop is traced with its models: %s", why)
+        before = self._code, self._count, self._rehearsal
+        self._code, self._count, rehearsal = self._inlined
+        self._rehearsal = rehearsal or Rehearsal(self._code)
+        try:
+            return self._ready_by_either(bound, traced)
+        except Exception:
+            self._inlined = self._code, self._count, self._rehearsal
+            self._code, self._count, self._rehearsal = before
+            raise
+
+    def _ready_by_either(self, bound: inspect.BoundArguments, traced: inspect.BoundArguments) -> _Ready:
+        """The program of a call, from the function or from its twin."""
+        try:
+            return self._ready_by_code(bound, traced)
+        except (Untraceable, FailedLoop, NeedsValue) as error:
+            self._take_twin(traced, error)
+        return self._ready_by_code(bound, traced)
+
+    def _take_twin(self, traced: inspect.BoundArguments, error: SMCError) -> None:
+        """Go on with the function's twin.
 
         Raises:
             SMCError: that cannot be compiled either. Where the function itself fails, that is its ``error``.
         """
+        if isinstance(self._code, Written):
+            raise error
         try:
-            found = written_code(self._function, lambda code: self._find_count(code, traced))
+            found = written_code(self._function, lambda code: self._find_count(code, traced), self._code.nodes)
         except LoopError as other:
             raise (error if isinstance(error, FailedLoop) else other) from other
         if found is None:
             raise (error if isinstance(error, FailedLoop) else without_source(error)) from error
-        return found
+        self._code, self._count = found
+        self._rehearsal = Rehearsal(self._code)
 
-    def _answer_by(self, code: Plain | Written, bound: inspect.BoundArguments, traced: inspect.BoundArguments) -> Any:
+    def _ready_by_code(self, bound: inspect.BoundArguments, traced: inspect.BoundArguments) -> _Ready:
         if self._count is None:
-            self._count = self._find_count(code, traced)
+            self._count = self._find_count(self._code, traced)
         iterations = self._count.iterations(bound.arguments[self._count.name], prompt_length(bound))
         call, found = self._captured(traced)
         if traced is not bound and found.cached is None:
@@ -146,19 +206,25 @@ class CompiledLoop:
             call, found = self._captured(traced)
         if window is not None and prompt_length(bound) + iterations - 1 <= window:
             window = None  # the text does not outgrow it
-        program = program_for(found, call.arguments, self._options, window)
+        program = program_for(found, call.arguments, self._options, window, call.states)
         arguments = call.arguments if traced is bound else with_prompt(call, found, bound)
-        loop = self._count.stretched(found, iterations)
+        return _Ready(program, found, arguments, iterations, window, traced)
+
+    def _run(self, bound: inspect.BoundArguments, ready: _Ready) -> Any:
+        """What the function returns, for tokens that its program draws."""
+        assert self._count is not None
+        program, found, arguments = ready.program, ready.loop, ready.arguments
+        loop = self._count.stretched(found, ready.iterations)
         options = with_generator(self._options, self._function, bound)
-        outputs, generation = answer_loop(program, loop, arguments, iterations, options)
+        outputs, generation = answer_loop(program, loop, arguments, ready.iterations, options)
         ends, prompt = program.end_tokens(found, arguments), prompt_of(found, arguments)
         models = reachable_models(self._function, bound.arguments.values())
-        short = self._counting(traced, PROBE)
+        short = self._counting(ready.traced, PROBE)
         answered = Answered(outputs, generation, ends, program.vocabulary, found, prompt, bound, short, models)
-        result = code.result(answered)
+        result = self._code.result(answered)
         if found.cached is not None:
             refuse_returned_cache(result)
-        self.last, self.loop = generation, with_window(found, window)
+        self.last, self.loop = generation, with_window(found, ready.window)
         return result
 
     def _captured(self, traced: inspect.BoundArguments, exact: bool = False) -> tuple[CapturedCall, DecodeLoop]:
@@ -206,7 +272,8 @@ class CompiledLoop:
         assert self._count is not None
         count, rehearsal, doubt = self._count, self._rehearsal, self._doubt(traced, call, found)
         cached = found.cached is not None
-        models = None if cached or call.writes else reachable_models(self._function, bound.arguments.values())
+        inlined = cached or call.writes or self._code.nodes  # or the code has its models as nodes anyway
+        models = None if inlined else reachable_models(self._function, bound.arguments.values())
 
         def few(length: int) -> Rehearsed:
             longer, loop = self._captured(self._with_prompts(bound, length, marked=True), exact=True)
@@ -312,6 +379,16 @@ def with_prompt(call: CapturedCall, loop: DecodeLoop, bound: inspect.BoundArgume
     arguments = list(call.arguments)
     arguments[loop.prompt_index] = bound.arguments[prompts(bound)[0]]
     return arguments
+
+
+def _what_nodes_hide(ready: _Ready, reach: int) -> str | None:
+    """What cannot be seen where models are one node each, if a call needs it; ``reach`` tokens are read at most."""
+    if ready.loop.cached is not None or ready.loop.padded is not None:
+        return "it keeps a cache or a buffer"
+    longest = ready.program.program.target.max_positions
+    if longest is not None and longest < reach and ready.window is None:
+        return f"the model is known for {longest} tokens only"
+    return None
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------

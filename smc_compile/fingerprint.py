@@ -66,6 +66,11 @@ def as_stand_in(function: Replaced) -> Replaced:
     return function
 
 
+def is_stand_in(function: Any) -> bool:
+    """Whether a function was marked so."""
+    return bool(getattr(function, "__dict__", {}).get("stands_in", False))
+
+
 class Same:
     """A token that is equal to itself alone, for what has no parts to compare; it keeps the object alive."""
 
@@ -321,7 +326,7 @@ class StateWalk:
     # ---- code --------------------------------------------------------------------------------------------------------
 
     def _function(self, value: types.FunctionType) -> None:
-        if vars(value).get("stands_in", False):
+        if is_stand_in(value):
             self.add("a stand-in")
             return
         if _package(value.__module__) in FIXED_CODE:

@@ -19,6 +19,7 @@ from smc_compile.program.forced_run import models_as_they_are
 from smc_compile.program.guards import model_state
 from smc_compile.program.loop_finder import LoopFinder
 from smc_compile.program.lru import LRU
+from smc_compile.program.opaque_models import learning
 from smc_compile.program.reachable_models import reachable_models
 
 KEPT = 16  # states of the models that a function reaches
@@ -33,11 +34,13 @@ class CapturedCall:
         finder: holds the graph that Dynamo made of the function. Calls whose graph is the same share it.
         arguments: what Dynamo hands to the graph in this call: tensors, and integers for sizes.
         writes: what Python objects from outside the function is left changed in, by Dynamo's names for them.
+        states: of the models that are one node each in the graph, as a key; () where models are traced.
     """
 
     finder: LoopFinder
     arguments: Sequence[Any]
     writes: tuple[str, ...] = ()
+    states: tuple[Hashable, ...] = ()
 
 
 class Capture:
@@ -49,9 +52,13 @@ class Capture:
     seen in the states of the models that the function reaches: each has traces of its own.
     """
 
-    def __init__(self, function: types.FunctionType, tokens_only: bool = False) -> None:
-        """With ``tokens_only`` the loop's outputs are not looked at: see ``LoopFinder``."""
-        self._function, self._tokens_only = function, tokens_only
+    def __init__(self, function: types.FunctionType, tokens_only: bool = False, nodes: bool = False) -> None:
+        """
+        Args:
+            tokens_only: the loop's outputs are not looked at: see ``LoopFinder``.
+            nodes: the models that the function can reach become one node each: see ``opaque_models``.
+        """
+        self._function, self._tokens_only, self._nodes = function, tokens_only, nodes
         self._traced: LRU[Hashable, Callable[..., Any]] = LRU(KEPT)
         self._answer = _Answer()
 
@@ -78,7 +85,9 @@ class Capture:
         with models_as_they_are(), without_limit():
             models = reachable_models(self._function, [*args, *kwargs.values()])
             key = tuple(model_state(model) for model in models)
-            return self._traced.get_or_make(key, self._compiled)(*args, **kwargs)
+            self._answer.states = key if self._nodes else ()
+            traced = self._traced.get_or_make(key, self._compiled)
+            return learning(models if self._nodes else (), lambda: traced(*args, **kwargs))
 
     def _compiled(self) -> Callable[..., Any]:
         return torch.compile(own_code(self._function), backend=self._backend, fullgraph=True, dynamic=False)
@@ -96,7 +105,7 @@ class Capture:
 
         def stand_in(*arguments: Any) -> Sequence[Any]:
             if self._answer.outputs is None:
-                raise _Captured(CapturedCall(finder, arguments, writes))
+                raise _Captured(CapturedCall(finder, arguments, writes, self._answer.states))
             return self._answer.outputs
 
         return stand_in
@@ -107,6 +116,7 @@ class _Answer(threading.local):
     own."""
 
     outputs: Sequence[Any] | None = None  # None: the call is captured
+    states: tuple[Hashable, ...] = ()  # of its models
 
 
 class _Captured(Exception):

@@ -23,6 +23,7 @@ from smc_compile.program.guards import program_key
 from smc_compile.program.loop_finder import step_text
 from smc_compile.program.lru import LRU
 from smc_compile.program.model import compile_model, with_cache
+from smc_compile.program.opaque_models import with_models
 from smc_compile.program.program import Program
 from smc_compile.program.text_rules import RunSampler, check_rule, sampler_to_run
 from smc_compile.runtime.algorithms.next_token import NextTokenDistribution
@@ -75,11 +76,18 @@ class LoopProgram:
         return loop.ends.tokens(arguments, self.vocabulary) if loop.ends is not None else EndTokens()
 
 
-def program_for(loop: DecodeLoop, arguments: Sequence[Any], options: Options, window: int | None = None) -> LoopProgram:
-    """The program of a loop: compiled once for loops whose steps, inputs and options agree.
+def program_for(
+    loop: DecodeLoop,
+    arguments: Sequence[Any],
+    options: Options,
+    window: int | None = None,
+    states: tuple[Hashable, ...] = (),
+) -> LoopProgram:
+    """The program of a loop: compiled once for loops whose steps, inputs, models and options agree.
 
     Args:
         window: how many tokens the step sees of longer texts; None for all.
+        states: of the models that are one node each in the step.
 
     Raises:
         LoopError: the loop was compiled for another number than one of ``arguments``, or it does not compute what its
@@ -100,7 +108,7 @@ def program_for(loop: DecodeLoop, arguments: Sequence[Any], options: Options, wi
         _checked.add(loop)
     weights = _weights(loop, arguments)
     inputs = tuple((tuple(w.shape), w.dtype, w.device) for w in weights)
-    key = program_key(options, step_text(loop.step.graph), loop.batch, inputs, window)
+    key = program_key(options, step_text(loop.step.graph), loop.batch, inputs, window, states)
     program = programs.get_or_make(key, lambda: _compile(loop, arguments, weights, options, window))
     if program.sampler is not None and loop.cached is not None:  # a loop without a cache may have the same program
         raise LoopError(
@@ -134,7 +142,7 @@ def _compile(
     loop: DecodeLoop, arguments: Sequence[Any], weights: list[Tensor], options: Options, window: int | None
 ) -> LoopProgram:
     ids = prompt_of(loop, arguments)
-    traced = trace_model(loop.step, ids.new_zeros(loop.batch, max(2, loop.shortest)), weights, options.validate)
+    traced = trace_model(with_models(loop.step), ids.new_zeros(loop.batch, max(2, loop.shortest)), weights, options.validate)
     assert traced.sampler is not None
     current, kind = list(weights), traced.sampler.kind
     sampler = _text_sampler(traced, weights, options, window)

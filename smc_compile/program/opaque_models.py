@@ -1,8 +1,8 @@
 """Models as one node each: what a loop does around them is traced, they are not.
 
-Tracing many iterations of a loop takes long because of the model in each. Inside of `opaque`, the call of a module
-becomes one call of `call_opaque` in Dynamo's graph. The shapes of its results are learned from the module itself, run
-on tensors without data at two lengths of the text.
+Tracing iterations of a loop takes long because of the model in each. Inside of `opaque`, the call of a module becomes
+one call of `call_opaque` in Dynamo's graph. The shapes of its results are learned from the module itself, run on
+tensors without data at two lengths of the text. `with_models` puts the modules themselves in the place of the nodes.
 """
 
 from __future__ import annotations
@@ -11,17 +11,20 @@ import dataclasses
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from smc_compile.fingerprint import as_stand_in
+from smc_compile.fingerprint import as_stand_in, is_stand_in
+from smc_compile.passes.capture.untouched import untouched
 
 TextShape = tuple[int, ...]
 Sizes = tuple[TextShape | None, ...]  # of the arguments of a call; None for what is no tensor
+Length = int | torch.SymInt
+Result = TypeVar("Result")
 Described = tuple[tuple[TextShape, torch.dtype, torch.device], ...]  # the tensors that come back
 Build = Callable[[Sequence[Tensor]], Any]  # from the tensors that come back to the module's result
 _TEXT = -1  # stands for the length of the text among sizes
@@ -39,31 +42,37 @@ class Opaque:
     structures: ClassVar[int] = 0
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = weakref.ref(module)
+        self.module = weakref.ref(module)
         self._learned: dict[Sizes, Described] = {}
         self.build: Build | None = None
         self.key = f"{type(module).__name__} {id(module)}"
-        self.forward = _forward_of(self.key, self._module, None)
+        self.forward = _forward_of(self.key, self.module, None)
 
     def shapes(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Described:
         """The tensors that a call returns.
 
         Raises:
             RuntimeError: the structure of the result has just been learned.
+            NotOpaque: the call does more than to compute tensors from tensors.
         """
-        length = _text_length([*args, *kwargs.values()])
-        sizes = tuple(_marked(value, length) for value in (*args, *kwargs.values()))
+        values = [*args, *kwargs.values()]
+        for value in values:
+            if not isinstance(value, Tensor | torch.SymInt | bool | int | float | str | torch.dtype | type(None)):
+                raise NotOpaque(f"{self.key} is called with {type(value).__name__}")
+        length = _text_length(values)
+        sizes = tuple(_marked(value, length) for value in values)
         if sizes not in self._learned:
             self._learn(sizes, args, kwargs, length)
         return tuple((_at(shape, length), dtype, device) for shape, dtype, device in self._learned[sizes])
 
-    def _learn(self, sizes: Sizes, args: Sequence[Any], kwargs: dict[str, Any], length: int) -> None:
-        build, found = self._run(args, kwargs, length, length)
+    def _learn(self, sizes: Sizes, args: Sequence[Any], kwargs: dict[str, Any], text: Length) -> None:
+        length = _hint(text)
+        build, found = self._run(args, kwargs, text, length)
         other = found
         if length:
             for longer in (length + 1, length - 1):  # a model may end at this length
                 try:
-                    _, other = self._run(args, kwargs, length, longer)
+                    _, other = self._run(args, kwargs, text, longer)
                     break
                 except Exception:  # models fail in any way beyond their last position
                     continue
@@ -73,29 +82,40 @@ class Opaque:
         )
         if self.build is None:
             self.build = build
-            self.forward = _forward_of(self.key, self._module, build)
+            self.forward = _forward_of(self.key, self.module, build)
             Opaque.structures += 1
             raise RuntimeError("the structure of a model's result was not known yet")
 
-    def _run(self, args: Sequence[Any], kwargs: dict[str, Any], length: int, wanted: int) -> tuple[Build, Described]:
-        """The module's result for a text of ``wanted`` tokens in place of ``length``, without data."""
+    def _run(self, args: Sequence[Any], kwargs: dict[str, Any], text: Length, wanted: int) -> tuple[Build, Described]:
+        """The module's result for a text of ``wanted`` tokens, without data."""
         mode = FakeTensorMode(allow_non_fake_inputs=True)
+        given: list[Tensor] = []
 
         def empty(value: Any) -> Any:
             if not isinstance(value, Tensor):
-                return value
-            shape = _at(_marked(value, length), wanted)  # type: ignore[arg-type]
-            return torch.empty(shape, dtype=value.dtype, device=value.device)
+                return _hint(value) if isinstance(value, torch.SymInt) else value
+            shape = _at(_marked(value, text), wanted)  # type: ignore[arg-type]
+            given.append(torch.empty(shape, dtype=value.dtype, device=value.device))
+            return given[-1]
 
-        module = self._module()
+        module = self.module()
         assert module is not None
-        with _disable_current_modes(), torch.no_grad(), mode:
-            result = module(*map(empty, args), **{name: empty(value) for name, value in kwargs.items()})
+        with _disable_current_modes(), torch.no_grad(), mode, untouched(module) as changes:
+            inputs = [empty(value) for value in args], {name: empty(value) for name, value in kwargs.items()}
+            before = [tensor._version for tensor in given]
+            result = own_forward(module)(*inputs[0], **inputs[1])
+        if changes or before != [tensor._version for tensor in given]:
+            raise NotOpaque(f"{self.key} changes {', '.join(changes) or 'what it is called with'}")
         tensors: list[Tensor] = []
         build = _structure(result, tensors)
         return build, tuple((tuple(t.shape), t.dtype, t.device) for t in tensors)
 
 
+class NotOpaque(Exception):
+    """A call of a module cannot be one node."""
+
+
+_replaced: weakref.WeakKeyDictionary[nn.Module, Callable[..., Any]] = weakref.WeakKeyDictionary()  # own forwards
 _known: weakref.WeakKeyDictionary[nn.Module, Opaque] = weakref.WeakKeyDictionary()
 _by_key: weakref.WeakValueDictionary[str, Opaque] = weakref.WeakValueDictionary()
 
@@ -109,7 +129,9 @@ def opaque(models: Sequence[nn.Module]) -> Iterator[None]:
     modules = list(dict.fromkeys(module for model in models for module in model.modules()))
     before = [(module, module.__dict__.get("forward")) for module in modules]
     try:
-        for module in modules:
+        for module, own in before:
+            if own is not None and not is_stand_in(own):
+                _replaced[module] = own
             if module not in _known:
                 _known[module] = known = Opaque(module)
                 _by_key[known.key] = known
@@ -121,11 +143,38 @@ def opaque(models: Sequence[nn.Module]) -> Iterator[None]:
                 module.__dict__.pop("forward", None)
             else:
                 module.__dict__["forward"] = own
+                _replaced.pop(module, None) if not is_stand_in(own) else None
+
+
+def learning(models: Sequence[nn.Module], trace: Callable[[], Result]) -> Result:
+    """What ``trace`` gives inside of `opaque`: it begins again when the structure of a result has been learned."""
+    while True:
+        learned = Opaque.structures
+        try:
+            with opaque(models):
+                return trace()
+        except Exception:
+            if Opaque.structures == learned:
+                raise
+
+
+def own_forward(module: nn.Module) -> Callable[..., Any]:
+    """The forward of a module, whatever stands in for it."""
+    forward = module.__dict__.get("forward")
+    if forward is not None and is_stand_in(forward):
+        forward = _replaced.get(module)
+    return forward if forward is not None else module.__class__.forward.__get__(module)
 
 
 @torch._dynamo.allow_in_graph
 def call_opaque(key: str, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-    """The tensors that the module of a key returns, without data."""
+    """The tensors that the module of a key returns, without data.
+
+    Raises:
+        NotOpaque: it is called with data.
+    """
+    if any(isinstance(value, Tensor) and not isinstance(value, FakeTensor) for value in (*args, *kwargs.values())):
+        raise NotOpaque("what stands for a model in a trace was run")
     shapes = _by_key[key].shapes(args, kwargs)
     return tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in shapes)
 
@@ -137,31 +186,88 @@ def _forward_of(key: str, module: weakref.ref[nn.Module], build: Build | None) -
             return tensors[0] if build is None else build(tensors)
         real = module()
         assert real is not None
-        return type(real).forward(real, *args, **kwargs)
+        return own_forward(real)(*args, **kwargs)
 
     return as_stand_in(forward)
+
+
+# ---- the models themselves -------------------------------------------------------------------------------------------
+
+
+class _Tensors(nn.Module):
+    """The forward of a model, hooks apart, as the tensors of its result: what `call_opaque` stands for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        tensors: list[Tensor] = []
+        _structure(own_forward(self.model)(*args, **kwargs), tensors)
+        return tuple(tensors)
+
+
+def with_models(step: fx.GraphModule) -> fx.GraphModule:
+    """A step that was traced with models as one node each, with the models themselves."""
+    nodes = step.graph.find_nodes(op="call_function", target=call_opaque)
+    if not nodes:
+        return step
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(step.graph, copies := {}), None)  # type: ignore[arg-type]
+    module = fx.GraphModule(step, graph, class_name="Step")
+    for number, key in enumerate(dict.fromkeys(node.args[0] for node in nodes)):
+        model = _by_key[str(key)].module()
+        assert model is not None
+        module.add_submodule(f"model_{number}", _Tensors(model))
+        for node in [copies[node] for node in nodes if node.args[0] == key]:
+            with graph.inserting_before(node):
+                called = graph.call_module(f"model_{number}", node.args[1:], node.kwargs)
+            called.meta = dict(node.meta)
+            node.replace_all_uses_with(called)
+            graph.erase_node(node)
+    module.recompile()
+    return module
 
 
 # ---- sizes -----------------------------------------------------------------------------------------------------------
 
 
-def _text_length(values: Sequence[Any]) -> int:
-    """The last size of the first integer tensor among the arguments: the length of a text; 0 without one."""
-    found = (v.shape[-1] for v in values if isinstance(v, Tensor) and v.dim() and not v.dtype.is_floating_point)
-    return int(next(found, 0))
+def _text_length(values: Sequence[Any]) -> Length:
+    """The one size that is a symbol. Without one the last size of the first integer tensor, or 0.
+
+    Raises:
+        NotOpaque: sizes are several symbols.
+    """
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    symbols = {size.node.expr: size for t in tensors for size in t.shape if _is_symbol(size)}
+    if len(symbols) > 1:
+        raise NotOpaque(f"sizes of one call are {' and '.join(map(str, symbols))}")
+    numbers = (int(t.shape[-1]) for t in tensors if t.dim() and not t.dtype.is_floating_point)
+    return next(iter(symbols.values())) if symbols else next(numbers, 0)
 
 
-def _marked(value: Any, length: int) -> TextShape | None:
-    """The sizes of a tensor, those equal to the length of the text marked; the first one counts rows."""
+def _marked(value: Any, length: Length) -> TextShape | None:
+    """The sizes of a tensor, those equal to the length of the text marked; of numbers, the first one counts rows."""
     if not isinstance(value, Tensor):
         return None
+    if isinstance(length, torch.SymInt):
+        return tuple(_TEXT if _is_symbol(size) else int(size) for size in value.shape)
     sizes = [int(size) for size in value.shape]
     first = 1 if len(sizes) > 1 else 0
     return (*sizes[:first], *(_TEXT if length and size == length else size for size in sizes[first:]))
 
 
-def _at(shape: TextShape, length: int) -> TextShape:
+def _at(shape: TextShape, length: Length) -> tuple[Length, ...]:
     return tuple(length if size == _TEXT else size for size in shape)
+
+
+def _is_symbol(size: Any) -> bool:
+    return isinstance(size, torch.SymInt) and bool(size.node.expr.free_symbols)
+
+
+def _hint(size: Length) -> int:
+    """A size in the trace at hand, as a number; nothing is guarded."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else size
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------

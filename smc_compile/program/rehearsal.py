@@ -19,7 +19,7 @@ from smc_compile.passes.loop.recover import DecodeLoop
 from smc_compile.program.capture import CapturedCall
 from smc_compile.program.even_loops import Doubt
 from smc_compile.program.loop_finder import LoopFinder, step_text
-from smc_compile.program.opaque_models import Opaque, opaque
+from smc_compile.program.opaque_models import learning
 from smc_compile.program.written_code import Plain, Written
 
 KEPT = 64  # traces, after which all are forgotten
@@ -73,15 +73,7 @@ class Rehearsal:
         """
         if len(self._loops) > KEPT:
             self._forget()
-        while True:
-            learned = Opaque.structures
-            try:
-                with opaque(models or ()):
-                    call = trace(self._own)
-                break
-            except Exception:
-                if Opaque.structures == learned:
-                    raise
+        call = learning(models or (), lambda: trace(self._own))
         try:
             found = call.finder.loop_for(call.arguments) if call is not None else None
             if call is None or found is None:

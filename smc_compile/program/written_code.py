@@ -61,13 +61,14 @@ class Answered:
 class Plain:
     """A function of tensor code."""
 
-    def __init__(self, function: types.FunctionType) -> None:
-        self._function = function
-        self._capture = Capture(function)
+    def __init__(self, function: types.FunctionType, nodes: bool = False) -> None:
+        """With ``nodes``, models are one node each in what is captured."""
+        self._function, self.nodes = function, nodes
+        self._capture = Capture(function, nodes=nodes)
 
     def anew(self) -> Plain:
         """The same code, of which nothing was traced yet."""
-        return Plain(self._function)
+        return Plain(self._function, self.nodes)
 
     def captured(self, bound: inspect.BoundArguments) -> CapturedCall | None:
         return self._capture.captured(*bound.args, **bound.kwargs)
@@ -96,15 +97,16 @@ class NumbersReturned(LoopError):
 class Written:
     """A function with Python that needs the values of tokens."""
 
-    def __init__(self, twin: Twin) -> None:
-        self._twin = twin
-        self._capture = Capture(twin.function, tokens_only=True)
+    def __init__(self, twin: Twin, nodes: bool = False) -> None:
+        """With ``nodes``, models are one node each in what is captured."""
+        self._twin, self.nodes = twin, nodes
+        self._capture = Capture(twin.function, tokens_only=True, nodes=nodes)
         self._on_tokens: set[int] = set()
         self._outputs = Outputs()
 
     def anew(self) -> Written:
         """The same code, of which nothing was traced yet."""
-        return Written(self._twin)
+        return Written(self._twin, self.nodes)
 
     def captured(self, bound: inspect.BoundArguments) -> CapturedCall | None:
         with following(self._twin.plan, self._on_tokens):
@@ -124,7 +126,9 @@ class Written:
             return forced_run(self._twin.function, bound.args, bound.kwargs, answered.models, text, self._outputs)
 
 
-def written_code(function: types.FunctionType, trace: Callable[[Written], Any]) -> tuple[Written, Any] | None:
+def written_code(
+    function: types.FunctionType, trace: Callable[[Written], Any], nodes: bool = False
+) -> tuple[Written, Any] | None:
     """The function by its twin, and what ``trace`` finds in it; None where its source is not known.
 
     Code behind the loop that Dynamo cannot trace is left out of the trace.
@@ -138,7 +142,7 @@ def written_code(function: types.FunctionType, trace: Callable[[Written], Any]) 
         twin = twin_of(function, end)
         if twin is None:
             return None
-        written = Written(twin)
+        written = Written(twin, nodes)
         try:
             return written, trace(written)
         except LoopError as error:
