@@ -24,10 +24,14 @@ _PROGRAM = os.path.join("smc_compile", "program") + os.sep  # stands in for mode
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in [^\n]*(?:\n    ([^\n]*))?')
 
 
+# How Dynamo of torch 2.11 writes ``a == b`` with tensors, and what it is called elsewhere.
+_OPERATORS = {f"__{name}__": name for name in ("eq", "ne", "lt", "le", "gt", "ge")}
+
+
 def op_name(node: fx.Node) -> str:
     """``cat`` for torch.cat, Tensor.cat and aten.cat.default alike; '' for nodes that are not calls."""
     if node.op == "call_method":
-        return str(node.target)
+        return _OPERATORS.get(str(node.target), str(node.target))
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.name.rpartition("::")[2]
     if node.op == "call_function":

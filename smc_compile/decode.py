@@ -336,7 +336,12 @@ class CompiledLoop:
                 failed.__cause__ = error
                 return failed
 
-        return find_iteration_count(names, prompt_length(bound), look)
+        try:
+            return find_iteration_count(names, prompt_length(bound), look)
+        except FailedLoop:
+            raise
+        except LoopError as error:
+            raise without_prompt(bound) or error from error
 
     def _with_value(self, bound: inspect.BoundArguments, name: str, value: int) -> inspect.BoundArguments:
         """The arguments with another value of one, and with copies of the caches among them."""
@@ -407,6 +412,14 @@ def check_longest(loop: DecodeLoop, prompt: int, iterations: int) -> None:
             "path: its cache is full or cropped, or a window of the model begins",
             "make the cache longer, ask for fewer tokens, or write the loop without a cache, model(ids)[:, -1]",
         )
+
+
+def without_prompt(bound: inspect.BoundArguments) -> LoopError | None:
+    """The refusal of a call without token ids among its arguments; None where there are some, or no tensors."""
+    tensors = [f"{name}: {v.dtype} {list(v.shape)}" for name, v in bound.arguments.items() if isinstance(v, Tensor)]
+    if prompts(bound) or not tensors:
+        return None
+    return LoopError("no argument holds token ids", ", ".join(tensors), "pass the prompt as torch.int64, [B, P] or [P]")
 
 
 def without_source(error: SMCError) -> LoopError:

@@ -102,7 +102,8 @@ def _mixed(node: fx.Node | None, why: str) -> LoopError:
     return LoopError(
         "The sampler reads the text, and not for each request by itself.",
         f"{where}: {why}",
-        "write it along dim=1 or dim=-1, alike for all rows; or call the loop with one prompt, ids [1, P]",
+        "write it along dim=1 or dim=-1, alike for all rows; or call the loop with one prompt, ids [1, P]; "
+        "smc_compile.generate(model, draft, ids, logits_processor=[...]) takes processors of any kind",
     )
 
 

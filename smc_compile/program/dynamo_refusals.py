@@ -84,10 +84,13 @@ def _frames(error: Exception) -> list[tuple[str, int]]:
 def failed_loop(error: Exception, context: bool = False) -> LoopError:
     """The loop itself fails; with ``context`` Dynamo says where, in lines of its own."""
     lines = [line.strip() for line in str(error).splitlines() if "context:" in line] if context else []
+    of_a_number = "TracedNumber" in str(error)  # which does not do what a number does
     return FailedLoop(
         "the loop fails with these arguments",
         "\n".join(line.removeprefix("Developer debug context: ")[:300] for line in lines) or first_lines(error),
-        "run the plain loop to see the error, or name the number of iterations: decode(trip_count='n')",
+        advice("TracedNumber")
+        if of_a_number
+        else "run the plain loop to see the error, or name the number of iterations: decode(trip_count='n')",
     )
 
 

@@ -1,6 +1,6 @@
 """Triton's interpreter made quick enough, in a process that does nothing else.
 
-Three things of it are replaced; what a kernel computes is still what the kernel says. Reductions and scans with a
+Four things of it are replaced; what a kernel computes is still what the kernel says. Reductions and scans with a
 function of the kernel's own go through the block in halves, as on a GPU, and not number by number.
 """
 
@@ -16,9 +16,20 @@ def install() -> None:
     """Replace them."""
     from triton.runtime import interpreter
 
+    interpreter._patch_lang_tensor = _index_of_one_element(interpreter._patch_lang_tensor)
     interpreter._patch_lang = _once_for_each_module(interpreter._patch_lang)
     interpreter.ReduceOps.generic_reduce = _reduce
     interpreter.ScanOps.generic_scan = _scan
+
+
+def _index_of_one_element(replace: Callable[..., Any]) -> Callable[..., Any]:
+    """A block of one element serves as an index. Triton 3.6 leaves that to numpy, which refuses it since 2.5."""
+
+    def replaced(tensor: Any, *args: Any) -> None:
+        replace(tensor, *args)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    return replaced
 
 
 def _once_for_each_module(replace: Callable[[Any], Any]) -> Callable[[Any], Any]:
