@@ -338,10 +338,11 @@ class CompiledLoop:
 
         try:
             return find_iteration_count(names, prompt_length(bound), look)
-        except FailedLoop:
-            raise
         except LoopError as error:
-            raise without_prompt(bound) or error from error
+            other = without_prompt(bound) if type(error) is LoopError else None
+            if other is None:
+                raise
+            raise other from error
 
     def _with_value(self, bound: inspect.BoundArguments, name: str, value: int) -> inspect.BoundArguments:
         """The arguments with another value of one, and with copies of the caches among them."""
