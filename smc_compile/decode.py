@@ -28,6 +28,7 @@ from smc_compile.program.capture import CapturedCall
 from smc_compile.program.dynamo_refusals import FailedLoop, Untraceable, dynamo_errors, failed_loop
 from smc_compile.program.even_loops import Doubt, find_doubt
 from smc_compile.program.from_loop import LoopProgram, program_for, prompt_of
+from smc_compile.program.guards import model_state
 from smc_compile.program.iteration_count import PROBE, IterationCount, find_iteration_count
 from smc_compile.program.loop_finder import LoopFinder, step_text
 from smc_compile.program.model_calls import traceable
@@ -145,6 +146,8 @@ class CompiledLoop:
         """
         if not self._code.nodes:
             return self._ready_by_either(bound, traced)
+        models = reachable_models(self._function, bound.arguments.values())
+        states = [model_state(model) for model in models]
         try:
             ready = self._ready_by_either(bound, traced)
             why: object = _what_nodes_hide(ready, prompt_length(bound) + ready.iterations - 1)
@@ -154,6 +157,12 @@ class CompiledLoop:
             raise
         except Exception as error:  # of any kind: what follows is the way that takes all that can be compiled
             why = error
+        if states != [model_state(model) for model in models]:
+            raise LoopError(
+                "A model changes itself when it is called.",
+                f"tracing it has changed it, and it could not be put back: {why}",
+                "keep what a forward counts or stores outside of the model",
+            )
         log.info("the loop is traced with its models: %s", why)
         before = self._code, self._count, self._rehearsal
         self._code, self._count, rehearsal = self._inlined

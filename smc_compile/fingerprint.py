@@ -119,6 +119,27 @@ class Snapshot:
             and all(_content(array) == seen for array, seen in self.arrays)
         )
 
+    def put_back(self) -> None:
+        """Let every place hold what it held, as far as it was replaced and not changed inside."""
+        for empty in self.empty:
+            if len(empty):
+                empty.clear()
+        for held, keys, values in self.mappings:
+            if tuple(held) != keys or not all(map(operator.is_, held.values(), values)):
+                held.clear()
+                held.update(zip(keys, values, strict=True))
+        for sequence, items in self.sequences:
+            if not _same_items(sequence, items):
+                sequence[:] = items
+        for owner, name, value in self.attributes:
+            if value is not MISSING and getattr(owner, name, MISSING) is not value:
+                setattr(owner.owner if isinstance(owner, _Namespace) else owner, name, value)
+        for space, name, value in self.names:
+            space[name] = value
+        for cell, value in self.cells:
+            if _held(cell) is not value and value is not MISSING:
+                cell.cell_contents = value
+
 
 def _same_items(items: Collection[Any], before: tuple[Any, ...]) -> bool:
     return len(items) == len(before) and all(map(operator.is_, items, before))
@@ -404,10 +425,10 @@ class _Namespace:
     """Reads attributes that stand in a class itself, as they stand there."""
 
     def __init__(self, owner: type) -> None:
-        self._owner = owner
+        self.owner = owner
 
     def __getattr__(self, name: str) -> Any:
-        return vars(self._owner).get(name, MISSING)
+        return vars(self.owner).get(name, MISSING)
 
 
 def _owners(kind: type) -> list[type]:

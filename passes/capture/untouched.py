@@ -15,8 +15,8 @@ _OF_MODULES = ("_parameters", "_buffers", "_modules")
 def untouched(module: nn.Module) -> Iterator[list[str]]:
     """Afterwards each attribute of ``module`` and the modules in it is the object that it was, and holds what it held.
 
-    Gives a list that then names what had changed. The exporter leaves copies of lists and dictionaries in their place, which whoever shares them with the model would
-    not know of. A forward may write into them while it is traced.
+    Gives a list that then names what had changed. The exporter leaves copies of lists and dictionaries in their place,
+    which whoever shares them with the model would not know of. A forward may write into them while it is traced.
     """
     attributes = [(path, inner.__dict__, dict(inner.__dict__)) for path, inner in module.named_modules()]
     held: dict[int, tuple[Any, Any]] = {}

@@ -19,7 +19,7 @@ from smc_compile.program.forced_run import models_as_they_are
 from smc_compile.program.guards import model_state
 from smc_compile.program.loop_finder import LoopFinder
 from smc_compile.program.lru import LRU
-from smc_compile.program.opaque_models import learning
+from smc_compile.program.opaque_models import NotOpaque, learning
 from smc_compile.program.reachable_models import reachable_models
 
 KEPT = 16  # states of the models that a function reaches
@@ -102,6 +102,8 @@ class Capture:
 
     def _backend(self, gm: fx.GraphModule, _: Any) -> Callable[..., Any]:
         finder, writes = LoopFinder(gm, self._tokens_only), _writes_outside()
+        if self._nodes and (changed := _changed_outside()):
+            raise NotOpaque(f"the loop changes {changed[0]}, which a model may read")
 
         def stand_in(*arguments: Any) -> Sequence[Any]:
             if self._answer.outputs is None:
@@ -133,15 +135,24 @@ class _Captured(Exception):
 
 def _writes_outside() -> tuple[str, ...]:
     """The Python objects that existed before the trace at hand and are left changed by it, by Dynamo's names."""
-    found = []
     side_effects = InstructionTranslator.current_tx().output.side_effects
-    for variable in side_effects.id_to_variable.values():
-        if variable.source is None or not side_effects.is_modified(variable) or variable.is_tensor():
-            continue
+    found = []
+    for variable in _changed():
         written = side_effects.store_attr_mutations.get(variable)
         if written is None or not all(_is_as_before(variable, name, value) for name, value in written.items()):
             found.append(str(variable.source.name))
     return tuple(found)
+
+
+def _changed_outside() -> tuple[str, ...]:
+    """Those that are changed meanwhile, even if they are left as they were."""
+    return tuple(str(variable.source.name) for variable in _changed())
+
+
+def _changed() -> list[Any]:
+    side_effects = InstructionTranslator.current_tx().output.side_effects
+    found = side_effects.id_to_variable.values()
+    return [v for v in found if v.source is not None and side_effects.is_modified(v) and not v.is_tensor()]
 
 
 def _is_as_before(variable: Any, name: str, value: Any) -> bool:

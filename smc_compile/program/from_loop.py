@@ -142,7 +142,8 @@ def _compile(
     loop: DecodeLoop, arguments: Sequence[Any], weights: list[Tensor], options: Options, window: int | None
 ) -> LoopProgram:
     ids = prompt_of(loop, arguments)
-    traced = trace_model(with_models(loop.step), ids.new_zeros(loop.batch, max(2, loop.shortest)), weights, options.validate)
+    step, text = with_models(loop.step), ids.new_zeros(loop.batch, max(2, loop.shortest))
+    traced = trace_model(step, text, weights, options.validate)
     assert traced.sampler is not None
     current, kind = list(weights), traced.sampler.kind
     sampler = _text_sampler(traced, weights, options, window)

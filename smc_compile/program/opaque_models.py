@@ -8,8 +8,9 @@ tensors without data at two lengths of the text. `with_models` puts the modules 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
@@ -18,20 +19,23 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from smc_compile.fingerprint import as_stand_in, is_stand_in
+from smc_compile.fingerprint import StateWalk, as_stand_in, is_stand_in
 from smc_compile.passes.capture.untouched import untouched
+from smc_compile.program.guards import model_state
+from smc_compile.program.lru import LRU
 
-TextShape = tuple[int, ...]
-Sizes = tuple[TextShape | None, ...]  # of the arguments of a call; None for what is no tensor
+TextShape = tuple[int, ...]  # a size or _TEXT
+Sizes = tuple[Hashable, ...]  # of the arguments of a call that are tensors; other arguments themselves
 Length = int | torch.SymInt
 Result = TypeVar("Result")
 Described = tuple[tuple[TextShape, torch.dtype, torch.device], ...]  # the tensors that come back
 Build = Callable[[Sequence[Tensor]], Any]  # from the tensors that come back to the module's result
+KEPT = 16  # states of a module
 _TEXT = -1  # stands for the length of the text among sizes
 
 
 class Opaque:
-    """What is known of one module.
+    """What is known of one module in one state.
 
     Attributes:
         structures: how often the structure of a module's result was learned. A trace that fails meanwhile begins again.
@@ -45,10 +49,10 @@ class Opaque:
         self.module = weakref.ref(module)
         self._learned: dict[Sizes, Described] = {}
         self.build: Build | None = None
-        self.key = f"{type(module).__name__} {id(module)}"
+        self.key = f"{type(module).__name__} {next(_numbers)}"
         self.forward = _forward_of(self.key, self.module, None)
 
-    def shapes(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Described:
+    def shapes(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[tuple[Any, torch.dtype, torch.device], ...]:
         """The tensors that a call returns.
 
         Raises:
@@ -60,7 +64,7 @@ class Opaque:
             if not isinstance(value, Tensor | torch.SymInt | bool | int | float | str | torch.dtype | type(None)):
                 raise NotOpaque(f"{self.key} is called with {type(value).__name__}")
         length = _text_length(values)
-        sizes = tuple(_marked(value, length) for value in values)
+        sizes = tuple(_marked(v, length) if isinstance(v, Tensor) else _beside(v, length) for v in values)
         if sizes not in self._learned:
             self._learn(sizes, args, kwargs, length)
         return tuple((_at(shape, length), dtype, device) for shape, dtype, device in self._learned[sizes])
@@ -93,19 +97,26 @@ class Opaque:
 
         def empty(value: Any) -> Any:
             if not isinstance(value, Tensor):
-                return _hint(value) if isinstance(value, torch.SymInt) else value
-            shape = _at(_marked(value, text), wanted)  # type: ignore[arg-type]
+                return wanted + _beside(value, text)[1] if _is_symbol(value) else value
+            shape = _at(_marked(value, text), wanted)
             given.append(torch.empty(shape, dtype=value.dtype, device=value.device))
             return given[-1]
 
         module = self.module()
         assert module is not None
+        walk = StateWalk()
+        walk.visit(module)
         with _disable_current_modes(), torch.no_grad(), mode, untouched(module) as changes:
             inputs = [empty(value) for value in args], {name: empty(value) for name, value in kwargs.items()}
             before = [tensor._version for tensor in given]
             result = own_forward(module)(*inputs[0], **inputs[1])
-        if changes or before != [tensor._version for tensor in given]:
-            raise NotOpaque(f"{self.key} changes {', '.join(changes) or 'what it is called with'}")
+        if not walk.snapshot.holds():
+            walk.snapshot.put_back()
+            changes.append("an object that it reads")
+        if before != [tensor._version for tensor in given]:
+            changes.append("what it is called with")
+        if changes:
+            raise NotOpaque(f"{self.key} changes {', '.join(changes)}")
         tensors: list[Tensor] = []
         build = _structure(result, tensors)
         return build, tuple((tuple(t.shape), t.dtype, t.device) for t in tensors)
@@ -115,8 +126,9 @@ class NotOpaque(Exception):
     """A call of a module cannot be one node."""
 
 
+_numbers = itertools.count()
 _replaced: weakref.WeakKeyDictionary[nn.Module, Callable[..., Any]] = weakref.WeakKeyDictionary()  # own forwards
-_known: weakref.WeakKeyDictionary[nn.Module, Opaque] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[nn.Module, LRU[Hashable, Opaque]] = weakref.WeakKeyDictionary()  # by states
 _by_key: weakref.WeakValueDictionary[str, Opaque] = weakref.WeakValueDictionary()
 
 
@@ -128,14 +140,14 @@ def opaque(models: Sequence[nn.Module]) -> Iterator[None]:
     """
     modules = list(dict.fromkeys(module for model in models for module in model.modules()))
     before = [(module, module.__dict__.get("forward")) for module in modules]
+    states = tuple(model_state(model) for model in models)
     try:
         for module, own in before:
             if own is not None and not is_stand_in(own):
                 _replaced[module] = own
-            if module not in _known:
-                _known[module] = known = Opaque(module)
-                _by_key[known.key] = known
-            module.__dict__["forward"] = _known[module].forward
+            known = _known.setdefault(module, LRU(KEPT)).get_or_make(states, lambda: Opaque(module))  # noqa: B023
+            _by_key[known.key] = known
+            module.__dict__["forward"] = known.forward
         yield
     finally:
         for module, own in before:
@@ -213,11 +225,14 @@ def with_models(step: fx.GraphModule) -> fx.GraphModule:
     if not nodes:
         return step
     graph = fx.Graph()
-    graph.output(graph.graph_copy(step.graph, copies := {}), None)  # type: ignore[arg-type]
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(step.graph, copies))
     module = fx.GraphModule(step, graph, class_name="Step")
     for number, key in enumerate(dict.fromkeys(node.args[0] for node in nodes)):
-        model = _by_key[str(key)].module()
-        assert model is not None
+        known = _by_key.get(str(key))
+        model = known.module() if known is not None else None
+        if model is None:
+            raise NotOpaque(f"{key} is forgotten")
         module.add_submodule(f"model_{number}", _Tensors(model))
         for node in [copies[node] for node in nodes if node.args[0] == key]:
             with graph.inserting_before(node):
@@ -239,18 +254,31 @@ def _text_length(values: Sequence[Any]) -> Length:
         NotOpaque: sizes are several symbols.
     """
     tensors = [value for value in values if isinstance(value, Tensor)]
-    symbols = {size.node.expr: size for t in tensors for size in t.shape if _is_symbol(size)}
+    sizes: list[Any] = [size for tensor in tensors for size in tensor.shape]
+    symbols = {size.node.expr: size for size in sizes if _is_symbol(size)}
     if len(symbols) > 1:
         raise NotOpaque(f"sizes of one call are {' and '.join(map(str, symbols))}")
     numbers = (int(t.shape[-1]) for t in tensors if t.dim() and not t.dtype.is_floating_point)
     return next(iter(symbols.values())) if symbols else next(numbers, 0)
 
 
-def _marked(value: Any, length: Length) -> TextShape | None:
+def _beside(value: Any, length: Length) -> tuple[Any, Any]:
+    """An argument that is no tensor: its type and itself. A symbol as what it is more than the length of the text.
+
+    Raises:
+        NotOpaque: that is no number.
+    """
+    if not _is_symbol(value):
+        return type(value), value
+    more = value.node.expr - (length.node.expr if isinstance(length, torch.SymInt) else length)
+    if not more.is_Integer:
+        raise NotOpaque(f"an argument is {value.node.expr}")
+    return torch.SymInt, int(more)
+
+
+def _marked(value: Tensor, length: Length) -> TextShape:
     """The sizes of a tensor, those equal to the length of the text marked; of numbers, the first one counts rows."""
-    if not isinstance(value, Tensor):
-        return None
-    if isinstance(length, torch.SymInt):
+    if _is_symbol(length):
         return tuple(_TEXT if _is_symbol(size) else int(size) for size in value.shape)
     sizes = [int(size) for size in value.shape]
     first = 1 if len(sizes) > 1 else 0

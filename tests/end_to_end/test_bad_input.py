@@ -112,7 +112,7 @@ def test_a_bad_prompt_of_a_loop(ids):
 @pytest.mark.parametrize("ids", [IDS.float(), IDS[:, :0]])
 def test_a_prompt_that_the_loop_itself_fails_on(ids):
     compiled = smc_compile.decode(loop, draft=DRAFT, **OPTIONS)
-    with pytest.raises(LoopError, match="the loop fails with these arguments|no argument holds token ids"):
+    with pytest.raises(LoopError, match=r"the loop fails with these arguments|no argument holds token ids"):
         compiled(MODEL, ids, 3)
 
 
