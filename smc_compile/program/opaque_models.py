@@ -314,7 +314,8 @@ def _structure(result: Any, tensors: list[Tensor]) -> Build:
     if dataclasses.is_dataclass(result) or isinstance(result, dict):
         cls: Any = type(result)
         fields = result if isinstance(result, dict) else vars(result)
-        named = {name: _structure(value, tensors) for name, value in fields.items() if value is not None}
+        given = fields.items() if isinstance(result, dict) else [(n, v) for n, v in fields.items() if v is not None]
+        named = {name: _structure(value, tensors) for name, value in given}
         return lambda found: cls(**{name: part(found) for name, part in named.items()})
     if result is None or isinstance(result, bool | int | float | str):
         return lambda found: result

@@ -1,0 +1,217 @@
+"""A model is one node while a loop is traced: its shapes are those of the model, and nothing that it does is lost."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers.toys import TableLM
+from torch import Tensor, fx, nn
+
+from smc_compile.program.capture import Capture
+from smc_compile.program.opaque_models import NotOpaque, call_opaque, own_forward, with_models
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+IDS = torch.tensor([[0, 1, 2], [3, 4, 5]])
+V = 7
+
+
+class Around(nn.Module):
+    """A model around another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = TableLM(V)
+        self.calls, self.seen = 0, [0]
+
+    def forward(self, ids: Tensor) -> Any:
+        return self.model(ids)
+
+
+def captured(loop: Callable[..., Any], *args: Any, nodes: bool = True) -> fx.GraphModule:
+    """The graph of a function, its models as nodes."""
+    ids = next(arg for arg in args if isinstance(arg, Tensor))
+    torch._dynamo.maybe_mark_dynamic(ids, 1)
+    call = Capture(loop, nodes=nodes).captured(*args)  # type: ignore[arg-type]
+    assert call is not None
+    return call.finder._gm
+
+
+def nodes_of(gm: fx.GraphModule) -> list[fx.Node]:
+    return gm.graph.find_nodes(op="call_function", target=call_opaque)
+
+
+def inputs_of(gm: fx.GraphModule, ids: Tensor) -> list[Any]:
+    """What a graph of the text alone is called with: its length and itself."""
+    values = [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")]
+    return [ids.shape[1] if isinstance(value, torch.SymInt) else ids for value in values]
+
+
+# ---- what a node is --------------------------------------------------------------------------------------------------
+
+
+def twice(model: nn.Module, ids: Tensor) -> Tensor:
+    logits = model(ids)
+    return logits[:, logits.shape[1] - 1 :].squeeze(1) + model(ids)[:, -1]
+
+
+def test_each_call_is_one_node_whose_length_is_that_of_the_text() -> None:
+    found = nodes_of(captured(twice, Around(), IDS.clone()))
+    assert len(found) == 2
+    ((logits,), _) = (node.meta["example_value"] for node in found)
+    batch, length, vocabulary = logits.shape
+    assert (batch, vocabulary) == (2, V)
+    assert str(length.node.expr).startswith("s")
+
+
+class Structured(Around):
+    def forward(self, ids: Tensor, scale: float = 1.0, *, last: int = 0) -> Any:
+        logits = self.model(ids) * scale
+        return {"logits": logits[:, -last:], "loss": None, "parts": (logits.sum(-1), [logits])}
+
+
+def structured(model: nn.Module, ids: Tensor) -> Tensor:
+    short, long = model(ids, 2.0, last=1), model(ids, last=2)
+    assert short["loss"] is None
+    return short["logits"][:, -1] + long["logits"][:, 0] + long["parts"][1][0][:, -1]
+
+
+@pytest.mark.parametrize(("function", "kind"), [(twice, Around), (structured, Structured)])
+def test_with_the_models_in_the_place_of_their_nodes_the_graph_computes_what_the_function_does(function, kind) -> None:
+    model = kind()
+    gm = captured(function, model, IDS.clone())
+    step = with_models(gm)
+    assert not nodes_of(step)
+    for length in (3, 5):
+        ids = torch.arange(2 * length).view(2, length) % V
+        assert torch.equal(step(*inputs_of(step, ids))[0], function(model, ids))
+
+
+def test_arguments_that_are_no_tensors_have_shapes_of_their_own() -> None:
+    lengths = [node.meta["example_value"][0].shape[1] for node in nodes_of(captured(structured, Structured(), IDS))]
+    assert lengths == [1, 2]
+
+
+def test_a_node_computes_nothing_itself() -> None:
+    gm = captured(twice, Around(), IDS.clone())
+    with pytest.raises(NotOpaque):
+        call_opaque(nodes_of(gm)[0].args[0], IDS)  # type: ignore[arg-type]
+
+
+# ---- a model is itself -----------------------------------------------------------------------------------------------
+
+
+def test_a_forward_of_the_instance_is_the_one_that_stands_in_the_place_of_the_node() -> None:
+    model = Around()
+    model.forward = types.MethodType(lambda self, ids: -self.model(ids), model)  # type: ignore[method-assign]
+    own = vars(model)["forward"]
+    step = with_models(captured(twice, model, IDS.clone()))
+    assert vars(model)["forward"] is own
+    assert own_forward(model) is own
+    given = inputs_of(step, IDS)
+    assert torch.equal(step(*given)[0], twice(model, IDS))
+
+
+def test_another_dtype_is_another_node() -> None:
+    def doubled_where_single(model: nn.Module, ids: Tensor) -> Tensor:
+        logits = model(ids)
+        return logits * 2 if logits.dtype == torch.float32 else logits
+
+    model, capture = Around(), Capture(doubled_where_single, nodes=True)
+    for kind in (torch.float32, torch.float64, torch.float32):
+        call = capture.captured(model.to(kind), IDS)
+        assert call is not None
+        (node,) = nodes_of(call.finder._gm)
+        assert node.meta["example_value"][0].dtype == kind
+        assert bool(call.finder._gm.graph.find_nodes(op="call_function", target=torch.ops.aten.mul)) is False
+        multiplied = any("mul" in str(n.target) for n in call.finder._gm.graph.nodes)
+        assert multiplied == (kind == torch.float32)
+
+
+# ---- what cannot be a node -------------------------------------------------------------------------------------------
+
+COUNT = 0
+
+
+class CountsInAttribute(Around):
+    def forward(self, ids: Tensor) -> Tensor:
+        self.calls += 1
+        return self.model(ids)
+
+
+class CountsInList(Around):
+    def forward(self, ids: Tensor) -> Tensor:
+        self.seen.append(1)
+        return self.model(ids)
+
+
+class CountsInGlobal(Around):
+    def forward(self, ids: Tensor) -> Tensor:
+        global COUNT
+        COUNT += 1
+        return self.model(ids)
+
+
+class CountsInClass(Around):
+    total = 0
+
+    def forward(self, ids: Tensor) -> Tensor:
+        type(self).total += 1
+        return self.model(ids)
+
+
+class State:
+    def __init__(self) -> None:
+        self.calls = 0
+
+
+class CountsInObject(Around):
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = State()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.state.calls += 1
+        return self.model(ids)
+
+
+class WritesToItsInput(Around):
+    def forward(self, ids: Tensor) -> Tensor:
+        logits = self.model(ids)
+        ids[:, -1] = 0
+        return logits
+
+
+@pytest.mark.parametrize(
+    "kind", [CountsInAttribute, CountsInList, CountsInGlobal, CountsInClass, CountsInObject, WritesToItsInput]
+)
+def test_a_model_that_changes_something_is_no_node_and_is_left_as_it_was(kind) -> None:
+    model = kind()
+    for _ in range(2):  # nothing of the first trace is taken for granted
+        with pytest.raises(Exception, match=rf"{kind.__name__} \d+ changes"):
+            captured(twice, model, IDS.clone())
+    state = getattr(model, "state", None)
+    assert (model.calls, model.seen, COUNT, CountsInClass.total) == (0, [0], 0, 0)
+    assert state is None or state.calls == 0
+    assert "forward" not in vars(model)
+
+
+def sets_a_flag(model: nn.Module, ids: Tensor) -> Tensor:
+    model.training = True
+    first = model(ids)
+    model.training = False
+    return first + model(ids)
+
+
+def swaps_weights(model: nn.Module, ids: Tensor) -> Tensor:
+    weights = {name: -weight for name, weight in model.named_parameters()}
+    return torch.func.functional_call(model, weights, (ids,))
+
+
+@pytest.mark.parametrize("loop", [sets_a_flag, swaps_weights])
+def test_a_loop_that_changes_what_a_model_reads_has_no_nodes_even_if_all_is_put_back(loop) -> None:
+    with pytest.raises(Exception, match=r"the loop changes .*, which a model may read"):
+        captured(loop, Around().eval(), IDS.clone())
