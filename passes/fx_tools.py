@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.operator_schemas import normalize_function
+
+from smc_compile.passes.torch_versions import METHODS_OF_OPERATORS, with_symbolic_sizes
 
 # ---- names and places ------------------------------------------------------------------------------------------------
 
@@ -24,14 +25,10 @@ _PROGRAM = os.path.join("smc_compile", "program") + os.sep  # stands in for mode
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in [^\n]*(?:\n    ([^\n]*))?')
 
 
-# How Dynamo of torch 2.11 writes ``a == b`` with tensors, and what it is called elsewhere.
-_OPERATORS = {f"__{name}__": name for name in ("eq", "ne", "lt", "le", "gt", "ge")}
-
-
 def op_name(node: fx.Node) -> str:
     """``cat`` for torch.cat, Tensor.cat and aten.cat.default alike; '' for nodes that are not calls."""
     if node.op == "call_method":
-        return _OPERATORS.get(str(node.target), str(node.target))
+        return METHODS_OF_OPERATORS.get(str(node.target), str(node.target))
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.name.rpartition("::")[2]
     if node.op == "call_function":
@@ -135,8 +132,7 @@ def value_without_data(node: fx.Node) -> Any:
     """What a node computes from ``meta["val"]`` of its inputs: fake tensors and symbolic sizes."""
     inputs = (source.meta.get("val") for source in node.graph.find_nodes(op="placeholder"))
     fake = next((value for value in inputs if isinstance(value, FakeTensor)), None)
-    # Torch's C++ code of composite ops asks for plain sizes in some versions; its Python code takes symbolic ones.
-    with fake.fake_mode if fake is not None else nullcontext(), enable_python_dispatcher():
+    with fake.fake_mode if fake is not None else nullcontext(), with_symbolic_sizes():
         return run_node(node, {source: source.meta["val"] for source in node.all_input_nodes})
 
 

@@ -48,7 +48,14 @@ MAY_IMPORT = {
 FILES = {  # rooms of single files: in smc_compile/ all others are public, in passes/ all others run the passes
     "base": ["errors", "fingerprint", "options", "result"],
     "__main__": ["__main__"],
-    "passes.tools": ["passes.ir", "passes.fx_tools", "passes.closeness", "passes.rewrites", "passes.length_guards"],
+    "passes.tools": [
+        "passes.ir",
+        "passes.fx_tools",
+        "passes.closeness",
+        "passes.rewrites",
+        "passes.length_guards",
+        "passes.torch_versions",
+    ],  # fmt: skip
 }
 # Imports of ours that stand inside a function, and why they may.
 INSIDE = {

@@ -27,7 +27,7 @@ from smc_compile.program.lru import LRU
 TextShape = tuple[int, ...]  # a size or _TEXT
 Sizes = tuple[Hashable, ...]  # of the arguments of a call that are tensors; other arguments themselves
 Length = int | torch.SymInt
-Result = TypeVar("Result")
+Found = TypeVar("Found")
 Described = tuple[tuple[TextShape, torch.dtype, torch.device], ...]  # the tensors that come back
 Build = Callable[[Sequence[Tensor]], Any]  # from the tensors that come back to the module's result
 KEPT = 16  # states of a module
@@ -158,7 +158,7 @@ def opaque(models: Sequence[nn.Module]) -> Iterator[None]:
                 _replaced.pop(module, None) if not is_stand_in(own) else None
 
 
-def learning(models: Sequence[nn.Module], trace: Callable[[], Result]) -> Result:
+def learning(models: Sequence[nn.Module], trace: Callable[[], Found]) -> Found:
     """What ``trace`` gives inside of `opaque`: it begins again when the structure of a result has been learned."""
     while True:
         learned = Opaque.structures

@@ -16,6 +16,7 @@ from unittest.mock import patch
 import torch
 
 from smc_compile.errors import OptionError, SMCError
+from smc_compile.passes.torch_versions import NEWEST, OLDEST
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def absent_device(target: Target) -> Iterator[None]:
         raise SMCError(
             "this version of torch or triton cannot be told of an absent GPU",
             f"torch {torch.__version__}: {error}",
-            "use torch 2.11 to 2.14 with the triton that belongs to it",
+            f"use torch {OLDEST} to {NEWEST} with the triton that belongs to it",
         ) from error
     with entered:
         yield

@@ -14,6 +14,7 @@ from smc_compile.dev.kernel_audit.absent_device import CUDA, Target, absent_devi
 from smc_compile.dev.kernel_audit.graph_recorder import RecordedGraph
 from smc_compile.errors import SMCError
 from smc_compile.kernels import attend, skinny_linear, thresholds
+from smc_compile.passes.torch_versions import NEWEST, OLDEST
 
 # What each op with a kernel of ours is without it.
 IN_TENSOR_CODE = attend.IN_TENSOR_CODE | skinny_linear.IN_TENSOR_CODE | thresholds.IN_TENSOR_CODE
@@ -115,5 +116,5 @@ def _other_internals(error: Exception) -> SMCError:
     return SMCError(
         "this version of torch keeps the parts of Inductor elsewhere",
         f"torch {torch.__version__}: {error}",
-        "use torch 2.11 to 2.13",
+        f"use torch {OLDEST} to {NEWEST}",
     )

@@ -14,6 +14,7 @@ import torch
 
 from smc_compile.dev.kernel_audit.absent_device import Target, absent_device
 from smc_compile.errors import SMCError
+from smc_compile.passes.torch_versions import NEWEST, OLDEST
 
 LOADS, STORES = re.compile(r"\bLDG\b"), re.compile(r"\b(?:STG|RED|REDG|ATOMG|ATOM)\b")
 
@@ -57,7 +58,9 @@ def compile_kernel(name: str, source: str, target: Target) -> MachineCode:
             binaries = [kernel._precompile_config(configuration).kernel for configuration in kernel.configs]
         except AttributeError as error:
             raise SMCError(
-                "this version of torch compiles Triton kernels in another way", str(error), "use torch 2.11 to 2.13"
+                "this version of torch compiles Triton kernels in another way",
+                str(error),
+                f"use torch {OLDEST} to {NEWEST}",
             ) from error
         except Exception as error:
             raise SMCError(f"the kernel {name} does not compile for {target.name}", str(error)) from error
