@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 
 from torch._dispatch.python import enable_python_dispatcher
 
-OLDEST, NEWEST = "2.11", "2.15"  # as in pyproject.toml
+OLDEST, NEWEST = "2.11", "2.14"  # as in pyproject.toml
 
 # Dynamo of torch 2.11 writes ``a == b`` with tensors as a method, later ones as the operator.
 METHODS_OF_OPERATORS = {f"__{name}__": name for name in ("eq", "ne", "lt", "le", "gt", "ge")}

@@ -55,7 +55,7 @@ FILES = {  # rooms of single files: in smc_compile/ all others are public, in pa
         "passes.rewrites",
         "passes.length_guards",
         "passes.torch_versions",
-    ],  # fmt: skip
+    ],
 }
 # Imports of ours that stand inside a function, and why they may.
 INSIDE = {
