@@ -40,9 +40,9 @@ from smc_compile.passes.capture.sampler import Sampler, match_sampler
 from smc_compile.passes.capture.sampler_faults import as_sampler_fault
 from smc_compile.passes.capture.text_sampler import TextSampler, check_groups, split_sampler
 from smc_compile.passes.ir import CachedLM, CausalLM
-from smc_compile.passes.loop.alike import compare_iterations
+from smc_compile.passes.loop.alike import compare_iterations, even_parts
 from smc_compile.passes.loop.as_written import PaddedIteration, cached_iterations
-from smc_compile.passes.loop.branches import drawn_tokens, find_ends
+from smc_compile.passes.loop.branches import Ends, drawn_tokens, find_ends
 from smc_compile.passes.loop.cache_buffers import without_buffers
 from smc_compile.passes.loop.concretise import Concrete
 from smc_compile.passes.loop.draws import is_draw
@@ -51,6 +51,7 @@ from smc_compile.passes.loop.known_masks import fold_known_masks, ones_inputs
 from smc_compile.passes.loop.kv_loop import cache_in_words, carries_cache, known_integers, lengths_in_prompt
 from smc_compile.passes.loop.lengths import Lengths
 from smc_compile.passes.loop.lookups import simplify_lookups
+from smc_compile.passes.loop.needs_value import UnlikeIterations
 from smc_compile.passes.loop.one_row import sample_rows
 from smc_compile.passes.loop.ones_masks import drop_ones_masks
 from smc_compile.passes.loop.padded_buffer import (
@@ -81,6 +82,7 @@ from smc_compile.passes.rewrites import rewrite_cached, rewrite_captured
 from smc_compile.passes.validate import validate
 
 log = logging.getLogger(__name__)
+MOST_PARTS = 8  # of a loop whose iterations are not alike: each is a program, and begins with a prompt of its own
 
 
 @dataclass(frozen=True)
@@ -211,15 +213,18 @@ def _refuse_what_pins_the_length(step: nn.Module, ids: Tensor, weights: Sequence
 # ---- from Dynamo's graph to one iteration --------------------------------------------------------------------------
 
 
-def recover_loop(gm: fx.GraphModule, example_inputs: Sequence[Any], tokens_only: bool = False) -> DecodeLoop | None:
+def recover_loop(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], tokens_only: bool = False, parts: bool = False
+) -> DecodeLoop | None:
     """The decode loop in a graph, or None if no token is drawn and fed back.
 
         prompt -> [iteration 0] -> token 0 -> [iteration 1] -> token 1 -> ...    becomes    step(ids [B, S]) -> token
 
     With ``tokens_only`` the graph may end its texts (see `loop.branches`), and what it returns is not looked at: the
-    function that it was made of runs on the tokens.
+    function that it was made of runs on the tokens. With ``parts`` its iterations need not all be alike.
 
     Raises:
+        UnlikeIterations: its iterations are not alike, and there are no ``parts``, or too many.
         LoopError: there is a loop, but not one that can be compiled.
     """
     preparation = Preparation(gm, example_inputs)
@@ -258,8 +263,42 @@ def recover_loop(gm: fx.GraphModule, example_inputs: Sequence[Any], tokens_only:
     else:
         simplify_lookups(layouts)
         iterations = Iterations(layouts, tokens, window=window_of(layouts, tokens))
-        step = _common_step(gm, iterations)
+        try:
+            step = _common_step(gm, iterations)
+        except UnlikeIterations as error:
+            if not parts:
+                raise
+            return _loop_in_parts(gm, concrete, iterations, error, ends, ones, not tokens_only)
     return decode_loop(concrete, iterations, step, ends, ones, not tokens_only)
+
+
+def _loop_in_parts(
+    gm: fx.GraphModule,
+    concrete: Concrete,
+    iterations: Iterations,
+    error: UnlikeIterations,
+    ends: Ends | None,
+    ones: Sequence[fx.Node],
+    outputs: bool,
+) -> DecodeLoop:
+    """The loop with those of its iterations that are alike as parts.
+
+    Raises:
+        UnlikeIterations: ``error``, with what stands against parts.
+    """
+    parts = even_parts(iterations)
+    if len(parts) > MOST_PARTS:
+        why = f"{error.why}; there are {len(parts)} parts, and may be {MOST_PARTS}"
+        raise UnlikeIterations(error.what, why, error.fix)
+    steps = [_common_step(gm, part) for part in parts]
+    if concrete.remaining or iterations.window is not None or any(step.padded is not None for step in steps):
+        raise error
+    pairs = zip(parts, steps, strict=True)
+    found = tuple(decode_loop(concrete, part, step, ends, ones, outputs=False) for part, step in pairs)
+    stops = itertools.accumulate(part.iterations for part in found)
+    report = [f"iterations {stop - p.iterations} to {stop - 1} are alike" for stop, p in zip(stops, found, strict=True)]
+    whole = decode_loop(concrete, iterations, steps[0], ends, ones, outputs)
+    return replace(whole, parts=found, report=[*whole.report, *report])
 
 
 def _common_step(gm: fx.GraphModule, iterations: Iterations) -> RecoveredStep:

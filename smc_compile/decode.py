@@ -8,7 +8,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from smc_compile.backend import answer_loop
 from smc_compile.errors import InputError, LoopError, OptionError, SMCError
 from smc_compile.options import Options
-from smc_compile.passes.loop.needs_value import NeedsValue, ShortPrompt
+from smc_compile.passes.loop.needs_value import NeedsValue, ShortPrompt, UnlikeIterations
 from smc_compile.passes.loop.recover import DecodeLoop
 from smc_compile.program.all_iterations import PINNED, Traces, before_window, check_all_iterations, with_window
 from smc_compile.program.callables import bound_function
@@ -32,6 +32,7 @@ from smc_compile.program.guards import model_state
 from smc_compile.program.iteration_count import PROBE, IterationCount, find_iteration_count
 from smc_compile.program.loop_finder import LoopFinder, step_text
 from smc_compile.program.model_calls import traceable
+from smc_compile.program.parts import answer_in_parts
 from smc_compile.program.reachable_models import reachable_models
 from smc_compile.program.rehearsal import Rehearsal, Rehearsed
 from smc_compile.program.written_code import Answered, NumbersReturned, Plain, Written, written_code
@@ -74,7 +75,9 @@ class _Ready:
         arguments: of its graph.
         iterations: that the call asks for.
         window: the most tokens that the model reads, if the text outgrows it.
-        traced: the arguments that Dynamo saw.
+        short: arguments with which Dynamo saw the loop.
+        count: which of the arguments counts the iterations.
+        parts: a program for each part of the loop, if its iterations are not all alike.
     """
 
     program: LoopProgram
@@ -82,7 +85,9 @@ class _Ready:
     arguments: Sequence[Any]
     iterations: int
     window: int | None
-    traced: inspect.BoundArguments
+    short: inspect.BoundArguments
+    count: IterationCount
+    parts: tuple[LoopProgram, ...] = ()
 
 
 class CompiledLoop:
@@ -107,6 +112,8 @@ class CompiledLoop:
         self._trip_count = trip_count
         self._count: IterationCount | None = None  # found at the first call
         self._code: Plain | Written = Plain(self._function, nodes=True)
+        self._in_parts = False  # whether the iterations were found to differ
+        self._count_of_parts: IterationCount | None = None
         self._rehearsal = Rehearsal(self._code)
         self._inlined: _Way = (Plain(self._function), None, None)
         self._doubts: WeakKeyDictionary[LoopFinder, Doubt | None] = WeakKeyDictionary()
@@ -149,7 +156,7 @@ class CompiledLoop:
         models = reachable_models(self._function, bound.arguments.values())
         states = [model_state(model) for model in models]
         try:
-            ready = self._ready_by_either(bound, traced)
+            ready = self._ready_with_nodes(bound, traced)
             why: object = _what_nodes_hide(ready, prompt_length(bound) + ready.iterations - 1)
             if why is None:
                 return ready
@@ -174,6 +181,18 @@ class CompiledLoop:
             self._code, self._count, self._rehearsal = before
             raise
 
+    def _ready_with_nodes(self, bound: inspect.BoundArguments, traced: inspect.BoundArguments) -> _Ready:
+        """The program of a call whose models are nodes; programs, if its iterations are not all alike."""
+        if self._in_parts:
+            return self._ready_in_parts(bound)
+        try:
+            return self._ready_by_either(bound, traced)
+        except UnlikeIterations as error:
+            log.info("the loop is compiled in parts: %s", error)
+        ready = self._ready_in_parts(bound)
+        self._in_parts = True
+        return ready
+
     def _ready_by_either(self, bound: inspect.BoundArguments, traced: inspect.BoundArguments) -> _Ready:
         """The program of a call, from the function or from its twin."""
         try:
@@ -182,8 +201,8 @@ class CompiledLoop:
             self._take_twin(traced, error)
         return self._ready_by_code(bound, traced)
 
-    def _take_twin(self, traced: inspect.BoundArguments, error: SMCError) -> None:
-        """Go on with the function's twin.
+    def _take_twin(self, traced: inspect.BoundArguments, error: SMCError, parts: bool = False) -> None:
+        """Go on with the function's twin, whose iterations may differ if it is taken in ``parts``.
 
         Raises:
             SMCError: that cannot be compiled either. Where the function itself fails, that is its ``error``.
@@ -191,12 +210,13 @@ class CompiledLoop:
         if isinstance(self._code, Written):
             raise error
         try:
-            found = written_code(self._function, lambda code: self._find_count(code, traced), self._code.nodes)
+            found = written_code(self._function, lambda code: self._find_count(code, traced, parts), self._code.nodes)
         except LoopError as other:
             raise (error if isinstance(error, FailedLoop) else other) from other
         if found is None:
             raise (error if isinstance(error, FailedLoop) else without_source(error)) from error
-        self._code, self._count = found
+        self._code, count = found
+        self._count, self._count_of_parts = (None, count) if parts else (count, None)
         self._rehearsal = Rehearsal(self._code)
 
     def _ready_by_code(self, bound: inspect.BoundArguments, traced: inspect.BoundArguments) -> _Ready:
@@ -217,19 +237,50 @@ class CompiledLoop:
             window = None  # the text does not outgrow it
         program = program_for(found, call.arguments, self._options, window, call.states)
         arguments = call.arguments if traced is bound else with_prompt(call, found, bound)
-        return _Ready(program, found, arguments, iterations, window, traced)
+        return _Ready(program, found, arguments, iterations, window, self._counting(traced, PROBE), self._count)
+
+    def _ready_in_parts(self, bound: inspect.BoundArguments) -> _Ready:
+        """The programs of a call whose iterations are not all alike: all of them are traced.
+
+        Raises:
+            SMCError: the parts cannot be compiled.
+        """
+        exact = self._with_prompts(bound, prompt_length(bound))
+        try:
+            return self._ready_in_parts_of_code(bound, exact)
+        except (Untraceable, FailedLoop, NeedsValue) as error:
+            self._take_twin(exact, error, parts=True)
+        return self._ready_in_parts_of_code(bound, exact)
+
+    def _ready_in_parts_of_code(self, bound: inspect.BoundArguments, exact: inspect.BoundArguments) -> _Ready:
+        if self._count_of_parts is None:
+            self._count_of_parts = self._find_count(self._code, exact, parts=True)
+        count = self._count_of_parts
+        iterations = count.iterations(bound.arguments[count.name], prompt_length(bound))
+        value = count.value(iterations - count.extra, prompt_length(bound))
+        asked = self._with_value(exact, count.name, value)
+        with dynamo_errors():
+            call = self._code.captured(asked)
+        loop = call.finder.loop_in_parts(call.arguments) if call is not None else None
+        if call is None or loop is None or loop.iterations != iterations:
+            raise LoopError("with all its iterations the function holds no loop")
+        parts = loop.parts or (loop,)
+        programs = tuple(program_for(part, call.arguments, self._options, None, call.states) for part in parts)
+        loop = replace(loop, parts=parts)
+        return _Ready(programs[0], loop, call.arguments, iterations, None, asked, count, programs)
 
     def _run(self, bound: inspect.BoundArguments, ready: _Ready) -> Any:
         """What the function returns, for tokens that its program draws."""
-        assert self._count is not None
         program, found, arguments = ready.program, ready.loop, ready.arguments
-        loop = self._count.stretched(found, ready.iterations)
         options = with_generator(self._options, self._function, bound)
-        outputs, generation = answer_loop(program, loop, arguments, ready.iterations, options)
+        if ready.parts:
+            outputs, generation = answer_in_parts(ready.parts, found, arguments, options)
+        else:
+            loop = ready.count.stretched(found, ready.iterations)
+            outputs, generation = answer_loop(program, loop, arguments, ready.iterations, options)
         ends, prompt = program.end_tokens(found, arguments), prompt_of(found, arguments)
         models = reachable_models(self._function, bound.arguments.values())
-        short = self._counting(ready.traced, PROBE)
-        answered = Answered(outputs, generation, ends, program.vocabulary, found, prompt, bound, short, models)
+        answered = Answered(outputs, generation, ends, program.vocabulary, found, prompt, bound, ready.short, models)
         result = self._code.result(answered)
         if found.cached is not None:
             refuse_returned_cache(result)
@@ -325,8 +376,8 @@ class CompiledLoop:
             self._doubts[call.finder] = written or read
         return self._doubts[call.finder]
 
-    def _find_count(self, code: Plain | Written, bound: inspect.BoundArguments) -> IterationCount:
-        """Trace the function with other values of its integer arguments."""
+    def _find_count(self, code: Plain | Written, bound: inspect.BoundArguments, parts: bool = False) -> IterationCount:
+        """Trace the function with other values of its integer arguments; with ``parts``, iterations may differ."""
         integers = [name for name, value in bound.arguments.items() if type(value) is int]
         names = [self._trip_count] if self._trip_count is not None else integers
 
@@ -335,7 +386,10 @@ class CompiledLoop:
             try:
                 with dynamo_errors():
                     call = code.captured(changed)
-                return call.finder.loop_for(call.arguments) if call is not None else None
+                if call is None:
+                    return None
+                finder, arguments = call.finder, call.arguments
+                return finder.loop_in_parts(arguments) if parts else finder.loop_for(arguments)
             except Untraceable:  # so it is for other values
                 raise
             except SMCError as error:
@@ -346,7 +400,7 @@ class CompiledLoop:
                 return failed
 
         try:
-            return find_iteration_count(names, prompt_length(bound), look)
+            return find_iteration_count(names, prompt_length(bound), look, alike=not parts)
         except LoopError as error:
             other = without_prompt(bound) if type(error) is LoopError else None
             if other is None:
@@ -400,8 +454,9 @@ def _what_nodes_hide(ready: _Ready, reach: int) -> str | None:
     """What cannot be seen where models are one node each, if a call needs it; ``reach`` tokens are read at most."""
     if ready.loop.cached is not None or ready.loop.padded is not None:
         return "it keeps a cache or a buffer"
-    longest = ready.program.program.target.max_positions
-    if longest is not None and longest < reach and ready.window is None:
+    known = [program.program.target.max_positions for program in ready.parts or (ready.program,)]
+    longest = min((most for most in known if most is not None), default=reach)
+    if longest < reach and ready.window is None:
         return f"the model is known for {longest} tokens only"
     return None
 

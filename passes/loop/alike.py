@@ -14,7 +14,7 @@ from smc_compile.passes.fx_tools import describe, op_name
 from smc_compile.passes.loop.iterations import Iterations
 from smc_compile.passes.loop.leaves import Leaf, flatten
 from smc_compile.passes.loop.lengths import Lengths, Sample, Uneven, fit_all, is_integer
-from smc_compile.passes.loop.needs_value import ShortPrompt
+from smc_compile.passes.loop.needs_value import ShortPrompt, UnlikeIterations
 from smc_compile.passes.loop.tensor_info import plain_tensor
 
 Varying = dict[Leaf, dict[int, int]]  # integer of iteration 0 -> its values in the iterations where it differs
@@ -24,7 +24,8 @@ def compare_iterations(iterations: Iterations) -> Lengths:
     """The integers of iteration 0 that grow with the text; all other arguments are the same in every iteration.
 
     Raises:
-        LoopError: an iteration differs from iteration 0 in something else than an integer a*S + b.
+        UnlikeIterations: an iteration differs from iteration 0 in something else than an integer.
+        LoopError: an integer is no a*S + b.
         ShortPrompt: they differ in that the prompt is as short as what others read of the text's end.
     """
     varying: Varying = defaultdict(dict)
@@ -42,6 +43,19 @@ def compare_iterations(iterations: Iterations) -> Lengths:
         return fit_all({leaf: _samples(iterations, leaf, values) for leaf, values in varying.items()})
     except Uneven as error:
         raise _grows_unevenly(iterations, error) from None
+
+
+def even_parts(iterations: Iterations) -> list[Iterations]:
+    """The iterations in parts, as few as there can be, in each of which all are like its first one, integers apart."""
+    starts, part = [0], iterations.part(0)
+    for number in range(1, len(iterations.tokens)):
+        try:
+            _compare_iteration(part, number - starts[-1], defaultdict(dict), [])
+        except UnlikeIterations:
+            starts.append(number)
+            part = iterations.part(number)
+    ends = [*starts[1:], len(iterations.tokens)]
+    return [iterations.part(start, end) for start, end in zip(starts, ends, strict=True)]
 
 
 def _samples(iterations: Iterations, leaf: Leaf, values: dict[int, int]) -> list[Sample]:
@@ -155,8 +169,8 @@ def _grows_unevenly(iterations: Iterations, error: Uneven) -> LoopError:
     )
 
 
-def _unlike(first: fx.Node, other: fx.Node, iteration: int, value: str, counterpart: str) -> LoopError:
-    return LoopError(
+def _unlike(first: fx.Node, other: fx.Node, iteration: int, value: str, counterpart: str) -> UnlikeIterations:
+    return UnlikeIterations(
         "The iterations of the decode loop are not alike, so it cannot be compiled as one step.",
         f"{describe(first)} has {value} in iteration 0 but {counterpart} in iteration {iteration}, {describe(other)}",
         "make every iteration do the same: no values and no branches that change with the iteration number",

@@ -29,6 +29,7 @@ class Iterations:
         writers: storage -> the nodes that write to it.
         history: the columns of the prompt and of all tokens.
         carriers: the nodes whose results are text: the prompt and the tokens.
+        earlier: tokens that are drawn before; to these iterations they are the end of the prompt.
         window: the most tokens that an iteration reads: the last ones; None if each reads all.
     """
 
@@ -39,11 +40,22 @@ class Iterations:
     writers: dict[int, list[fx.Node]] = field(default_factory=dict)
     history: tuple[int, ...] = ()
     carriers: frozenset[fx.Node] = frozenset()
+    earlier: Sequence[fx.Node] = ()
 
     def __post_init__(self) -> None:
-        self.history = self.layouts.history(self.tokens)
-        self.carriers = frozenset([self.layouts.prompt, *self.tokens])
+        self.history = self.layouts.history([*self.earlier, *self.tokens])
+        self.carriers = frozenset([self.layouts.prompt, *self.earlier, *self.tokens])
         self.writers = find_writers(self.layouts.nodes, self.cached)
+
+    def part(self, start: int, stop: int | None = None) -> Iterations:
+        """Some of the iterations as a loop of their own."""
+        earlier, tokens = [*self.earlier, *self.tokens[:start]], self.tokens[start:stop]
+        return Iterations(self.layouts, tokens, self.cached, self.window, earlier=earlier)
+
+    @property
+    def prompt_length(self) -> int:
+        """Of the text before iteration 0."""
+        return self.layouts.prompt_length + len(self.earlier)
 
     def reads_history(self, node: fx.Node, source: fx.Node, iteration: int) -> bool:
         """Whether `node` finds the whole text of the iteration in `source`, alone or with padding behind it."""
@@ -66,12 +78,12 @@ class Iterations:
 
     def length(self, iteration: int) -> int:
         """S, the length of the text that an iteration reads."""
-        total = self.layouts.prompt_length + iteration
+        total = self.prompt_length + iteration
         return total if self.window is None else min(total, self.window)
 
     def text(self, iteration: int) -> tuple[int, ...]:
         """The columns that an iteration reads: the whole text, or its end that fits the window."""
-        total = self.layouts.prompt_length + iteration
+        total = self.prompt_length + iteration
         return self.history[total - self.length(iteration) : total]
 
     def check_reading(self, node: fx.Node, source: fx.Node, iteration: int) -> None:
@@ -118,7 +130,7 @@ class Iterations:
         """Columns in words: ``prompt[0:4] + tokens[1:2] + constant 0``."""
         if columns is None:
             return "cells that do not form columns over the batch"
-        numbers = {token: t for t, token in enumerate(self.tokens)}
+        numbers = {token: t for t, token in enumerate([*self.earlier, *self.tokens])}
         runs: list[tuple[str, int, int]] = []
         for column in columns:
             source = self.layouts.source(column)

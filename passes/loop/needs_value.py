@@ -1,4 +1,7 @@
-"""Refusals after which a loop is looked at in another way: its own code runs on the tokens, or its prompt is longer."""
+"""Refusals after which a loop is looked at in another way.
+
+Its own code runs on the tokens, it is taken in parts, or its prompt is longer.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,10 @@ class NeedsValue(LoopError):
 
 class EndInLoop(NeedsValue):
     """The loop computes with the tokens as one does to end texts."""
+
+
+class UnlikeIterations(LoopError):
+    """The iterations are not all alike: those that are may be compiled as parts."""
 
 
 class ShortPrompt(LoopError):

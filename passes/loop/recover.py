@@ -50,6 +50,8 @@ class DecodeLoop:
         any_length: whether Dynamo traced the prompt's length as a symbol: branches on lengths have left guards.
         ends: how the loop ends its texts, if it does so before it has drawn all of them.
         ones: placeholders of masks that `step` takes for ones.
+        parts: where the iterations are not alike, those that are, one after the other; the prompt of each is the text
+            before it. `step` is that of the first.
         shortest: of texts that are long enough for all that `step` reads: parts of the text may be shorter or empty in
             shorter ones. 0 where it reads all of it.
     """
@@ -72,6 +74,7 @@ class DecodeLoop:
     ends: Ends | None = None
     ones: tuple[int, ...] = ()
     shortest: int = 0
+    parts: tuple[DecodeLoop, ...] = ()
 
     def check_ones(self, arguments: Sequence[Any]) -> None:
         """Refuse a mask that hides something, if `step` was made for masks of ones.
@@ -193,7 +196,7 @@ def decode_loop(
         prompt_index=placeholders.index(layouts.prompt),
         invariant_indices=tuple(placeholders.index(node) for node in found.invariants),
         iterations=drawn,
-        prompt_length=layouts.prompt_length,
+        prompt_length=iterations.prompt_length,
         batch=layouts.batch,
         outputs=layout,
         report=_report(layouts, drawn, found, layout),

@@ -48,14 +48,21 @@ class LoopProgram:
     owned: Callable[[], list[Tensor]]
     sampler: RunSampler | None = None
 
-    def request(self, loop: DecodeLoop, arguments: Sequence[Any], iterations: int, options: Options) -> Request:
-        """The request that a call of the loop's graph makes; the call's weights are taken up for it."""
+    def request(
+        self, loop: DecodeLoop, arguments: Sequence[Any], iterations: int, options: Options, seeds: Tensor | None = None
+    ) -> Request:
+        """The request that a call of the loop's graph makes; the call's weights are taken up for it.
+
+        Args:
+            seeds: [B]; by default those that follow from the options.
+        """
         self.weights[:] = _weights(loop, arguments)
         if self.sampler is not None:
             self.sampler.take([*self.owned(), *self.weights])
         on_host = self.sampler.on_host if self.sampler is not None else ()
         ids = prompt_of(loop, arguments)
-        seeds, ends = request_seeds(options.seed, ids), self.end_tokens(loop, arguments)
+        ends = self.end_tokens(loop, arguments)
+        seeds = request_seeds(options.seed, ids) if seeds is None else seeds
         if options.eos_token_id is not None and ends.ids and options.eos_token_id not in ends.ids:
             raise OptionError(
                 "eos_token_id is not the token by which the loop ends its texts",

@@ -63,8 +63,8 @@ class IterationCount:
         return replace(loop, outputs=tuple(outputs))
 
 
-def find_iteration_count(names: Sequence[str], prompt_length: int, look: Look) -> IterationCount:
-    """Which of the integer arguments ``names`` counts the iterations.
+def find_iteration_count(names: Sequence[str], prompt_length: int, look: Look, alike: bool = True) -> IterationCount:
+    """Which of the integer arguments ``names`` counts the iterations, which must be ``alike`` for any number of them.
 
     An argument counts them if the traced loop has as many iterations as the argument says. First each is taken as a
     number of new tokens, then as a total length, and then as a number to which a token before the loop is added.
@@ -77,13 +77,13 @@ def find_iteration_count(names: Sequence[str], prompt_length: int, look: Look) -
     for count in [IterationCount(name, is_total) for is_total in (False, True) for name in names]:
         found = look(count.name, count.value(PROBE, prompt_length))
         if isinstance(found, DecodeLoop) and found.iterations == PROBE:
-            return confirmed(count, found, look(count.name, count.value(CHECK, prompt_length)))
+            return confirmed(count, found, look(count.name, count.value(CHECK, prompt_length)), alike)
         looks.append((count, found))
     for count, found in looks:
         if isinstance(found, DecodeLoop) and found.iterations == PROBE + 1:
             other = look(count.name, count.value(CHECK, prompt_length))
             if isinstance(other, DecodeLoop) and other.iterations == CHECK + 1:
-                return confirmed(replace(count, extra=1), found, other)
+                return confirmed(replace(count, extra=1), found, other, alike)
     for _, found in looks:
         if isinstance(found, SMCError):
             raise found
@@ -94,8 +94,12 @@ def find_iteration_count(names: Sequence[str], prompt_length: int, look: Look) -
     )
 
 
-def confirmed(count: IterationCount, found: DecodeLoop, other: DecodeLoop | SMCError | None) -> IterationCount:
+def confirmed(
+    count: IterationCount, found: DecodeLoop, other: DecodeLoop | SMCError | None, alike: bool = True
+) -> IterationCount:
     """The count with its fillers, if ``found`` after PROBE and ``other`` after CHECK iterations have the same step.
+
+    Without ``alike`` the steps may differ.
 
     Raises:
         LoopError: what an iteration computes depends on the number of iterations.
@@ -105,7 +109,8 @@ def confirmed(count: IterationCount, found: DecodeLoop, other: DecodeLoop | SMCE
         raise other
     iterations = other.iterations if other is not None else 0
     counted = iterations == CHECK + count.extra
-    if other is None or not counted or step_text(other.step.graph) != step_text(found.step.graph):
+    same = other is not None and (not alike or step_text(other.step.graph) == step_text(found.step.graph))
+    if other is None or not counted or not same:
         differs = ", and what an iteration computes differs" if counted else ""
         raise LoopError(
             f"argument {count.name!r} does not only count iterations",

@@ -29,6 +29,7 @@ class LoopFinder:
         """With ``tokens_only`` the function itself runs on the tokens: see ``recover_loop``."""
         self._gm, self._tokens_only = gm, tokens_only
         self._found: dict[tuple[Any, ...], dict[int, DecodeLoop]] = {}  # by sizes, and by the prompt's length
+        self._in_parts: dict[tuple[Any, ...], DecodeLoop | None] = {}  # by sizes
         self._prompt_index: int | None = None
         self.recoveries = 0
 
@@ -57,6 +58,14 @@ class LoopFinder:
         if not any(isinstance(value, torch.SymInt) for value in arguments):
             self._found.setdefault(self._sizes(arguments), {})[loop.prompt_length] = loop
         return loop
+
+    def loop_in_parts(self, arguments: Sequence[Any]) -> DecodeLoop | None:
+        """The same, where the iterations need not be alike (see `DecodeLoop.parts`), for this very prompt length."""
+        sizes = tuple(tuple(v.shape) if isinstance(v, torch.Tensor) else v for v in arguments)
+        if sizes not in self._in_parts:
+            self.recoveries += 1
+            self._in_parts[sizes] = recover_loop(self._gm, arguments, self._tokens_only, parts=True)
+        return self._in_parts[sizes]
 
     def input_names(self, loop: DecodeLoop) -> list[str]:
         """The names by which Dynamo knows the prompt and the other inputs of a loop's step."""

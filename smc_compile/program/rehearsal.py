@@ -15,6 +15,7 @@ from torch import nn
 
 from smc_compile.errors import LoopError, SMCError
 from smc_compile.passes.fx_tools import user_line
+from smc_compile.passes.loop.needs_value import UnlikeIterations
 from smc_compile.passes.loop.recover import DecodeLoop
 from smc_compile.program.capture import CapturedCall
 from smc_compile.program.even_loops import Doubt
@@ -113,9 +114,9 @@ def _difference(short: Sequence[str], long: Sequence[str]) -> str:
     return f"in the first iterations one computes `{ends[0]}`, in later ones `{ends[1]}`"
 
 
-def unlike(doubt: Doubt, why: str, fix: str = "") -> LoopError:
+def unlike(doubt: Doubt, why: str, fix: str = "") -> UnlikeIterations:
     """The error for iterations that differ: where that was to be feared, and how it shows."""
-    return LoopError(
+    return UnlikeIterations(
         "The iterations of the decode loop are not alike, so it cannot be compiled as one step.",
         f"{doubt}: {why}",
         fix or ALIKE,
