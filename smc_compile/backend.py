@@ -12,11 +12,15 @@ from torch import Tensor, fx
 from smc_compile.auto.choice import settled
 from smc_compile.errors import LoopError, OptionError, SMCError
 from smc_compile.options import Options
+from smc_compile.passes.loop.needs_value import UnlikeIterations
 from smc_compile.passes.loop.recover import DecodeLoop
 from smc_compile.program.dynamo_limits import allow_another_variant, guard_hooks
 from smc_compile.program.from_loop import LoopProgram, loop_outputs, program_for
 from smc_compile.program.loop_finder import LoopFinder
+from smc_compile.program.parts import answer_in_parts
+from smc_compile.program.program import Program
 from smc_compile.result import Generation
+from smc_compile.runtime.state.request import Request
 
 log = logging.getLogger(__name__)
 NO_LOOP = (
@@ -39,7 +43,7 @@ def smc(
         if mode is not None:
             raise OptionError(f"backend 'smc' has no mode {mode!r}", "modes belong to Inductor", "pass options={...}")
         parsed = Options.parse(options)
-        loop = finder.loop_for(example_inputs)
+        loop = _loop_of(finder, example_inputs)
     except SMCError as error:
         return _raiser(error)
     if loop is None:
@@ -47,15 +51,26 @@ def smc(
         return torch._dynamo.lookup_backend("inductor")(gm, list(example_inputs))
 
     def run(*arguments: Any) -> Any:
-        loop = finder.loop_for(arguments)
+        loop = _loop_of(finder, arguments)
         assert loop is not None
         _refuse_state(loop)
         _refuse_full_window(loop)
+        if loop.parts:
+            programs = [program_for(part, arguments, parsed) for part in loop.parts]
+            return answer_parts(programs, loop, arguments, parsed)[0]
         program = program_for(loop, arguments, parsed, loop.window)
         outputs, _ = answer_loop(program, loop, arguments, loop.iterations, parsed)
         return outputs
 
     return run
+
+
+def _loop_of(finder: LoopFinder, arguments: Sequence[Any]) -> DecodeLoop | None:
+    """The loop that a graph holds, in parts if its iterations are not all alike."""
+    try:
+        return finder.loop_for(arguments)
+    except UnlikeIterations:
+        return finder.loop_in_parts(arguments)
 
 
 def answer_loop(
@@ -68,9 +83,19 @@ def answer_loop(
     Raises:
         OptionError, InputError, GenerationError: as ``smc_compile.generate``.
     """
-    request = program.request(loop, arguments, iterations, options)
-    result = settled(program.program, request).answer(request)
+    result = _answer(program.program, program.request(loop, arguments, iterations, options))
     return loop_outputs(loop, arguments, result.sequences), result
+
+
+def answer_parts(
+    programs: Sequence[LoopProgram], loop: DecodeLoop, arguments: Sequence[Any], options: Options
+) -> tuple[tuple[Tensor | None, ...], Generation]:
+    """The same for a loop in parts, with a program for each."""
+    return answer_in_parts(programs, loop, arguments, options, _answer)
+
+
+def _answer(program: Program, request: Request) -> Generation:
+    return settled(program, request).answer(request)
 
 
 def _refuse_state(loop: DecodeLoop) -> None:

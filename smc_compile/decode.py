@@ -15,8 +15,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from smc_compile.backend import answer_loop
+from smc_compile.backend import answer_loop, answer_parts
 from smc_compile.errors import InputError, LoopError, OptionError, SMCError
+from smc_compile.fingerprint import OwnMemory
 from smc_compile.options import Options
 from smc_compile.passes.loop.needs_value import NeedsValue, ShortPrompt, UnlikeIterations
 from smc_compile.passes.loop.recover import DecodeLoop
@@ -32,7 +33,6 @@ from smc_compile.program.guards import model_state
 from smc_compile.program.iteration_count import PROBE, IterationCount, find_iteration_count
 from smc_compile.program.loop_finder import LoopFinder, step_text
 from smc_compile.program.model_calls import traceable
-from smc_compile.program.parts import answer_in_parts
 from smc_compile.program.reachable_models import reachable_models
 from smc_compile.program.rehearsal import Rehearsal, Rehearsed
 from smc_compile.program.written_code import Answered, NumbersReturned, Plain, Written, written_code
@@ -90,7 +90,7 @@ class _Ready:
     parts: tuple[LoopProgram, ...] = ()
 
 
-class CompiledLoop:
+class CompiledLoop(OwnMemory):
     """A decode loop compiled by ``decode``.
 
     Dynamo traces three iterations, and a program draws as many tokens as are asked for.
@@ -274,7 +274,7 @@ class CompiledLoop:
         program, found, arguments = ready.program, ready.loop, ready.arguments
         options = with_generator(self._options, self._function, bound)
         if ready.parts:
-            outputs, generation = answer_in_parts(ready.parts, found, arguments, options)
+            outputs, generation = answer_parts(ready.parts, found, arguments, options)
         else:
             loop = ready.count.stretched(found, ready.iterations)
             outputs, generation = answer_loop(program, loop, arguments, ready.iterations, options)

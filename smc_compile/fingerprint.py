@@ -71,6 +71,10 @@ def is_stand_in(function: Any) -> bool:
     return bool(getattr(function, "__dict__", {}).get("stands_in", False))
 
 
+class OwnMemory:
+    """An object of ours that remembers its calls: what it remembers changes nothing that it computes."""
+
+
 class Same:
     """A token that is equal to itself alone, for what has no parts to compare; it keeps the object alive."""
 
@@ -225,7 +229,7 @@ class StateWalk:
                 self.visit(getattr(value, part), part)
         elif isinstance(value, type):
             self._class(value)
-        elif isinstance(value, types.ModuleType) or _is_fixed(kind):
+        elif isinstance(value, types.ModuleType) or _is_fixed(kind) or isinstance(value, OwnMemory):
             self.add(Same(value))
         else:
             self._object(value, kind)

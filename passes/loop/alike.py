@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from smc_compile.errors import LoopError
 from smc_compile.passes.fx_tools import describe, op_name
 from smc_compile.passes.loop.iterations import Iterations
 from smc_compile.passes.loop.leaves import Leaf, flatten
@@ -17,7 +16,12 @@ from smc_compile.passes.loop.lengths import Lengths, Sample, Uneven, fit_all, is
 from smc_compile.passes.loop.needs_value import ShortPrompt, UnlikeIterations
 from smc_compile.passes.loop.tensor_info import plain_tensor
 
-Varying = dict[Leaf, dict[int, int]]  # integer of iteration 0 -> its values in the iterations where it differs
+
+class Varying(defaultdict[Leaf, dict[int, int]]):
+    """Integer of iteration 0 -> its values in the iterations where it differs."""
+
+    def __init__(self) -> None:
+        super().__init__(dict)
 
 
 def compare_iterations(iterations: Iterations) -> Lengths:
@@ -28,9 +32,10 @@ def compare_iterations(iterations: Iterations) -> Lengths:
         LoopError: an integer is no a*S + b.
         ShortPrompt: they differ in that the prompt is as short as what others read of the text's end.
     """
-    varying: Varying = defaultdict(dict)
+    varying = Varying()
     short: list[fx.Node] = []  # they read the whole prompt, and the end of longer texts
-    for iteration in range(1, len(iterations.tokens)):
+    count = len(iterations.tokens)
+    for iteration in range(1, count):
         _compare_iteration(iterations, iteration, varying, short)
     if short:
         raise ShortPrompt(
@@ -40,29 +45,31 @@ def compare_iterations(iterations: Iterations) -> Lengths:
             "give a prompt of one token more, or use @smc_compile.decode",
         )
     try:
-        return fit_all({leaf: _samples(iterations, leaf, values) for leaf, values in varying.items()})
+        return fit_all({leaf: _samples(iterations, leaf, values, count) for leaf, values in varying.items()})
     except Uneven as error:
         raise _grows_unevenly(iterations, error) from None
 
 
 def even_parts(iterations: Iterations) -> list[Iterations]:
-    """The iterations in parts, as few as there can be, in each of which all are like its first one, integers apart."""
-    starts, part = [0], iterations.part(0)
+    """The iterations in parts, as long as each can be, in which all are like the first one but for integers a*S + b."""
+    starts, part, varying = [0], iterations.part(0), Varying()
     for number in range(1, len(iterations.tokens)):
+        within = number - starts[-1]
         try:
-            _compare_iteration(part, number - starts[-1], defaultdict(dict), [])
-        except UnlikeIterations:
+            _compare_iteration(part, within, varying, [])
+            fit_all({leaf: _samples(part, leaf, values, within + 1) for leaf, values in varying.items()})
+        except (UnlikeIterations, Uneven):
             starts.append(number)
-            part = iterations.part(number)
+            part, varying = iterations.part(number), Varying()
     ends = [*starts[1:], len(iterations.tokens)]
     return [iterations.part(start, end) for start, end in zip(starts, ends, strict=True)]
 
 
-def _samples(iterations: Iterations, leaf: Leaf, values: dict[int, int]) -> list[Sample]:
-    """The value of an integer in every iteration, beside the length that the iteration reads."""
+def _samples(iterations: Iterations, leaf: Leaf, values: dict[int, int], count: int) -> list[Sample]:
+    """The value of an integer in so many iterations, beside the length that each reads."""
     node, at = leaf
     first = flatten(node)[at]
-    return [(iterations.length(number), values.get(number, first)) for number in range(len(iterations.tokens))]
+    return [(iterations.length(number), values.get(number, first)) for number in range(count)]
 
 
 def _compare_iteration(iterations: Iterations, iteration: int, varying: Varying, short: list[fx.Node]) -> None:
@@ -158,10 +165,10 @@ def _same_constant(leaf: Any, other: Any) -> bool:
     return type(leaf) is type(other) and leaf == other
 
 
-def _grows_unevenly(iterations: Iterations, error: Uneven) -> LoopError:
+def _grows_unevenly(iterations: Iterations, error: Uneven) -> UnlikeIterations:
     (_, first), (_, second) = error.samples[:2]
     _, value = error.off
-    return LoopError(
+    return UnlikeIterations(
         "An integer of the decode loop does not grow evenly from iteration to iteration.",
         f"{describe(error.leaf[0])} uses {first} in iteration 0, {second} in iteration 1 and {value} in iteration "
         f"{list(error.samples).index(error.off)}; only a*S + b can be generalised, S being the sequence length",

@@ -9,7 +9,7 @@ stands for its population, with the evidence as its weight, is what sequential M
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smc_compile.auto.choice import settled
 from smc_compile.inputs.requests import request_seeds
 from smc_compile.options import Options
 from smc_compile.passes.loop.recover import DecodeLoop
 from smc_compile.program.from_loop import LoopProgram, loop_outputs, prompt_of
+from smc_compile.program.program import Program
 from smc_compile.result import Generation, Stats
 from smc_compile.runtime.state.request import Request
 
@@ -42,13 +42,18 @@ class _Answer:
 
 
 def answer_in_parts(
-    programs: Sequence[LoopProgram], loop: DecodeLoop, arguments: Sequence[Any], options: Options
+    programs: Sequence[LoopProgram],
+    loop: DecodeLoop,
+    arguments: Sequence[Any],
+    options: Options,
+    answer: Callable[[Program, Request], Generation],
 ) -> tuple[tuple[Tensor | None, ...], Generation]:
     """What the graph of a loop returns, and the generation behind it.
 
     Args:
         programs: one for each of the loop's parts.
         arguments: those of its graph.
+        answer: how a program answers a request.
 
     Raises:
         OptionError, InputError, GenerationError: as ``smc_compile.generate``.
@@ -61,7 +66,7 @@ def answer_in_parts(
     for number, (program, part) in enumerate(zip(programs, loop.parts, strict=True)):
         given[loop.prompt_index] = text if arguments[loop.prompt_index].dim() == 2 else text[0]
         request = program.request(part, given, part.iterations, options, _seeds_of_part(seeds, number))
-        result = settled(program.program, request).answer(request)
+        result = answer(program.program, request)
         answers.append(_Answer(request, result, ended))
         text = result.sequences
         ended = ended | _has_ended(request, result)
