@@ -221,7 +221,8 @@ def recover_loop(
         prompt -> [iteration 0] -> token 0 -> [iteration 1] -> token 1 -> ...    becomes    step(ids [B, S]) -> token
 
     With ``tokens_only`` the graph may end its texts (see `loop.branches`), and what it returns is not looked at: the
-    function that it was made of runs on the tokens. With ``parts`` its iterations need not all be alike.
+    function that it was made of runs on the tokens. With ``parts`` its iterations need not all be
+    alike, and there may be one alone.
 
     Raises:
         UnlikeIterations: its iterations are not alike, and there are no ``parts``, or too many.
@@ -233,7 +234,8 @@ def recover_loop(
     if not any(is_draw(node) for node in nodes):
         log.info("no sampling and no argmax in the graph: left as it is")
         return None
-    found = find_tokens(nodes)  # which cell of which tensor holds which token
+    fewest = 1 if parts else 2
+    found = find_tokens(nodes, fewest)  # which cell of which tensor holds which token
     if found is None:
         refuse_unrecognised_feedback(nodes)
         log.info("no token is drawn from a sequence and fed back (one iteration is no loop): left as it is")
@@ -248,13 +250,13 @@ def recover_loop(
         if preparation.replaced:
             concrete, _ = preparation.run()
             nodes = list(concrete.graph.nodes)
-            layouts, tokens = find_tokens(nodes) or found
-    cached = carries_cache(layouts, tokens)
+            layouts, tokens = find_tokens(nodes, fewest) or found
+    cached = len(tokens) > 1 and carries_cache(layouts, tokens)
     ones = [] if cached else ones_inputs(nodes, example_inputs, layouts.prompt)
     refuse_padding(nodes, example_inputs, layouts.prompt, ones)
     if not cached and fold_known_masks(concrete.graph, layouts.prompt, ones):
         nodes = list(concrete.graph.nodes)
-        layouts, tokens = find_tokens(nodes) or (layouts, tokens)
+        layouts, tokens = find_tokens(nodes, fewest) or (layouts, tokens)
     refuse_autocast(nodes)
     refuse_uncounted_tokens(concrete, tokens)
     if cached:
@@ -296,7 +298,10 @@ def _loop_in_parts(
     pairs = zip(parts, steps, strict=True)
     found = tuple(decode_loop(concrete, part, step, ends, ones, outputs=False) for part, step in pairs)
     stops = itertools.accumulate(part.iterations for part in found)
-    report = [f"iterations {stop - p.iterations} to {stop - 1} are alike" for stop, p in zip(stops, found, strict=True)]
+    report = [
+        f"iterations {stop - p.iterations} to {stop - 1} are alike: a part with a program of its own"
+        for stop, p in zip(stops, found, strict=True)
+    ]
     whole = decode_loop(concrete, iterations, steps[0], ends, ones, outputs)
     return replace(whole, parts=found, report=[*whole.report, *report])
 

@@ -129,17 +129,17 @@ class RecoveredStep:
 # ---- tokens --------------------------------------------------------------------------------------------------------
 
 
-def find_tokens(nodes: Sequence[fx.Node]) -> tuple[Layouts, list[fx.Node]] | None:
-    """The labels of all cells, and the nodes whose results are the tokens; None if there are fewer than two.
+def find_tokens(nodes: Sequence[fx.Node], fewest: int = 2) -> tuple[Layouts, list[fx.Node]] | None:
+    """The labels of all cells, and the nodes whose results are the tokens; None if there are fewer than ``fewest``.
 
     A token follows the prompt in what the model reads, or in what the function returns.
     """
     found = [(layouts, _tokens_behind(layouts)) for layouts in (interpret(nodes, p) for p in nodes if may_be_prompt(p))]
     for layouts, tokens in sorted(found, key=lambda pair: not pair[1]):  # a text that is read first; masks grow as well
         late = _tokens_returned(layouts, tokens)
-        if len(tokens + late) < 2:
+        if len(tokens + late) < fewest:
             continue
-        if tokens or window_of(layouts, late) or carries_cache(layouts, late):
+        if tokens or len(late) == 1 or window_of(layouts, late) or carries_cache(layouts, late):
             return layouts, tokens + late
     return None
 

@@ -60,8 +60,13 @@ class LoopFinder:
         return loop
 
     def loop_in_parts(self, arguments: Sequence[Any]) -> DecodeLoop | None:
-        """The same, where the iterations need not be alike (see `DecodeLoop.parts`), for this very prompt length."""
-        sizes = tuple(tuple(v.shape) if isinstance(v, torch.Tensor) else v for v in arguments)
+        """The loop where iterations need not be alike (see `DecodeLoop.parts`), or where there is one alone.
+
+        It holds for this very prompt length.
+        """
+        sizes = tuple(size for v in arguments for size in (v.shape if isinstance(v, torch.Tensor) else (v,)))
+        if sizes and any(isinstance(size, torch.SymInt) for size in sizes):  # of the trace itself
+            return recover_loop(self._gm, arguments, self._tokens_only, parts=True)
         if sizes not in self._in_parts:
             self.recoveries += 1
             self._in_parts[sizes] = recover_loop(self._gm, arguments, self._tokens_only, parts=True)
