@@ -344,7 +344,7 @@ class CompiledLoop(OwnMemory):
             asked = self._counting(asked, n - count.extra)
             log.info("%d iterations are traced: %s", n, doubt)
             with dynamo_errors():
-                return rehearsal.loop(lambda code: code.captured(asked), opaque, doubt or PINNED)
+                return rehearsal.loop(lambda code: code.captured(asked), opaque, doubt or PINNED, n == 1)
 
         traces = Traces(
             few,

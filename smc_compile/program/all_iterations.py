@@ -104,8 +104,8 @@ def _compare_all(
     trace: Callable[[int, int], Rehearsed],
 ) -> Rehearsed:
     """All iterations, which are like three of them."""
-    whole = trace(length, max(iterations, 2))  # one iteration is no loop
-    if iterations > 1 and whole.loop.outputs != traces.outputs(found.loop):
+    whole = trace(length, iterations if doubt is not PINNED else max(iterations, 2))
+    if (iterations > 1 or doubt is not PINNED) and whole.loop.outputs != traces.outputs(found.loop):
         raise unlike(doubt, f"after {iterations} iterations the result is {whole.loop.outputs}", RETURN)
     window = whole.loop.window
     if window is None:

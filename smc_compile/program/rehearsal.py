@@ -63,11 +63,12 @@ class Rehearsal:
         self._own, self._loops = self._code.anew(), WeakSet[DecodeLoop]()
         self._agreed: WeakKeyDictionary[DecodeLoop, WeakSet[DecodeLoop]] = WeakKeyDictionary()
 
-    def loop(self, trace: Trace, models: Sequence[nn.Module] | None, doubt: Doubt) -> Rehearsed:
+    def loop(self, trace: Trace, models: Sequence[nn.Module] | None, doubt: Doubt, alone: bool = False) -> Rehearsed:
         """The loop that a trace shows; the first failure of its iterations to be alike is an error.
 
         Args:
             models: those that become one node each; None traces them too.
+            alone: whether it has one iteration.
 
         Raises:
             LoopError: the iterations differ.
@@ -76,8 +77,11 @@ class Rehearsal:
             self._forget()
         call = learning(models or (), lambda: trace(self._own))
         try:
-            found = call.finder.loop_for(call.arguments) if call is not None else None
-            if call is None or found is None:
+            if call is None:
+                raise LoopError(NO_LOOP)
+            find = call.finder.loop_in_parts if alone else call.finder.loop_for
+            found = find(call.arguments)
+            if found is None:
                 raise LoopError(NO_LOOP)
         except SMCError as error:
             raise unlike(doubt, error.why or error.what) from error
@@ -94,7 +98,10 @@ class Rehearsal:
         """
         if short.loop in self._agreed.setdefault(long.loop, WeakSet()):
             return
-        if long.loop.window is None:
+        if short.loop.cached is not None and long.loop.iterations == 1:  # one iteration shows no cache
+            first = long.loop.prompt_length
+            pair = short.loop.lines_at(first), long.loop.lines_at(first)
+        elif long.loop.window is None:
             pair = short.step(), long.step()
         else:
             pair = short.loop.lines_at(long.loop.window), long.loop.lines_at(long.loop.window)
