@@ -54,15 +54,22 @@ def even_parts(iterations: Iterations) -> list[Iterations]:
     """The iterations in parts, as long as each can be, in which all are like the first one but for integers a*S + b."""
     starts, part, varying = [0], iterations.part(0), Varying()
     for number in range(1, len(iterations.tokens)):
-        within = number - starts[-1]
-        try:
-            _compare_iteration(part, within, varying, [])
-            fit_all({leaf: _samples(part, leaf, values, within + 1) for leaf, values in varying.items()})
-        except (UnlikeIterations, Uneven):
+        if not _continues(part, number - starts[-1], varying):
             starts.append(number)
             part, varying = iterations.part(number), Varying()
     ends = [*starts[1:], len(iterations.tokens)]
     return [iterations.part(start, end) for start, end in zip(starts, ends, strict=True)]
+
+
+def _continues(part: Iterations, iteration: int, varying: Varying) -> bool:
+    """Whether an iteration is like those before it in a part."""
+    short: list[fx.Node] = []
+    try:
+        _compare_iteration(part, iteration, varying, short)
+        fit_all({leaf: _samples(part, leaf, values, iteration + 1) for leaf, values in varying.items()})
+    except (UnlikeIterations, Uneven):
+        return False
+    return not short
 
 
 def _samples(iterations: Iterations, leaf: Leaf, values: dict[int, int], count: int) -> list[Sample]:
