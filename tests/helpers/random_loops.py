@@ -73,12 +73,13 @@ def random_source(rng: random.Random) -> str:
         "logits = logits * (1.0 / (1 + i))",
         "seen = torch.gather(logits, 1, ids); "
         "logits = logits.scatter(1, ids, torch.where(seen < 0, seen * 1.3, seen / 1.3))",
+        f"logits = logits.scatter(1, ids[:, -{number}:], -5.0)",
         "logits = torch.log_softmax(logits, -1)",
         "top = logits.topk(3, -1).values; logits = logits.masked_fill(logits < top[:, -1:], -float('inf'))",
     ]
-    numbered = [change for change in changes if change.startswith("if ") or "(1 + i)" in change]  # mostly refused
+    numbered = [change for change in changes if change.startswith("if ") or "(1 + i)" in change]
     plain = [change for change in changes if change not in numbered]
-    chosen = rng.sample(plain, rng.choice([0, 1, 1, 2])) + rng.sample(numbered, rng.choice([0, 0, 0, 1]))
+    chosen = rng.sample(plain, rng.choice([0, 1, 1, 2])) + rng.sample(numbered, rng.choice([0, 0, 1, 1, 2]))
     body = [f"logits = model({rng.choice(reads)})[:, -1]", *chosen]
     body.append("token = logits.argmax(-1, keepdim=True)")
     append = "ids = torch.cat([ids, token], 1)"
