@@ -20,7 +20,7 @@ from smc_compile.program.callables import bound_function
 from smc_compile.program.caller_caches import names_a_cache, refuse_returned_cache
 from smc_compile.program.callers_generator import with_generator
 from smc_compile.program.from_loop import prompt_of
-from smc_compile.program.guards import model_state
+from smc_compile.program.guards import model_state, one_look
 from smc_compile.program.loop_arguments import mark_lengths, prompt_length, with_longer_prompts
 from smc_compile.program.model_calls import traceable
 from smc_compile.program.reachable_models import reachable_models
@@ -112,9 +112,10 @@ class CompiledLoop(OwnMemory):
         if self._way is self._with_models:
             return self._way.ready(bound, traced)
         models = reachable_models(self._function, bound.arguments.values())
-        states = [model_state(model) for model in models]
         try:
-            ready = self._way.ready(bound, traced)
+            with one_look():
+                states = [model_state(model) for model in models]
+                ready = self._way.ready(bound, traced)
             why: object = hidden_by_nodes(ready, prompt_length(bound) + ready.iterations - 1)
             if why is None:
                 return ready

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Hashable
+import threading
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,13 +31,42 @@ def program_key(options: Options, *target: Hashable) -> Hashable:
     return (*target, model_state(options.draft), options_key(options))
 
 
-def model_state(model: Any) -> Hashable:
+@contextmanager
+def one_look() -> Iterator[None]:
+    """Inside, in this thread, a model is looked at once: nothing but a trace could change it."""
+    outer, _looks.found = _looks.found, {}
+    try:
+        yield
+    finally:
+        _looks.found = outer
+
+
+class _Looks(threading.local):
+    found: dict[int, Hashable] | None = None  # by the id of a model
+
+
+_looks = _Looks()
+
+
+def model_state(model: Any, anew: bool = False) -> Hashable:
     """What a program takes from a model besides the values of its weights: a number for one state of it, and the modes.
 
     The state is all that the forward could read: modules, attributes, hooks, adapters, the shapes and dtypes of
     weights, and the code with its globals and closures (see ``smc_compile.fingerprint``). A state that comes back has
     its number again. What is no module, or runs as Python at every call, counts by identity.
+
+    Args:
+        anew: look even inside of ``one_look``.
     """
+    found = _looks.found
+    if found is None or anew:
+        return _state_now(model)
+    if id(model) not in found:
+        found[id(model)] = _state_now(model)
+    return found[id(model)]
+
+
+def _state_now(model: Any) -> Hashable:
     as_python = is_stateful(model) and not getattr(model, "traceable", True)
     if not isinstance(model, nn.Module) or as_python:
         number = None if model is None else id(model)  # a program holds its models, so the id is not used again

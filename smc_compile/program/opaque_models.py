@@ -133,14 +133,14 @@ _by_key: weakref.WeakValueDictionary[str, Opaque] = weakref.WeakValueDictionary(
 
 
 @contextmanager
-def opaque(models: Sequence[nn.Module]) -> Iterator[None]:
+def opaque(models: Sequence[nn.Module], states: tuple[Hashable, ...]) -> Iterator[None]:
     """Inside, Dynamo sees one node where it meets a call of one of these modules, or of a module inside of them.
 
-    Whatever runs outside of Dynamo, in this or another thread, finds the modules as they are.
+    Whatever runs outside of Dynamo, in this or another thread, finds the modules as they are. ``states`` are those of
+    the models; what is known of a module is known in one of them.
     """
     modules = list(dict.fromkeys(module for model in models for module in model.modules()))
     before = [(module, module.__dict__.get("forward")) for module in modules]
-    states = tuple(model_state(model) for model in models)
     try:
         for module, own in before:
             if own is not None and not is_stand_in(own):
@@ -160,10 +160,11 @@ def opaque(models: Sequence[nn.Module]) -> Iterator[None]:
 
 def learning(models: Sequence[nn.Module], trace: Callable[[], Found]) -> Found:
     """What ``trace`` gives inside of `opaque`: it begins again when the structure of a result has been learned."""
+    states = tuple(model_state(model) for model in models)
     while True:
         learned = Opaque.structures
         try:
-            with opaque(models):
+            with opaque(models, states):
                 return trace()
         except Exception:
             if Opaque.structures == learned:
