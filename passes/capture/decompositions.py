@@ -7,6 +7,7 @@ them. torch.export runs them while it traces the graph again; ops in place and n
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from typing import Any
@@ -56,7 +57,9 @@ def decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedPro
     if _is_functional(program.graph) and not counts and not composites:
         return program  # decomposing traces everything again, which costs as much as the export
     _refuse_convolutions(dependent)
-    return program.run_decompositions(ALWAYS | composites | (COUNTING if counts else {}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of parts of torch that torch itself still uses
+        return program.run_decompositions(ALWAYS | composites | (COUNTING if counts else {}))
 
 
 def _composites(graph: fx.Graph) -> dict[Any, Callable[..., Any]]:
