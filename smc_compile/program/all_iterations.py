@@ -104,8 +104,9 @@ def _compare_all(
     trace: Callable[[int, int], Rehearsed],
 ) -> Rehearsed:
     """All iterations, which are like three of them."""
-    whole = trace(length, iterations if doubt is not PINNED else max(iterations, 2))
-    if (iterations > 1 or doubt is not PINNED) and whole.loop.outputs != traces.outputs(found.loop):
+    alone = iterations == 1 and doubt is not PINNED and found.loop.window is None
+    whole = trace(length, 1 if alone else max(iterations, 2))
+    if (iterations > 1 or alone) and whole.loop.outputs != traces.outputs(found.loop):
         raise unlike(doubt, f"after {iterations} iterations the result is {whole.loop.outputs}", RETURN)
     window = whole.loop.window
     if window is None:

@@ -174,6 +174,12 @@ class TracedFunction:
         loop = call.finder.loop_in_parts(call.arguments) if call is not None else None
         if call is None or loop is None or loop.iterations != iterations:
             raise LoopError("with all its iterations the function holds no loop")
+        if loop.window is not None:
+            raise LoopError(
+                "A loop whose model reads the end of its text cannot be taken in parts.",
+                f"the model reads the last {loop.window} tokens",
+                "let every iteration do the same",
+            )
         parts = loop.parts or (loop,)
         programs = tuple(program_for(part, call.arguments, self._options, None, call.states) for part in parts)
         loop = replace(loop, parts=parts)

@@ -5,6 +5,7 @@ Seeds are fixed; the rate stated with a statistical test is that of a false alar
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -269,6 +270,26 @@ def test_explain_names_the_parts():
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [3, 5])
+@pytest.mark.parametrize("sampler", [first_of_its_own, lambda i, logits: logits])
+def test_a_window_is_never_lost(sampler, window):
+    def loop(model, ids, n):
+        for i in range(n):
+            shown = ids if ids.shape[1] <= window else ids[:, -window:]
+            ids = torch.cat([ids, sampler(i, model(shown)[:, -1]).argmax(-1, keepdim=True)], 1)
+        return ids
+
+    compiled = decode(loop, method="autoregressive", **QUICK)
+    equal = 0
+    for length in (2, 4, 7):
+        ids = torch.arange(2 * length).view(2, length) * 3 % V
+        for n in (1, 3, 9):
+            with contextlib.suppress(LoopError):
+                assert torch.equal(compiled(MODEL, ids, n), loop(MODEL, ids, n)), (length, n)
+                equal += 1
+    assert equal == 9 or window == 3 or sampler is first_of_its_own
 
 
 def test_too_many_parts_are_counted():
