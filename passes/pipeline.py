@@ -22,6 +22,7 @@ from smc_compile.errors import CacheError, LoopError, SMCError
 from smc_compile.passes.axes.infer import type_axes
 from smc_compile.passes.cache.synthesize import synthesize_cache
 from smc_compile.passes.capture import shape_only, single_positions  # noqa: F401  (they register rewrites)
+from smc_compile.passes.capture.as_called import check_as_called
 from smc_compile.passes.capture.decompositions import decompose
 from smc_compile.passes.capture.export_lm import (
     OwnedWeights,
@@ -180,6 +181,7 @@ def capture(
     if (longest := longest_comparable(program)) is not None:
         lm = replace(lm, max_positions=min(longest, lm.max_positions or longest))
     lm = passes.run(check_other_lengths, step, lm, lengths_to_compare(program), [*owned(), *weights], weights)
+    lm = passes.run(check_as_called, step, lm, [*owned(), *weights], weights)
     log.debug("captured step\n%s", lm.graph_module.print_readable(print_output=False))
     return lm, owned
 

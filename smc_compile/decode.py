@@ -13,6 +13,7 @@ from smc_compile.backend import answer_loop, answer_parts
 from smc_compile.errors import LoopError, OptionError
 from smc_compile.fingerprint import OwnMemory
 from smc_compile.options import Options
+from smc_compile.passes.capture.as_called import TracedOtherwise
 from smc_compile.passes.loop.needs_value import ShortPrompt
 from smc_compile.passes.loop.recover import DecodeLoop
 from smc_compile.program.all_iterations import with_window
@@ -119,7 +120,7 @@ class CompiledLoop(OwnMemory):
             why: object = hidden_by_nodes(ready, prompt_length(bound) + ready.iterations - 1)
             if why is None:
                 return ready
-        except ShortPrompt:
+        except (ShortPrompt, TracedOtherwise):
             raise
         except Exception as error:  # of any kind: what follows is the way that takes all that can be compiled
             why = error

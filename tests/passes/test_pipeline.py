@@ -12,8 +12,8 @@ from smc_compile.passes.pipeline import trace_model
 
 PASSES = [
     "export_step", "decompose", "causal_lm", "rewrite_captured", "share_subexpressions", "bound_length",
-    "handle_all_rows", "check_other_lengths", "match_sampler", "split_sampler", "synthesize_cache", "early_head",
-    "rewrite_cached", "validate", "outline_layers",
+    "handle_all_rows", "check_other_lengths", "check_as_called", "match_sampler", "split_sampler", "synthesize_cache",
+    "early_head", "rewrite_cached", "validate", "outline_layers",
 ]  # fmt: skip
 IDS = torch.zeros(2, 2, dtype=torch.long)
 
