@@ -17,7 +17,7 @@ from smc_compile.passes.capture.as_called import TracedOtherwise
 from smc_compile.passes.loop.needs_value import ShortPrompt
 from smc_compile.passes.loop.recover import DecodeLoop
 from smc_compile.program.all_iterations import with_window
-from smc_compile.program.callables import bound_function
+from smc_compile.program.callables import bound_function, innermost
 from smc_compile.program.caller_caches import names_a_cache, refuse_returned_cache
 from smc_compile.program.callers_generator import with_generator
 from smc_compile.program.from_loop import prompt_of
@@ -30,6 +30,11 @@ from smc_compile.program.written_code import Answered, NumbersReturned
 from smc_compile.result import Generation
 
 log = logging.getLogger(__name__)
+# Names in a loop that may look into a model, or switch what a model may ask for: it is traced with the loop then.
+LOOKS_INSIDE = frozenset(
+    ["signature", "getfullargspec", "__code__", "__dict__", "__self__", "vars", "enable_grad", "set_grad_enabled",
+     "inference_mode", "set_default_dtype", "set_default_device"]
+)  # fmt: skip
 
 
 def decode(function: Callable[..., Any] | None = None, *, trip_count: str | None = None, **options: Any) -> Any:
@@ -75,7 +80,8 @@ class CompiledLoop(OwnMemory):
             )
         ways = (TracedFunction(self._function, options, trip_count, nodes) for nodes in (True, False))
         self._with_nodes, self._with_models = ways
-        self._way = self._with_nodes
+        looks = set(innermost(self._function).__code__.co_names) & LOOKS_INSIDE
+        self._way = self._with_models if looks else self._with_nodes
         self.last: Generation | None = None
         self.loop: DecodeLoop | None = None
         functools.update_wrapper(self, self._function)
@@ -113,17 +119,17 @@ class CompiledLoop(OwnMemory):
         if self._way is self._with_models:
             return self._way.ready(bound, traced)
         models = reachable_models(self._function, bound.arguments.values())
-        try:
-            with one_look():
-                states = [model_state(model) for model in models]
+        with one_look():
+            states = [model_state(model) for model in models]
+            try:
                 ready = self._way.ready(bound, traced)
-            why: object = hidden_by_nodes(ready, prompt_length(bound) + ready.iterations - 1)
-            if why is None:
-                return ready
-        except (ShortPrompt, TracedOtherwise):
-            raise
-        except Exception as error:  # of any kind: what follows is the way that takes all that can be compiled
-            why = error
+                why: object = hidden_by_nodes(ready, prompt_length(bound) + ready.iterations - 1)
+                if why is None:
+                    return ready
+            except (ShortPrompt, TracedOtherwise):
+                raise
+            except Exception as error:  # of any kind: what follows is the way that takes all that can be compiled
+                why = error
         if states != [model_state(model) for model in models]:
             raise LoopError(
                 "A model changes itself when it is called.",

@@ -14,10 +14,13 @@ of its file and the names that they use. What torch and the standard library hol
 from __future__ import annotations
 
 import array
+import contextlib
 import contextvars
+import dis
 import enum
 import functools
 import hashlib
+import importlib
 import operator
 import os
 import sys
@@ -58,6 +61,14 @@ def fingerprint(value: Any) -> Hashable:
     walk = StateWalk(by_content=True)
     walk.visit(value)
     return tuple(walk.tokens)
+
+
+def forget_traced(value: Any) -> None:
+    """Empty the caches of functions that ``value`` names: a trace leaves tensors without data in them."""
+    walk = StateWalk()
+    walk.visit(value)
+    for cached in walk.snapshot.caches:
+        cached.cache_clear()
 
 
 def as_stand_in(function: Replaced) -> Replaced:
@@ -105,6 +116,7 @@ class Snapshot:
         self.ties: list[tuple[dict[str, Any], str, dict[str, Any], str]] = []
         self.keys: list[tuple[dict[str, Any], tuple[str, ...]]] = []
         self.arrays: list[tuple[Any, Hashable]] = []
+        self.caches: list[Any] = []  # functions that keep what they gave
 
     def holds(self) -> bool:
         """Whether every place still holds the same object."""
@@ -176,6 +188,7 @@ class StateWalk:
         self._path: list[str] = []
         self._order: dict[int, int] = {}  # id of what was visited -> its number
         self._kept: list[Any] = []  # alive, so that no id comes twice
+        self._hidden = False  # whether what is visited was reached by another way than from module to module
         self._first: dict[int, tuple[dict[str, Any], str, int]] = {}  # id of a weight -> where it was found first
 
     def add(self, token: Hashable) -> None:
@@ -220,6 +233,9 @@ class StateWalk:
             self._container(value)
         elif isinstance(value, types.FunctionType):
             self._function(value)
+        elif isinstance(value, functools._lru_cache_wrapper):
+            self.snapshot.caches.append(value)
+            self.visit(value.__wrapped__)
         elif isinstance(value, types.MethodType):
             self.visit(value.__func__)
             self.visit(value.__self__)
@@ -244,10 +260,14 @@ class StateWalk:
             held = {"": value}
             self.snapshot.weights.append((held, "", described(value)))
 
-    def _weights(self, values: dict[str, Any]) -> None:
-        """Parameters or buffers of a module."""
+    def _weights(self, values: dict[str, Any], kept: bool = True) -> None:
+        """Parameters or buffers of a module; ``kept`` in this very dictionary."""
         if not values:
-            self.snapshot.empty.append(values)
+            if kept:
+                self.snapshot.empty.append(values)
+            return
+        if self._hidden and not self.by_content:  # of no module of the model: a trace holds the tensors themselves
+            self._dict(values)
             return
         self.snapshot.keys.append((values, tuple(values)))
         for name, weight in values.items():
@@ -341,12 +361,15 @@ class StateWalk:
                 self.snapshot.attributes += [(value, name, item) for name, item in read.items()]
             own = {name: item for name, item in read.items() if name not in ("_parameters", "_buffers")}
             for kind in ("_parameters", "_buffers"):
-                self._weights(attributes[kind])
+                self._weights(attributes.get(kind) or {}, kind in attributes)
         else:
             self.snapshot.mappings.append((attributes, tuple(attributes), tuple(attributes.values())))
+        hidden = self._hidden
         for name, item in list(own.items()):
             self.add(name)
+            self._hidden = hidden or name != "_modules"
             self.visit(item, "" if name == "_modules" else name)
+        self._hidden = hidden
 
     # ---- code --------------------------------------------------------------------------------------------------------
 
@@ -354,6 +377,11 @@ class StateWalk:
         if is_stand_in(value):
             self.add("a stand-in")
             return
+        hidden, self._hidden = self._hidden, True
+        self._parts_of_function(value)
+        self._hidden = hidden
+
+    def _parts_of_function(self, value: types.FunctionType) -> None:
         if _package(value.__module__) in FIXED_CODE:
             self.add(Same(value))
             return
@@ -373,6 +401,9 @@ class StateWalk:
     def _globals(self, function: types.FunctionType, own: bool) -> None:
         """The globals that a function names. A library's function is followed within its file."""
         space = function.__globals__
+        for name in _imports(function.__code__) if own else ():
+            with contextlib.suppress(ImportError):  # that is for the function to say
+                self._module(importlib.import_module(name), function.__code__, own)
         for name in _names_in(function.__code__, space) if own else _names(function.__code__):
             item = space.get(name, MISSING)
             if item is MISSING:
@@ -391,13 +422,19 @@ class StateWalk:
         if module is os and {"environ", "getenv"} & set(_names(code)):
             self._by_content(os.environ)
         source = getattr(module, "__file__", None)
-        if not own or source is None or _is_library(source) or _package(module.__name__) in FIXED:
+        if not own or _is_library(source or "") or _package(module.__name__) in FIXED:
             return
         for name in _names_in(code, vars(module)):
             item = vars(module).get(name, MISSING)
-            if item is not MISSING and not isinstance(item, types.ModuleType):
-                self.snapshot.names.append((vars(module), name, item))
+            if item is MISSING:
+                continue
+            self.snapshot.names.append((vars(module), name, item))
+            if not isinstance(item, types.ModuleType):
                 self.visit(item, f"{module.__name__}.{name}")
+            elif id(item) not in self._order:
+                self._order[id(item)] = len(self._order)
+                self._kept.append(item)
+                self._module(item, code, own)
 
     def _class(self, value: type) -> None:
         """A class: its functions and its other attributes; of a library's class, its functions."""
@@ -416,6 +453,9 @@ class StateWalk:
             if isinstance(found, types.FunctionType) or not library:
                 self.snapshot.attributes.append((_Namespace(value), name, item))
                 self.visit(found, name)
+        for base in value.__bases__:
+            if _package(base.__module__) not in FIXED_CODE:
+                self.visit(base, f"<{base.__name__}>")
 
 
 def _held(cell: types.CellType) -> Any:
@@ -460,6 +500,14 @@ def _names(code: types.CodeType) -> tuple[str, ...]:
     """The names of globals and attributes in some code, and in the code inside it."""
     inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
     return tuple(dict.fromkeys([*code.co_names, *(name for const in inner for name in _names(const))]))
+
+
+@functools.lru_cache(maxsize=10_000)
+def _imports(code: types.CodeType) -> tuple[str, ...]:
+    """The modules that some code imports itself, and the code inside it."""
+    inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
+    own = (i.argval for i in dis.get_instructions(code) if i.opname == "IMPORT_NAME" and i.argval)
+    return tuple(dict.fromkeys([*own, *(name for const in inner for name in _imports(const))]))
 
 
 def _names_in(code: types.CodeType, space: Mapping[str, Any]) -> Iterable[str]:

@@ -11,7 +11,7 @@ from torch import fx
 
 from smc_compile.passes.loop.branches import Mark, take_marks, without_masks
 from smc_compile.passes.loop.concretise import Concrete, concretise
-from smc_compile.passes.loop.refusals import without_idle_autocast
+from smc_compile.passes.loop.refusals import without_idle_autocast, without_idle_dropouts
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Preparation:
         """The graph with the sizes of the inputs, or with others, and the marks that were in it."""
         concrete = concretise(self.gm, self.example_inputs, sizes)
         without_idle_autocast(concrete.graph)
+        without_idle_dropouts(concrete.graph)
         marks = take_marks(concrete.graph)
         nodes = list(concrete.graph.nodes)
         without_masks(concrete.graph, [nodes[at] for at, _ in self.replaced], [nodes[at] for _, at in self.replaced])

@@ -94,6 +94,16 @@ def without_idle_autocast(graph: fx.Graph) -> None:
                 graph.erase_node(enter)
 
 
+def without_idle_dropouts(graph: fx.Graph) -> None:
+    """Remove, in place, the dropouts that drop nothing: each is its input itself, also where that is written to."""
+    for node in list(graph.nodes):
+        source = node.args[0] if node.args else None
+        idle = "dropout" in op_name(node) and not _active_dropout(node)
+        if idle and node.op == "call_function" and isinstance(source, fx.Node):
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+
+
 def refuse_autocast(nodes: Sequence[fx.Node]) -> None:
     """Autocast is a state of the thread, of which the ops of the step would know nothing."""
     for node in nodes:

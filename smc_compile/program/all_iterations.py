@@ -20,6 +20,7 @@ from smc_compile.program.rehearsal import Rehearsal, Rehearsed, unlike
 
 MOST_BRANCHES = 8  # on the length of the text, after each of which a longer text is traced
 PINNED = Doubt("Dynamo traced the loop for one length of the prompt only")
+COUNTED = "draw as many tokens as the argument says that counts them"
 RETURN = "return prompt + tokens, or all tokens"
 
 
@@ -106,6 +107,8 @@ def _compare_all(
     """All iterations, which are like three of them."""
     alone = iterations == 1 and doubt is not PINNED and found.loop.window is None
     whole = trace(length, 1 if alone else max(iterations, 2))
+    if (iterations > 1 or alone) and whole.loop.iterations != iterations:
+        raise unlike(doubt, f"it draws {whole.loop.iterations} tokens, and {iterations} were counted", COUNTED)
     if (iterations > 1 or alone) and whole.loop.outputs != traces.outputs(found.loop):
         raise unlike(doubt, f"after {iterations} iterations the result is {whole.loop.outputs}", RETURN)
     window = whole.loop.window

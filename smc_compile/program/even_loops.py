@@ -20,7 +20,7 @@ import itertools
 import linecache
 import os
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -204,6 +204,7 @@ class _Reader:
         self.looping = looping  # whether this code runs in every iteration
         self.carried: frozenset[str] = frozenset()  # variables that the innermost loop hands on
         self.copies: set[str] = set()  # of such variables
+        self.bent: set[str] = set()  # names of numbers that are more than sums
         self.after = False  # whether a loop lies behind: the text has the length that all iterations gave it
         self.lengths: set[str] = set()  # variables that hold a length which the text has had
         cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
@@ -237,6 +238,8 @@ class _Reader:
                     found = self.value(value)
                     for target in targets:
                         self.assign(target, found, value)
+                if not _is_sum(value, self.bent):
+                    self.bent.update(name for target in targets for name in _names_stored(target))
                 self.note_length(targets, value)
             case ast.AnnAssign(target=target, value=value):
                 if value is not None:
@@ -363,6 +366,9 @@ class _Reader:
         same = (Kind.FIXED, Kind.SIZE, *(() if self.looping else (Kind.COUNT,)))
         if not bounds or any(bound not in same for bound in bounds):
             raise self.doubt(node, "a loop that runs over something else than a plain range")
+        counted = [arg for arg, bound in zip(node.args, bounds, strict=True) if bound is Kind.COUNT]  # type: ignore[attr-defined]
+        if not all(_is_sum(arg, self.bent) for arg in counted):
+            raise self.doubt(node, "a loop whose number of iterations is computed by more than sums")
 
     def without_bar(self, node: ast.expr) -> ast.expr:
         """``range(n)`` of ``tqdm(range(n))``."""
@@ -648,6 +654,21 @@ class _Reader:
 
 
 # ---- kinds -----------------------------------------------------------------------------------------------------------
+
+
+def _is_sum(node: ast.expr, bent: Set[str]) -> bool:
+    """Whether a number is a sum or difference of numbers and sizes; names in ``bent`` are none."""
+    match node:
+        case ast.Name(id=name):
+            return name not in bent
+        case ast.Constant() | ast.Attribute() | ast.Subscript():
+            return True
+        case ast.BinOp(left=left, op=ast.Add() | ast.Sub(), right=right):
+            return _is_sum(left, bent) and _is_sum(right, bent)
+        case ast.Call(func=ast.Attribute(attr="size")) | ast.Call(func=ast.Name(id="len" | "int")):
+            return not any(isinstance(inner, ast.Name) and inner.id in bent for inner in ast.walk(node))
+        case _:
+            return False
 
 
 def _joined(one: Fact, other: Fact) -> Fact:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from smc_compile.errors import LoopError, OptionError
+from smc_compile.fingerprint import forget_traced
 from smc_compile.inputs.requests import build_request, check_prompt, request_seeds
 from smc_compile.options import Options
 from smc_compile.passes.loop.branches import EndTokens
@@ -150,7 +151,10 @@ def _compile(
 ) -> LoopProgram:
     ids = prompt_of(loop, arguments)
     step, text = with_models(loop.step), ids.new_zeros(loop.batch, max(2, loop.shortest))
-    traced = trace_model(step, text, weights, options.validate)
+    try:
+        traced = trace_model(step, text, weights, options.validate)
+    finally:
+        forget_traced(step)
     assert traced.sampler is not None
     current, kind = list(weights), traced.sampler.kind
     sampler = _text_sampler(traced, weights, options, window)

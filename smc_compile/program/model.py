@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from smc_compile.errors import InputError, OptionError
+from smc_compile.fingerprint import forget_traced
 from smc_compile.options import Options, is_stateful
 from smc_compile.passes.pipeline import Traced, trace_model
 from smc_compile.program.guards import model_state
@@ -87,7 +88,14 @@ def trace_once(
     """
     keys = [(model_state(model), sampled, distribution, checked) for checked in (True, check)]
     key = next((k for k in keys if k in analyses), keys[-1])
-    return analyses.get_or_make(key, lambda: trace_model(step, ids.new_zeros(TRACE_BATCH, 2), (), check, sampled))
+
+    def trace() -> Traced:
+        try:
+            return trace_model(step, ids.new_zeros(TRACE_BATCH, 2), (), check, sampled)
+        finally:
+            forget_traced(model)
+
+    return analyses.get_or_make(key, trace)
 
 
 def with_cache(

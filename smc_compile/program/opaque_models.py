@@ -8,6 +8,7 @@ tensors without data at two lengths of the text. `with_models` puts the modules 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -48,6 +49,7 @@ class Opaque:
     def __init__(self, module: nn.Module) -> None:
         self.module = weakref.ref(module)
         self._learned: dict[Sizes, Described] = {}
+        self._form: Hashable = None  # of its result
         self.build: Build | None = None
         self.key = f"{type(module).__name__} {next(_numbers)}"
         self.forward = _forward_of(self.key, self.module, None)
@@ -71,15 +73,22 @@ class Opaque:
 
     def _learn(self, sizes: Sizes, args: Sequence[Any], kwargs: dict[str, Any], text: Length) -> None:
         length = _hint(text)
-        build, found = self._run(args, kwargs, text, length)
+        build, found, form = self._run(args, kwargs, text, length)
         other = found
         if length:
             for longer in (length + 1, length - 1):  # a model may end at this length
                 try:
-                    _, other = self._run(args, kwargs, text, longer)
-                    break
+                    _, other, other_form = self._run(args, kwargs, text, longer)
+                except NotOpaque:
+                    raise
                 except Exception:  # models fail in any way beyond their last position
                     continue
+                if form != other_form or [one[1:] for one in found] != [two[1:] for two in other]:
+                    raise NotOpaque(f"{self.key} gives results of several forms")
+                break
+        if self.build is not None and form != self._form:
+            raise NotOpaque(f"{self.key} gives results of several forms")
+        self._form = form
         self._learned[sizes] = tuple(
             (tuple(_TEXT if a != b else a for a, b in zip(one[0], two[0], strict=True)), *one[1:])
             for one, two in zip(found, other, strict=True)
@@ -90,8 +99,14 @@ class Opaque:
             Opaque.structures += 1
             raise RuntimeError("the structure of a model's result was not known yet")
 
-    def _run(self, args: Sequence[Any], kwargs: dict[str, Any], text: Length, wanted: int) -> tuple[Build, Described]:
-        """The module's result for a text of ``wanted`` tokens, without data."""
+    def _run(
+        self, args: Sequence[Any], kwargs: dict[str, Any], text: Length, wanted: int
+    ) -> tuple[Build, Described, Hashable]:
+        """The module's result for a text of ``wanted`` tokens, without data, and its form.
+
+        Raises:
+            NotOpaque: it changes something, or its result shares memory with what the loop may write to.
+        """
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         given: list[Tensor] = []
 
@@ -110,6 +125,10 @@ class Opaque:
             inputs = [empty(value) for value in args], {name: empty(value) for name, value in kwargs.items()}
             before = [tensor._version for tensor in given]
             result = own_forward(module)(*inputs[0], **inputs[1])
+            weights = [*module.parameters(), *module.buffers()]
+            owned = [*weights, *(mode.from_tensor(weight) for weight in weights)]
+        for cached in walk.snapshot.caches:
+            cached.cache_clear()  # it holds tensors without data
         if not walk.snapshot.holds():
             walk.snapshot.put_back()
             changes.append("an object that it reads")
@@ -118,8 +137,11 @@ class Opaque:
         if changes:
             raise NotOpaque(f"{self.key} changes {', '.join(changes)}")
         tensors: list[Tensor] = []
-        build = _structure(result, tensors)
-        return build, tuple((tuple(t.shape), t.dtype, t.device) for t in tensors)
+        build, form = _structure(result, tensors)
+        memory = [tensor.untyped_storage()._cdata for tensor in (*tensors, *given, *owned)]
+        if len(set(memory[: len(tensors)])) < len(tensors) or set(memory[: len(tensors)]) & set(memory[len(tensors) :]):
+            raise NotOpaque(f"{self.key} returns a part of what it is given or holds, or one thing twice")
+        return build, tuple((tuple(t.shape), t.dtype, t.device) for t in tensors), form
 
 
 class NotOpaque(Exception):
@@ -302,22 +324,48 @@ def _hint(size: Length) -> int:
 # ---- results ---------------------------------------------------------------------------------------------------------
 
 
-def _structure(result: Any, tensors: list[Tensor]) -> Build:
-    """How a result is put together from its tensors, which are collected."""
+def _structure(result: Any, tensors: list[Tensor]) -> tuple[Build, Hashable]:
+    """How a result is put together from its tensors, which are collected, and its form: all else that it holds.
+
+    Raises:
+        TypeError: it may hold more than its parts.
+    """
     if isinstance(result, Tensor):
         tensors.append(result)
         at = len(tensors) - 1
-        return lambda found: found[at]
-    if type(result) in (tuple, list):
-        parts = [_structure(part, tensors) for part in result]
-        kind = type(result)
-        return lambda found: kind([part(found) for part in parts])
-    if dataclasses.is_dataclass(result) or isinstance(result, dict):
-        cls: Any = type(result)
-        fields = result if isinstance(result, dict) else vars(result)
-        given = fields.items() if isinstance(result, dict) else [(n, v) for n, v in fields.items() if v is not None]
-        named = {name: _structure(value, tensors) for name, value in given}
-        return lambda found: cls(**{name: part(found) for name, part in named.items()})
-    if result is None or isinstance(result, bool | int | float | str):
-        return lambda found: result
-    raise TypeError(f"a model returns {type(result).__name__}")
+        return (lambda found: found[at]), ("tensor", at)
+    kind: Any = type(result)
+    if kind in (tuple, list):
+        pairs = [_structure(part, tensors) for part in result]
+        builds = [build for build, _ in pairs]
+        return (lambda found: kind([build(found) for build in builds])), (kind, tuple(form for _, form in pairs))
+    if kind is dict or _is_plain_record(kind):
+        named = {name: _structure(value, tensors) for name, value in _fields(result).items()}
+        parts = {name: build for name, (build, _) in named.items()}
+        form = (kind, tuple((name, form) for name, (_, form) in named.items()))
+        if kind is dict:
+            return (lambda found: {name: build(found) for name, build in parts.items()}), form
+        return (lambda found: kind(**{name: build(found) for name, build in parts.items()})), form
+    if result is None or kind in (bool, int, float, str):
+        return (lambda found: result), (kind, result)
+    raise TypeError(f"a model returns {kind.__name__}")
+
+
+def _is_plain_record(kind: type) -> bool:
+    """Whether an object is what its fields are: a dataclass that computes nothing, or a result of transformers."""
+    if not dataclasses.is_dataclass(kind) or not _is_made(vars(kind).get("__init__")):
+        return False
+    if issubclass(kind, dict):
+        return any(base.__name__ == "ModelOutput" for base in kind.__mro__) and "__post_init__" not in vars(kind)
+    computes = {name for base in kind.__mro__[:-1] for name in vars(base)}
+    return not computes & {"__post_init__", "__new__"}
+
+
+def _is_made(function: Any) -> bool:
+    """Whether a function was made by ``dataclass``, or there is none."""
+    own = inspect.unwrap(function) if function is not None else None
+    return own is None or getattr(getattr(own, "__code__", None), "co_filename", "") == "<string>"
+
+
+def _fields(result: Any) -> dict[str, Any]:
+    return dict(result.items()) if isinstance(result, dict) else dict(vars(result))

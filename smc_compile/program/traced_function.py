@@ -132,8 +132,11 @@ class TracedFunction:
     def _ready_by_code(self, bound: inspect.BoundArguments, traced: inspect.BoundArguments) -> Ready:
         if self._count is None:
             self._count = self._find_count(self.code, traced)
-        iterations = self._count.iterations(bound.arguments[self._count.name], prompt_length(bound))
         call, found = self._captured(traced)
+        if found.iterations != PROBE + self._count.extra:  # other arguments have a say in it too
+            self._count = self._find_count(self.code, traced)
+            call, found = self._captured(traced)
+        iterations = self._count.iterations(bound.arguments[self._count.name], prompt_length(bound))
         if traced is not bound and found.cached is None:
             self._refuse_lengths_of_prompts(traced, found)
         check_longest(found, prompt_length(bound), iterations)

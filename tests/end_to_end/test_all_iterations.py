@@ -450,3 +450,64 @@ def test_a_cache_that_is_cropped_or_reset_later_is_refused(loop):
         assert torch.equal(decode(loop, **OPTIONS)(model, IDS, 3), loop(model, IDS, 3))
         with pytest.raises(SMCError):
             decode(loop, **OPTIONS)(model, IDS, 12)
+
+
+# ---- how many tokens are drawn --------------------------------------------------------------------------------------
+
+
+def no_more_than(model, ids, n, cap=4):
+    for _ in range(min(n, cap)):
+        ids = add(ids, model(ids)[:, -1])
+    return ids
+
+
+def no_longer_than(model, ids, n):
+    asked = min(n, 9 - ids.shape[1])
+    for _ in range(asked):
+        ids = add(ids, model(ids)[:, -1])
+    return ids
+
+
+def one_less(model, ids, n):
+    for _ in range(n - 1):
+        ids = add(ids, model(ids)[:, -1])
+    return ids
+
+
+def some_more(model, ids, n, more=0):
+    for _ in range(n + more):
+        ids = add(ids, model(ids)[:, -1])
+    return ids
+
+
+def one_more_by_a_flag(model, ids, n, more=0):
+    for _ in range(n):
+        ids = add(ids, model(ids)[:, -1])
+    if more:
+        ids = add(ids, model(ids)[:, -1])
+    return ids
+
+
+def until_a_number(model, ids, n, stop=100):
+    for i in range(n):
+        if i == stop:
+            break
+        ids = add(ids, model(ids)[:, -1])
+    return ids
+
+
+@pytest.mark.parametrize(
+    ("loop", "others"),
+    [
+        (no_more_than, (4, 6)), (no_longer_than, ()), (one_less, ()), (some_more, (0, 2)), (one_more_by_a_flag, (0, 1)),
+        (until_a_number, (100, 2)),
+    ],
+)  # fmt: skip
+def test_a_call_draws_as_many_tokens_as_the_loop_or_is_refused(loop, others):
+    compiled = decode(loop, **OPTIONS)
+    for ids in (IDS[:, :1], IDS, IDS[:, :2]):
+        for n in (3, 8, 2):
+            for other in others or (None,):
+                given = (MODEL, ids, n) if other is None else (MODEL, ids, n, other)
+                with contextlib.suppress(SMCError):
+                    assert torch.equal(compiled(*given), loop(*given)), given[1:]

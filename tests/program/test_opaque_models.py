@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -70,7 +72,7 @@ def test_each_call_is_one_node_whose_length_is_that_of_the_text() -> None:
 class Structured(Around):
     def forward(self, ids: Tensor, scale: float = 1.0, *, last: int = 0) -> Any:
         logits = self.model(ids) * scale
-        return {"logits": logits[:, -last:], "loss": None, "parts": (logits.sum(-1), [logits])}
+        return {"logits": logits[:, -last:], "loss": None, "parts": (logits.sum(-1), [logits.exp()])}
 
 
 def structured(model: nn.Module, ids: Tensor) -> Tensor:
@@ -215,3 +217,92 @@ def swaps_weights(model: nn.Module, ids: Tensor) -> Tensor:
 def test_a_loop_that_changes_what_a_model_reads_has_no_nodes_even_if_all_is_put_back(loop) -> None:
     with pytest.raises(Exception, match=r"the loop changes .*, which a model may read"):
         captured(loop, Around().eval(), IDS.clone())
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+
+class ReturnsItsInput(Around):
+    def forward(self, ids: Tensor) -> Any:
+        return ids
+
+
+class ReturnsAPart(Around):
+    def forward(self, ids: Tensor) -> Any:
+        return ids[:, -1:]
+
+
+class ReturnsAWeight(Around):
+    def forward(self, ids: Tensor) -> Any:
+        return self.model.table
+
+
+class ReturnsOneThingTwice(Around):
+    def forward(self, ids: Tensor) -> Any:
+        logits = self.model(ids)
+        return logits, logits[:, -1]
+
+
+class ByAFlag(Around):
+    def forward(self, ids: Tensor, more: bool = False) -> Any:
+        logits = self.model(ids)
+        return (logits, logits * 2) if more else logits
+
+
+@dataclass
+class Computing:
+    logits: Tensor
+
+    def __post_init__(self) -> None:
+        self.logits = -self.logits
+
+
+class ReturnsWhatComputes(Around):
+    def forward(self, ids: Tensor) -> Any:
+        return Computing(self.model(ids))
+
+
+def called(model: nn.Module, ids: Tensor) -> Any:
+    found = model(ids)
+    return found + 0 if isinstance(found, Tensor) else found
+
+
+def called_twice(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(ids) + model(ids, True)[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "loop"),
+    [
+        (ReturnsItsInput, called), (ReturnsAPart, called), (ReturnsAWeight, called), (ReturnsOneThingTwice, called),
+        (ByAFlag, called_twice), (ReturnsWhatComputes, called),
+    ],
+)  # fmt: skip
+def test_results_that_a_node_could_not_give_back_faithfully(kind, loop) -> None:
+    """What shares memory with other tensors may be written to; a node has one form of results."""
+    for _ in range(2):
+        with pytest.raises(Exception, match=r"returns a part of|results of several forms|a model returns Computing"):
+            captured(loop, kind(), IDS.clone())
+
+
+@functools.cache
+def signs(most: int) -> Tensor:
+    return torch.where(torch.arange(V) > most, -1.0, 1.0)
+
+
+class ReadsACache(Around):
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model(ids) * signs(3)
+
+
+def test_no_tensor_without_data_is_left_in_a_cache() -> None:
+    captured(called, ReadsACache(), IDS.clone())
+    assert type(signs(3)) is Tensor
+
+
+def test_a_model_of_transformers_is_a_node() -> None:
+    """A guard on speed: the results of the library are rebuilt from their tensors."""
+    library = pytest.importorskip("transformers", minversion="5")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = library.LlamaForCausalLM(library.LlamaConfig(vocab_size=V, use_cache=False, **sizes)).eval()
+    assert len(nodes_of(captured(lambda model, ids: model(ids).logits[:, -1], model, IDS.clone()))) == 1
