@@ -23,6 +23,7 @@ import hashlib
 import importlib
 import operator
 import os
+import random
 import sys
 import threading
 import types
@@ -47,6 +48,7 @@ FIXED_CODE = {*FIXED, __name__.partition(".")[0]}  # and this one
 STORES = ("types", "collections", "argparse")  # modules whose objects hold what the user put into them
 BUFFERS = (bytearray, array.array, memoryview)
 ENVIRONMENT = type(os.environ)
+GENERATORS = (np.random.Generator, np.random.RandomState, random.Random)
 OF_A_THREAD = (threading.local, contextvars.ContextVar)
 BY_ANY_NAME = ("getattr", "vars", "globals", "__dict__")  # code that names these may read what it does not name
 MISSING = object()
@@ -222,7 +224,7 @@ class StateWalk:
     def _take_apart(self, value: Any, kind: type) -> None:
         if isinstance(value, Tensor):
             self._tensor(value)
-        elif isinstance(value, (np.ndarray, *BUFFERS, ENVIRONMENT)):
+        elif isinstance(value, (np.ndarray, *BUFFERS, ENVIRONMENT, *GENERATORS)):
             self._by_content(value)
         elif isinstance(value, OF_A_THREAD):
             self.snapshot.arrays.append((value, _content(value)))
@@ -539,6 +541,12 @@ def _content(value: Any) -> Hashable:
         return frozenset(map(id, value))
     if isinstance(value, ENVIRONMENT):
         return tuple(value.items())
+    if isinstance(value, np.random.Generator):
+        return repr(value.bit_generator.state)
+    if isinstance(value, np.random.RandomState):
+        return repr(value.get_state())
+    if isinstance(value, random.Random):
+        return repr(value.getstate())
     if isinstance(value, OF_A_THREAD):
         return tuple((name, id(item)) for name, item in _of_this_thread(value))
     if isinstance(value, BUFFERS):
