@@ -64,7 +64,7 @@ def check_as_called(step: nn.Module, lm: CausalLM, weights: Sequence[Tensor], ex
 
 
 def _noises(lm: CausalLM) -> int:
-    """How many ops are random. ``normal_functional`` counts twice: no tag says that it is, so equal ones were merged."""
+    """How many ops are random. ``normal_functional`` counts twice: it has no tag that says so, and equal ones merge."""
     nodes = [node for node in lm.graph.nodes if op_name(node) not in OFF_IN_EVAL]
     tagged = [node for node in nodes if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())]
     return len(tagged) + 2 * sum(op_name(node) == "normal_functional" for node in nodes)
