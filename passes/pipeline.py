@@ -223,8 +223,8 @@ def recover_loop(
         prompt -> [iteration 0] -> token 0 -> [iteration 1] -> token 1 -> ...    becomes    step(ids [B, S]) -> token
 
     With ``tokens_only`` the graph may end its texts (see `loop.branches`), and what it returns is not looked at: the
-    function that it was made of runs on the tokens. With ``parts`` its iterations need not all be
-    alike, and there may be one alone.
+    function that it was made of runs on the tokens. With ``parts`` its iterations need not all be alike, and there may
+    be one alone.
 
     Raises:
         UnlikeIterations: its iterations are not alike, and there are no ``parts``, or too many.

@@ -72,11 +72,11 @@ class CompiledLoop(OwnMemory):
     def __init__(self, function: Callable[..., Any], options: Options, trip_count: str | None) -> None:
         self._called = bound_function(function)
         self._function, self._options = self._called.function, options
-        self._signature = inspect.signature(self._function)
-        if trip_count is not None and trip_count not in self._signature.parameters:
+        names = inspect.signature(self._function).parameters
+        if trip_count is not None and trip_count not in names:
             raise OptionError(
                 f"trip_count={trip_count!r} is not an argument of {self._function.__name__}",
-                f"its arguments are {', '.join(self._signature.parameters)}",
+                f"its arguments are {', '.join(names)}",
             )
         ways = (TracedFunction(self._function, options, trip_count, nodes) for nodes in (True, False))
         self._with_nodes, self._with_models = ways

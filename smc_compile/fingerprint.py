@@ -403,9 +403,12 @@ class StateWalk:
     def _globals(self, function: types.FunctionType, own: bool) -> None:
         """The globals that a function names. A library's function is followed within its file."""
         space = function.__globals__
-        for name in _imports(function.__code__) if own else ():
-            with contextlib.suppress(ImportError):  # that is for the function to say
-                self._module(importlib.import_module(name), function.__code__, own)
+        for name, parts in _imports(function.__code__) if own else ():
+            with contextlib.suppress(Exception):  # an import may fail in any way: that is for the function to say
+                module = importlib.import_module(name, space.get("__package__"))
+                for part in (part for part in parts if not hasattr(module, part)):
+                    importlib.import_module(f"{module.__name__}.{part}")
+                self._module(module, function.__code__, own)
         for name in _names_in(function.__code__, space) if own else _names(function.__code__):
             item = space.get(name, MISSING)
             if item is MISSING:
@@ -505,10 +508,15 @@ def _names(code: types.CodeType) -> tuple[str, ...]:
 
 
 @functools.lru_cache(maxsize=10_000)
-def _imports(code: types.CodeType) -> tuple[str, ...]:
-    """The modules that some code imports itself, and the code inside it."""
+def _imports(code: types.CodeType) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """The modules that some code imports itself, and the code inside it: ``..module``, and what is taken from it."""
     inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
-    own = (i.argval for i in dis.get_instructions(code) if i.opname == "IMPORT_NAME" and i.argval)
+    steps = list(dis.get_instructions(code))  # level, names, IMPORT_NAME
+    own = (
+        ("." * steps[at - 2].argval + step.argval, steps[at - 1].argval or ())
+        for at, step in enumerate(steps)
+        if step.opname == "IMPORT_NAME"
+    )
     return tuple(dict.fromkeys([*own, *(name for const in inner for name in _imports(const))]))
 
 

@@ -6,9 +6,11 @@ import array
 import contextvars
 import dataclasses
 import functools
+import importlib
 import logging
 import math
 import os
+import sys
 import threading
 import types
 from collections import OrderedDict, deque
@@ -233,3 +235,36 @@ def test_whatever_a_forward_reads_is_seen(name: str, monkeypatch: pytest.MonkeyP
     after = StateWalk()
     after.visit(module)
     assert after.tokens != before.tokens
+
+
+# ---- modules that a forward imports itself ---------------------------------------------------------------------------
+
+FORWARDS = {
+    "absolute": "import smc_pkg.settings as c\n        return ids * c.SIGN",
+    "by a name of it": "from smc_pkg.settings import SIGN\n        return ids * SIGN",
+    "relative": "from .settings import SIGN\n        return ids * SIGN",
+    "the package": "from . import settings\n        return ids * settings.SIGN",
+    "one that is not there": "from .settings import SIGN\n        from .nowhere import X\n        return ids * SIGN",
+}
+
+
+@pytest.mark.parametrize("body", FORWARDS.values(), ids=FORWARDS)
+def test_what_a_forward_imports_is_looked_at(body, tmp_path, monkeypatch):
+    package = tmp_path / "smc_pkg"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "settings.py").write_text("SIGN = 1.0\n")
+    forward = f"    def forward(self, ids):\n        {body}\n"
+    (package / "model.py").write_text(f"from torch import nn\nclass Model(nn.Module):\n{forward}")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("smc_pkg", "smc_pkg.settings", "smc_pkg.model"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    model = importlib.import_module("smc_pkg.model").Model()
+    before = StateWalk()
+    before.visit(model)
+    assert before.snapshot.holds()
+    monkeypatch.setattr(sys.modules["smc_pkg.settings"], "SIGN", -1.0)
+    after = StateWalk()
+    after.visit(model)
+    assert not before.snapshot.holds()
+    assert tuple(before.tokens) != tuple(after.tokens)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from smc_compile.errors import CacheError
+from smc_compile.passes.capture.called_and_traced import called_and_traced
 from smc_compile.passes.capture.sampler import OFF_IN_EVAL
-from smc_compile.passes.capture.untouched import untouched
-from smc_compile.passes.closeness import NARROW, allowed_error, coarsest_dtype, relative_error
+from smc_compile.passes.closeness import NARROW
 from smc_compile.passes.fx_tools import op_name
 from smc_compile.passes.ir import CausalLM
 
@@ -44,17 +44,11 @@ def check_as_called(step: nn.Module, lm: CausalLM, weights: Sequence[Tensor], ex
     off: list[bool] = []
     while len(off) < (TEXTS if any(off) else ENOUGH):
         text = places // (len(off) + 1) % 2  # of tokens 0 and 1
-        with torch.no_grad(), torch.random.fork_rng(), untouched(step):
-            torch.manual_seed(len(off))
-            try:
-                expected = step.forward(text, *explicit)  # a call of a graph module would print what fails in it
-            except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError):
-                return lm  # it says so itself when it is asked
-            torch.manual_seed(len(off))
-            actual = fx.Interpreter(lm.graph_module).run(*lm.arguments(text, weights))[0]
-        dtype = coarsest_dtype([*weights, expected])
-        off.append(relative_error(actual, expected) > allowed_error(dtype))
-        if off.count(True) > (0 if expected.is_floating_point() else BY_ROUNDING[dtype in NARROW]):
+        both = called_and_traced(step, lm, text, weights, explicit, seed=len(off))
+        if both is None:
+            return lm  # it says so itself when it is asked
+        off.append(both.differ)
+        if off.count(True) > (0 if both.called.is_floating_point() else BY_ROUNDING[both.dtype in NARROW]):
             raise TracedOtherwise(
                 "the model computes something else while it is traced",
                 f"of {length} tokens its trace gives another result than a call",

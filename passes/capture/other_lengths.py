@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from smc_compile.errors import CacheError
-from smc_compile.passes.capture.untouched import untouched
-from smc_compile.passes.closeness import allowed_error, coarsest_dtype, relative_error
+from smc_compile.passes.capture.called_and_traced import called_and_traced
 from smc_compile.passes.ir import CausalLM
 
 
@@ -34,21 +33,13 @@ def check_other_lengths(
     ids = torch.arange(lm.batch * longest).view(lm.batch, longest) % 2
     ids = ids.to(next((w.device for w in weights), ids.device))
     for length in lengths:
-        text = ids[:, :length]
-        with torch.no_grad(), torch.random.fork_rng(), untouched(step):
-            torch.manual_seed(0)
-            try:
-                expected = step.forward(text, *explicit)  # a call of a graph module would print what fails in it
-            except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError):
-                if length > traced:
-                    return replace(lm, max_positions=length - 1)
-                continue
-            torch.manual_seed(0)
-            try:
-                actual = fx.Interpreter(lm.graph_module).run(*lm.arguments(text, weights))[0]
-            except RuntimeError as error:
-                raise _branches(length, f"the traced branch fails: {str(error).splitlines()[0]}") from error
-        if relative_error(actual, expected) > allowed_error(coarsest_dtype([*weights, expected])):
+        try:
+            both = called_and_traced(step, lm, ids[:, :length], weights, explicit)
+        except RuntimeError as error:
+            raise _branches(length, f"the traced branch fails: {str(error).splitlines()[0]}") from error
+        if both is None and length > traced:
+            return replace(lm, max_positions=length - 1)
+        if both is not None and both.differ:
             raise _branches(length, "the traced branch computes something else")
     return lm
 

@@ -48,18 +48,15 @@ class _Looks(threading.local):
 _looks = _Looks()
 
 
-def model_state(model: Any, anew: bool = False) -> Hashable:
+def model_state(model: Any) -> Hashable:
     """What a program takes from a model besides the values of its weights: a number for one state of it, and the modes.
 
     The state is all that the forward could read: modules, attributes, hooks, adapters, the shapes and dtypes of
     weights, and the code with its globals and closures (see ``smc_compile.fingerprint``). A state that comes back has
     its number again. What is no module, or runs as Python at every call, counts by identity.
-
-    Args:
-        anew: look even inside of ``one_look``.
     """
     found = _looks.found
-    if found is None or anew:
+    if found is None:
         return _state_now(model)
     if id(model) not in found:
         found[id(model)] = _state_now(model)

@@ -7,8 +7,6 @@ tensors without data at two lengths of the text. `with_models` puts the modules 
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import itertools
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -24,13 +22,13 @@ from smc_compile.fingerprint import StateWalk, as_stand_in, is_stand_in
 from smc_compile.passes.capture.untouched import untouched
 from smc_compile.program.guards import model_state
 from smc_compile.program.lru import LRU
+from smc_compile.program.model_results import Build, taken_apart
 
 TextShape = tuple[int, ...]  # a size or _TEXT
-Sizes = tuple[Hashable, ...]  # of the arguments of a call that are tensors; other arguments themselves
+Sizes = tuple[Hashable, ...]  # names of arguments, sizes of those that are tensors, other arguments themselves
 Length = int | torch.SymInt
 Found = TypeVar("Found")
 Described = tuple[tuple[TextShape, torch.dtype, torch.device], ...]  # the tensors that come back
-Build = Callable[[Sequence[Tensor]], Any]  # from the tensors that come back to the module's result
 KEPT = 16  # states of a module
 _TEXT = -1  # stands for the length of the text among sizes
 
@@ -66,7 +64,7 @@ class Opaque:
             if not isinstance(value, Tensor | torch.SymInt | bool | int | float | str | torch.dtype | type(None)):
                 raise NotOpaque(f"{self.key} is called with {type(value).__name__}")
         length = _text_length(values)
-        sizes = tuple(_marked(v, length) if isinstance(v, Tensor) else _beside(v, length) for v in values)
+        sizes = (*kwargs, *(_marked(v, length) if isinstance(v, Tensor) else _plain(v, length) for v in values))
         if sizes not in self._learned:
             self._learn(sizes, args, kwargs, length)
         return tuple((_at(shape, length), dtype, device) for shape, dtype, device in self._learned[sizes])
@@ -74,19 +72,9 @@ class Opaque:
     def _learn(self, sizes: Sizes, args: Sequence[Any], kwargs: dict[str, Any], text: Length) -> None:
         length = _hint(text)
         build, found, form = self._run(args, kwargs, text, length)
-        other = found
-        if length:
-            for longer in (length + 1, length - 1):  # a model may end at this length
-                try:
-                    _, other, other_form = self._run(args, kwargs, text, longer)
-                except NotOpaque:
-                    raise
-                except Exception:  # models fail in any way beyond their last position
-                    continue
-                if form != other_form or [one[1:] for one in found] != [two[1:] for two in other]:
-                    raise NotOpaque(f"{self.key} gives results of several forms")
-                break
-        if self.build is not None and form != self._form:
+        other, other_form = self._beside(args, kwargs, text, length) if length else (found, form)
+        same = form == other_form and [one[1:] for one in found] == [two[1:] for two in other]
+        if not same or (self.build is not None and form != self._form):
             raise NotOpaque(f"{self.key} gives results of several forms")
         self._form = form
         self._learned[sizes] = tuple(
@@ -98,6 +86,17 @@ class Opaque:
             self.forward = _forward_of(self.key, self.module, build)
             Opaque.structures += 1
             raise RuntimeError("the structure of a model's result was not known yet")
+
+    def _beside(
+        self, args: Sequence[Any], kwargs: dict[str, Any], text: Length, length: int
+    ) -> tuple[Described, Hashable]:
+        """The result for a text of another length: one token more, or less where a model ends."""
+        try:
+            return self._run(args, kwargs, text, length + 1)[1:]
+        except NotOpaque:
+            raise
+        except Exception:  # models fail in any way beyond their last position
+            return self._run(args, kwargs, text, length - 1)[1:]
 
     def _run(
         self, args: Sequence[Any], kwargs: dict[str, Any], text: Length, wanted: int
@@ -112,7 +111,7 @@ class Opaque:
 
         def empty(value: Any) -> Any:
             if not isinstance(value, Tensor):
-                return wanted + _beside(value, text)[1] if _is_symbol(value) else value
+                return wanted + _plain(value, text)[1] if _is_symbol(value) else value
             shape = _at(_marked(value, text), wanted)
             given.append(torch.empty(shape, dtype=value.dtype, device=value.device))
             return given[-1]
@@ -137,7 +136,7 @@ class Opaque:
         if changes:
             raise NotOpaque(f"{self.key} changes {', '.join(changes)}")
         tensors: list[Tensor] = []
-        build, form = _structure(result, tensors)
+        build, form = taken_apart(result, tensors)
         memory = [tensor.untyped_storage()._cdata for tensor in (*tensors, *given, *owned)]
         if len(set(memory[: len(tensors)])) < len(tensors) or set(memory[: len(tensors)]) & set(memory[len(tensors) :]):
             raise NotOpaque(f"{self.key} returns a part of what it is given or holds, or one thing twice")
@@ -177,7 +176,8 @@ def opaque(models: Sequence[nn.Module], states: tuple[Hashable, ...]) -> Iterato
                 module.__dict__.pop("forward", None)
             else:
                 module.__dict__["forward"] = own
-                _replaced.pop(module, None) if not is_stand_in(own) else None
+            if own is not None and not is_stand_in(own):
+                _replaced.pop(module, None)
 
 
 def learning(models: Sequence[nn.Module], trace: Callable[[], Found]) -> Found:
@@ -238,7 +238,7 @@ class _Tensors(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         tensors: list[Tensor] = []
-        _structure(own_forward(self.model)(*args, **kwargs), tensors)
+        taken_apart(own_forward(self.model)(*args, **kwargs), tensors)
         return tuple(tensors)
 
 
@@ -285,7 +285,7 @@ def _text_length(values: Sequence[Any]) -> Length:
     return next(iter(symbols.values())) if symbols else next(numbers, 0)
 
 
-def _beside(value: Any, length: Length) -> tuple[Any, Any]:
+def _plain(value: Any, length: Length) -> tuple[Any, Any]:
     """An argument that is no tensor: its type and itself. A symbol as what it is more than the length of the text.
 
     Raises:
@@ -319,53 +319,3 @@ def _is_symbol(size: Any) -> bool:
 def _hint(size: Length) -> int:
     """A size in the trace at hand, as a number; nothing is guarded."""
     return int(size.node.hint) if isinstance(size, torch.SymInt) else size
-
-
-# ---- results ---------------------------------------------------------------------------------------------------------
-
-
-def _structure(result: Any, tensors: list[Tensor]) -> tuple[Build, Hashable]:
-    """How a result is put together from its tensors, which are collected, and its form: all else that it holds.
-
-    Raises:
-        TypeError: it may hold more than its parts.
-    """
-    if isinstance(result, Tensor):
-        tensors.append(result)
-        at = len(tensors) - 1
-        return (lambda found: found[at]), ("tensor", at)
-    kind: Any = type(result)
-    if kind in (tuple, list):
-        pairs = [_structure(part, tensors) for part in result]
-        builds = [build for build, _ in pairs]
-        return (lambda found: kind([build(found) for build in builds])), (kind, tuple(form for _, form in pairs))
-    if kind is dict or _is_plain_record(kind):
-        named = {name: _structure(value, tensors) for name, value in _fields(result).items()}
-        parts = {name: build for name, (build, _) in named.items()}
-        form = (kind, tuple((name, form) for name, (_, form) in named.items()))
-        if kind is dict:
-            return (lambda found: {name: build(found) for name, build in parts.items()}), form
-        return (lambda found: kind(**{name: build(found) for name, build in parts.items()})), form
-    if result is None or kind in (bool, int, float, str):
-        return (lambda found: result), (kind, result)
-    raise TypeError(f"a model returns {kind.__name__}")
-
-
-def _is_plain_record(kind: type) -> bool:
-    """Whether an object is what its fields are: a dataclass that computes nothing, or a result of transformers."""
-    if not dataclasses.is_dataclass(kind) or not _is_made(vars(kind).get("__init__")):
-        return False
-    if issubclass(kind, dict):
-        return any(base.__name__ == "ModelOutput" for base in kind.__mro__) and "__post_init__" not in vars(kind)
-    computes = {name for base in kind.__mro__[:-1] for name in vars(base)}
-    return not computes & {"__post_init__", "__new__"}
-
-
-def _is_made(function: Any) -> bool:
-    """Whether a function was made by ``dataclass``, or there is none."""
-    own = inspect.unwrap(function) if function is not None else None
-    return own is None or getattr(getattr(own, "__code__", None), "co_filename", "") == "<string>"
-
-
-def _fields(result: Any) -> dict[str, Any]:
-    return dict(result.items()) if isinstance(result, dict) else dict(vars(result))

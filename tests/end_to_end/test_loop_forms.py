@@ -22,7 +22,7 @@ IDS = torch.tensor([[0, 1, 2], [3, 4, 1]])
 QUICK: dict[str, Any] = {"compiler": "eager"}
 
 
-def compiled_is_written(loop: Callable[..., Tensor], *args: Any, **options: Any) -> None:
+def assert_compiled_as_written(loop: Callable[..., Tensor], *args: Any, **options: Any) -> None:
     with torch.no_grad():
         expected = loop(*args)
     assert torch.equal(decode(loop, **QUICK, **options)(*args), expected)
@@ -78,7 +78,7 @@ def by_first(model: nn.Module, ids: Tensor, n: int) -> Tensor:
 
 @pytest.mark.parametrize("last", LAST)
 def test_a_head_on_the_last_position(last):
-    compiled_is_written(by_first, NanoGPT(last), IDS, N)
+    assert_compiled_as_written(by_first, NanoGPT(last), IDS, N)
 
 
 @pytest.mark.parametrize("holder", HOLDERS)
@@ -142,8 +142,10 @@ def litgpt(model, idx, n):
 
 @pytest.mark.parametrize("loop", [squeezed, argmax_of_all, viewed, litgpt])
 def test_a_text_without_an_axis_of_requests(loop):
-    compiled_is_written(loop, MODEL, IDS[0], N)
-    compiled_is_written(loop, MODEL, IDS[0], N, draft=TinyTransformerLM(V, seed=1).double(), lookahead=2, n_particles=2)
+    assert_compiled_as_written(loop, MODEL, IDS[0], N)
+    assert_compiled_as_written(
+        loop, MODEL, IDS[0], N, draft=TinyTransformerLM(V, seed=1).double(), lookahead=2, n_particles=2
+    )
 
 
 def top_two(logits: Tensor) -> Tensor:
@@ -243,7 +245,7 @@ def banned_by_index(ids: Tensor, logits: Tensor) -> Tensor:
 )
 def test_a_sampler_that_reads_the_text_compiles(sample):
     ids = IDS if sample not in (counted_by_bins, banned_by_index) else IDS[:1]
-    compiled_is_written(loop_of(sample), MODEL, ids, N)
+    assert_compiled_as_written(loop_of(sample), MODEL, ids, N)
 
 
 def test_a_penalty_over_numbers_is_refused_by_name():
@@ -264,8 +266,8 @@ def test_processors_of_transformers_that_are_tensor_code_compile_and_others_are_
     def processed(processor):
         return loop_of(lambda ids, logits: processor(ids, logits).argmax(-1, keepdim=True))
 
-    compiled_is_written(processed(warpers), MODEL, IDS, N)
-    compiled_is_written(processed(library.LogitsProcessorList([repeated, *warpers])), MODEL, IDS, N)
+    assert_compiled_as_written(processed(warpers), MODEL, IDS, N)
+    assert_compiled_as_written(processed(library.LogitsProcessorList([repeated, *warpers])), MODEL, IDS, N)
     with pytest.raises(SMCError, match="logits_processor"):
         decode(processed(library.NoRepeatNGramLogitsProcessor(2)), **QUICK)(MODEL, IDS, N)
 
@@ -313,7 +315,7 @@ def mask_given(model, ids, n, mask):
 
 
 def test_a_mask_that_grows():
-    compiled_is_written(mask_grown, MASKED, IDS, N)
+    assert_compiled_as_written(mask_grown, MASKED, IDS, N)
 
 
 def test_a_mask_that_is_given_must_show_all_tokens():
@@ -330,7 +332,7 @@ def test_a_mask_that_is_given_must_show_all_tokens():
 
 def test_a_prompt_of_ones_is_no_mask():
     ids = torch.ones_like(IDS)
-    compiled_is_written(by_first, TableLM(V).double(), ids, N)
+    assert_compiled_as_written(by_first, TableLM(V).double(), ids, N)
 
 
 def test_autocast_that_is_off_changes_nothing_and_one_that_is_on_is_refused():
@@ -341,7 +343,7 @@ def test_autocast_that_is_off_changes_nothing_and_one_that_is_on_is_refused():
             ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], 1)
         return ids
 
-    compiled_is_written(cast, MODEL, IDS, N, False)
+    assert_compiled_as_written(cast, MODEL, IDS, N, False)
     with pytest.raises(LoopError, match="switches autocast on"):
         decode(cast, **QUICK)(TinyTransformerLM(V), IDS, N, True)
 

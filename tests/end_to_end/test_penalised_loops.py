@@ -78,7 +78,7 @@ def law(process: Sampler, n: int, model: nn.Module = TABLE) -> Tensor:
     return sequence_distribution(processed, PROMPT, n, V)
 
 
-def same_as_eager(loop: Callable[..., Any], *args: Any, **options: Any) -> Any:
+def assert_same_as_eager(loop: Callable[..., Any], *args: Any, **options: Any) -> Any:
     compiled = decode(loop, **QUICK, **options)
     with torch.no_grad():
         expected = loop(*args)
@@ -142,7 +142,7 @@ def test_one_prompt_in_one_axis():
             ids = torch.cat([ids, logits.argmax(-1, keepdim=True)])
         return ids
 
-    same_as_eager(loop, MODEL, IDS[0], 9, draft=perturbed(MODEL, 0.5), lookahead=3)
+    assert_same_as_eager(loop, MODEL, IDS[0], 9, draft=perturbed(MODEL, 0.5), lookahead=3)
 
 
 def test_a_list_of_tokens_that_ends():
@@ -167,7 +167,7 @@ def test_prompts_of_any_length_and_the_last_tokens_alone():
     for length in (3, 8):
         ids = torch.arange(2 * length).view(2, length) * 3 % V
         assert torch.equal(compiled(TABLE, ids, 6), loop_of(last_three, largest)(TABLE, ids, 6))
-    same_as_eager(loop_of(never_twice, largest), TABLE, IDS[:, :1], 6)
+    assert_same_as_eager(loop_of(never_twice, largest), TABLE, IDS[:, :1], 6)
 
 
 def test_the_answer_alone():
@@ -184,7 +184,7 @@ def test_the_answer_alone():
     for length in (3, 12):
         ids = torch.arange(2 * length).view(2, length) * 3 % V
         assert torch.equal(compiled(TABLE, ids, 6), loop(TABLE, ids, 6)), length
-    refused(loop, TABLE, IDS[:, :1], 6, match="too short to be told")  # it was traced with a longer one
+    assert_refused(loop, TABLE, IDS[:, :1], 6, match="too short to be told")  # it was traced with a longer one
 
 
 def test_weights_of_the_sampler_may_change():
@@ -205,7 +205,7 @@ def test_a_rule_on_the_window_that_the_model_reads():
             ids = torch.cat([ids, largest(counted(shown, model(shown)[:, -1]))], 1)
         return ids
 
-    same_as_eager(loop, MODEL, IDS, 8)
+    assert_same_as_eager(loop, MODEL, IDS, 8)
 
 
 def test_a_preallocated_buffer_of_which_the_sampler_reads_the_text():
@@ -217,7 +217,7 @@ def test_a_preallocated_buffer_of_which_the_sampler_reads_the_text():
             text[:, start + i] = counted(filled, model(filled)[:, -1]).argmax(-1)
         return text
 
-    same_as_eager(loop, TABLE, IDS, 7)
+    assert_same_as_eager(loop, TABLE, IDS, 7)
 
 
 def test_an_integer_argument_may_hold_no_part_of_the_prompt():
@@ -229,8 +229,8 @@ def test_an_integer_argument_may_hold_no_part_of_the_prompt():
             ids = torch.cat([ids, largest(never_twice(ids, logits))], 1)
         return ids
 
-    refused(loop, TABLE, IDS[:, :1], 5, torch.tensor([2]), match="too short to be told")
-    same_as_eager(loop, TABLE, IDS, 5, torch.tensor([2]))
+    assert_refused(loop, TABLE, IDS[:, :1], 5, torch.tensor([2]), match="too short to be told")
+    assert_same_as_eager(loop, TABLE, IDS, 5, torch.tensor([2]))
 
 
 def test_the_report_tells_of_it():
@@ -241,7 +241,9 @@ def test_the_report_tells_of_it():
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
-def refused(loop: Callable[..., Any], *args: Any, match: str, error: type[Exception] = LoopError, **options: Any):
+def assert_refused(
+    loop: Callable[..., Any], *args: Any, match: str, error: type[Exception] = LoopError, **options: Any
+):
     with pytest.raises(error, match=match):
         decode(loop, **QUICK, **options)(*args)
 
@@ -251,8 +253,8 @@ def test_rows_that_read_each_other_are_refused_in_a_batch_and_run_alone():
         counts = torch.zeros_like(logits).scatter_add(1, ids, torch.ones_like(ids, dtype=logits.dtype))
         return logits - 0.5 * counts.sum(0, keepdim=True)
 
-    refused(loop_of(by_all, largest), TABLE, IDS, 5, match="not for each request by itself")
-    same_as_eager(loop_of(by_all, largest), TABLE, IDS[:1], 5)
+    assert_refused(loop_of(by_all, largest), TABLE, IDS, 5, match="not for each request by itself")
+    assert_same_as_eager(loop_of(by_all, largest), TABLE, IDS[:1], 5)
 
 
 def test_a_penalty_of_its_own_for_each_request_is_refused():
@@ -263,7 +265,7 @@ def test_a_penalty_of_its_own_for_each_request_is_refused():
         return ids
 
     strength = torch.tensor([[0.5], [0.9]], dtype=torch.float64)
-    refused(loop, TABLE, IDS, 5, strength, match="a value of its own for each request")
+    assert_refused(loop, TABLE, IDS, 5, strength, match="a value of its own for each request")
 
 
 def test_top_k_before_the_penalty_is_refused_for_particles_and_runs_exactly():
@@ -273,7 +275,7 @@ def test_top_k_before_the_penalty_is_refused_for_particles_and_runs_exactly():
     loop = loop_of(before, draw)
     nearly = loop_of(lambda ids, x: repeated_less(ids, x.where(x.softmax(-1) > 0.1, -1e9)), draw)
     for sampler in (loop, nearly):
-        refused(sampler, TABLE, IDS, 5, draft=perturbed(TABLE, 1.0), match="removes tokens by their logits")
+        assert_refused(sampler, TABLE, IDS, 5, draft=perturbed(TABLE, 1.0), match="removes tokens by their logits")
     compiled = decode(loop, method="autoregressive", seed=0, **QUICK)
     texts = compiled(TABLE, PROMPT.expand(4096, -1), 2)[:, len(PROMPT) :]
     assert chi_square_p_value(texts, law(before, 2)) > 1e-3
@@ -287,7 +289,7 @@ def test_a_sampler_that_reads_several_positions_of_the_model_is_refused():
             ids = torch.cat([ids, largest(logits[:, -1].scatter(1, ids, score))], 1)
         return ids
 
-    refused(loop, TABLE, IDS, 5, match="sampler reads the tokens")
+    assert_refused(loop, TABLE, IDS, 5, match="sampler reads the tokens")
 
 
 def test_padding_is_not_penalised():
@@ -301,7 +303,7 @@ def test_padding_is_not_penalised():
             text[:, start + i] = logits.argmax(-1)
         return text
 
-    refused(loop, TABLE, IDS, 7, match="depend on the padding")
+    assert_refused(loop, TABLE, IDS, 7, match="depend on the padding")
 
 
 def test_a_part_of_the_text_that_is_not_its_end_is_refused():
@@ -311,12 +313,12 @@ def test_a_part_of_the_text_that_is_not_its_end_is_refused():
             ids = torch.cat([ids, largest(repeated_less(prompt, model(ids)[:, -1]))], 1)
         return ids
 
-    refused(of_prompt, TABLE, IDS, 5, match="reads tokens other than|does not read the whole")
+    assert_refused(of_prompt, TABLE, IDS, 5, match="reads tokens other than|does not read the whole")
 
 
 def test_a_draft_with_fewer_rows_is_refused():
     wide = TableLM(300).double()
     draft = TableLM(299).double()
-    refused(
+    assert_refused(
         loop_of(repeated_less, draw), wide, IDS, 5, draft=draft, error=InputError, match="fewer rows of logits",
     )  # fmt: skip

@@ -11,7 +11,8 @@ from helpers.toys import TableLM
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from smc_compile.program.even_loops import find_doubt, source_of
+from smc_compile.program.even_loops import find_doubt
+from smc_compile.program.function_source import source_of
 
 MODEL = TableLM(5)
 MODEL.block_size = 8

@@ -306,3 +306,26 @@ def test_a_model_of_transformers_is_a_node() -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = library.LlamaForCausalLM(library.LlamaConfig(vocab_size=V, use_cache=False, **sizes)).eval()
     assert len(nodes_of(captured(lambda model, ids: model(ids).logits[:, -1], model, IDS.clone()))) == 1
+
+
+def by_one_name(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(ids, last=1)["logits"][:, 0] + model(ids, scale=1)["logits"][:, -1]
+
+
+def test_arguments_are_told_apart_by_their_names() -> None:
+    """``last=1`` gives one position, ``scale=1`` all of them."""
+    lengths = [node.meta["example_value"][0].shape[1] for node in nodes_of(captured(by_one_name, Structured(), IDS))]
+    assert lengths[0] == 1
+    assert lengths[1] != 1
+
+
+class ForOneLength(Around):
+    def forward(self, ids: Tensor) -> Tensor:
+        if ids.shape[1] != 3:
+            raise ValueError("three tokens")
+        return self.model(ids)
+
+
+def test_a_model_that_shows_one_length_alone_is_no_node() -> None:
+    with pytest.raises(Exception, match="three tokens"):
+        captured(twice, ForOneLength(), IDS.clone())

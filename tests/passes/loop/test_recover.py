@@ -7,37 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.recovered_loops import MODEL, P, TinyLM, V, capture, check_step, greedy, prompt, refusal
 from torch import nn
 
 from smc_compile.errors import LoopError
-from smc_compile.passes.loop.needs_value import UnlikeIterations
 from smc_compile.passes.loop.recover import DecodeLoop
 from smc_compile.passes.pipeline import recover_loop
-from smc_compile.program.loop_finder import step_text
 
-V, P = 11, 4
-
-
-class TinyLM(nn.Module):
-    """Embedding, causal attention, positions, a norm: the operators whose sizes grow with the sequence."""
-
-    def __init__(self, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.embed, self.pos = nn.Embedding(V, 8), nn.Embedding(32, 8)
-        self.norm, self.qkv, self.head = nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, V)
-        self.drop = nn.Dropout(dropout)
-        self.register_buffer("mask", torch.ones(32, 32).tril().bool())
-
-    def forward(self, ids):
-        B, S = ids.shape
-        x = self.drop(self.embed(ids) + self.pos(torch.arange(S, device=ids.device)))
-        q, k, v = self.qkv(self.norm(x)).view(B, S, 2, 12).transpose(1, 2).split(4, dim=-1)
-        a = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask[:S, :S])
-        return self.head(x + a.transpose(1, 2).reshape(B, S, 8))
-
-
-torch.manual_seed(0)
-MODEL = TinyLM().eval()
 TABLE = torch.randn(V, V)
 
 
@@ -73,10 +49,6 @@ def race(logits):
 
 def gumbel(logits):
     return (logits - torch.log(-torch.log(torch.rand_like(logits)))).argmax(-1)
-
-
-def greedy(logits):
-    return logits.argmax(dim=-1)
 
 
 def greedy_max(logits):
@@ -163,50 +135,6 @@ def padded_output(model, sample, ids, n):
 LOOPS = [
     growing_cat, keep_axis, buffer_by_index, buffer_functional, buffer_where, list_of_tokens, cat_of_list, padded_output
 ]  # fmt: skip
-
-
-def capture(fn: Any, *args: Any, dynamic: bool = False, parts: bool = False) -> tuple[DecodeLoop | None, list[Any]]:
-    """The recovered loop and the inputs of the graph that it was recovered from."""
-    found: list[Any] = []
-
-    def backend(gm, example_inputs):
-        before = gm.code
-        found.append((recover_loop(gm, example_inputs, parts=parts), list(example_inputs)))
-        assert gm.code == before  # the graph is left alone
-        return gm.forward
-
-    torch._dynamo.reset()
-    try:
-        with torch.no_grad():
-            torch.compile(fn, backend=backend, fullgraph=True, dynamic=dynamic)(*args)
-    except torch._dynamo.exc.BackendCompilerFailed as error:
-        raise (error.__cause__ or error.inner_exception) from None
-    assert len(found) == 1
-    return found[0]
-
-
-def refusal(fn: Any, *args: Any, dynamic: bool = False) -> LoopError:
-    with pytest.raises(LoopError) as caught:
-        capture(fn, *args, dynamic=dynamic)
-    assert caught.value.fix
-    assert caught.value.why
-    return caught.value
-
-
-def prompt(batch: int = 2) -> torch.Tensor:
-    return torch.randint(0, V, (batch, P), generator=torch.Generator().manual_seed(3))
-
-
-def check_step(loop: DecodeLoop, inputs: list[Any], eager: Any, lengths: tuple[int, ...] = (1, P, P + 1, 17)) -> None:
-    invariants = [inputs[i] for i in loop.invariant_indices]
-    for length in lengths:
-        ids = torch.randint(0, V, (loop.batch, length))
-        with torch.no_grad():
-            torch.manual_seed(length)
-            expected = eager(ids)
-            torch.manual_seed(length)
-            token = loop.step(ids, *invariants)
-        assert torch.equal(token.reshape(-1).long(), expected.reshape(-1).long())
 
 
 def check_outputs(loop: DecodeLoop, fn: Any, ids: torch.Tensor) -> None:
@@ -582,65 +510,3 @@ def test_refuses_autocast_inside():
         return ids
 
     assert "autocast" in refusal(fn, prompt()).what
-
-
-# ---- iterations that are not alike -----------------------------------------------------------------------------------
-
-
-def changing(*others: int) -> Any:
-    """Six iterations; those of ``others`` take the smallest logit."""
-
-    def fn(ids):
-        for i in range(6):
-            logits = MODEL(ids)[:, -1]
-            token = greedy(-logits if i in others else logits)
-            ids = torch.cat([ids, token[:, None]], 1)
-        return ids
-
-    return fn
-
-
-def test_iterations_that_are_alike_become_a_part_whose_prompt_is_the_text_before_it():
-    loop, inputs = capture(changing(2, 3), prompt(), parts=True)
-    assert loop.iterations == 6
-    assert [(part.prompt_length, part.iterations) for part in loop.parts] == [(P, 2), (P + 2, 2), (P + 4, 2)]
-    one, other, again = (step_text(part.step.graph) for part in loop.parts)
-    assert one == again != other
-    for part, sign in zip(loop.parts, (1, -1, 1), strict=True):
-        check_step(part, inputs, lambda ids, sign=sign: greedy(sign * MODEL(ids)[:, -1]))
-    assert [layout.segments for layout in loop.outputs] == [("prompt", "tokens")]
-
-
-def test_parts_are_asked_for_and_counted():
-    assert "iteration 5" in refusal(changing(5), prompt()).why
-    with pytest.raises(UnlikeIterations, match="there are 9 parts, and may be 8"):
-        capture(alternating, prompt(), parts=True)
-
-
-def alternating(ids):
-    for i in range(9):
-        logits = MODEL(ids)[:, -1]
-        ids = torch.cat([ids, greedy(-logits if i % 2 else logits)[:, None]], 1)
-    return ids
-
-
-def test_alike_iterations_have_no_parts_and_one_alone_is_a_loop():
-    assert capture(changing(), prompt(), parts=True)[0].parts == ()
-
-    def once(ids):
-        return torch.cat([ids, greedy(MODEL(ids)[:, -1])[:, None]], 1)
-
-    loop, inputs = capture(once, prompt(), parts=True)
-    assert loop.iterations == 1
-    check_step(loop, inputs, lambda ids: greedy(MODEL(ids)[:, -1]), lengths=(P,))  # sizes are those of the one text
-    assert capture(once, prompt())[0] is None
-
-
-def test_a_part_ends_where_an_integer_leaves_its_line():
-    def fn(ids):
-        for i in range(6):
-            logits = MODEL(ids)[:, -1] * (2 if i < 4 else 3)
-            ids = torch.cat([ids, greedy(logits)[:, None]], 1)
-        return ids
-
-    assert [part.iterations for part in capture(fn, prompt(), parts=True)[0].parts] == [4, 2]
