@@ -19,6 +19,7 @@ from smc_compile.program.from_loop import LoopProgram, loop_outputs, program_for
 from smc_compile.program.loop_finder import LoopFinder
 from smc_compile.program.parts import answer_in_parts
 from smc_compile.program.program import Program
+from smc_compile.program.turns import in_turn
 from smc_compile.result import Generation
 from smc_compile.runtime.state.request import Request
 
@@ -50,6 +51,7 @@ def smc(
         log.warning(NO_LOOP, len(gm.graph.nodes))
         return torch._dynamo.lookup_backend("inductor")(gm, list(example_inputs))
 
+    @in_turn
     def run(*arguments: Any) -> Any:
         loop = _loop_of(finder, arguments)
         assert loop is not None

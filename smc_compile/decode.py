@@ -26,6 +26,7 @@ from smc_compile.program.loop_arguments import mark_lengths, prompt_length, with
 from smc_compile.program.model_calls import traceable
 from smc_compile.program.reachable_models import reachable_models
 from smc_compile.program.traced_function import Ready, TracedFunction
+from smc_compile.program.turns import in_turn
 from smc_compile.program.written_code import Answered, NumbersReturned
 from smc_compile.result import Generation
 
@@ -90,6 +91,7 @@ class CompiledLoop(OwnMemory):
         """As a method: bind like a function."""
         return self if instance is None else functools.partial(self, instance)
 
+    @in_turn
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         bound = self._called.bind(args, kwargs)
         caches = names_a_cache(self._function)

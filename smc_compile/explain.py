@@ -20,6 +20,7 @@ from smc_compile.program.checks import position_limit
 from smc_compile.program.method import with_states
 from smc_compile.program.model import Model
 from smc_compile.program.program import Program
+from smc_compile.program.turns import in_turn
 from smc_compile.result import Generation
 from smc_compile.runtime.algorithms.next_token import Mixture
 
@@ -49,6 +50,7 @@ class Explanation:
         return "\n".join(blocks)
 
 
+@in_turn
 def explain(function: Callable[..., Any], *args: Any, trip_count: str | None = None, **options: Any) -> Explanation:
     """Compile and run ``function(*args)`` once and report what was found.
 

@@ -18,12 +18,14 @@ from smc_compile.inputs.stopping import Stopping
 from smc_compile.inputs.streaming import Streaming
 from smc_compile.options import Options
 from smc_compile.program.from_model import check_model, program_for, vocabulary
+from smc_compile.program.turns import in_turn
 from smc_compile.result import Generation
 
 # Arguments of which a generation_config holds values of its own; the others go beside it.
 IN_CONFIG = ("temperature", "top_k", "top_p", "min_p", "eos_token_id", "pad_token_id", "num_return_sequences")
 
 
+@in_turn
 def generate(
     model: Any,
     draft: Any = None,

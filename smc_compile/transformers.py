@@ -30,6 +30,7 @@ from smc_compile.inputs.streaming import Streaming
 from smc_compile.options import Options, option_parameters
 from smc_compile.program.from_model import check_model, program_for, vocabulary
 from smc_compile.program.model_calls import logits_of
+from smc_compile.program.turns import in_turn
 from smc_compile.result import Generation
 
 # The options under the names that the library leaves free: it uses ``eos_token_id`` itself, and means another draft.
@@ -50,6 +51,7 @@ def showing_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @showing_options
+@in_turn
 @torch.no_grad()
 def generate(
     model: nn.Module,

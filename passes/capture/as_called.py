@@ -52,7 +52,8 @@ def check_as_called(step: nn.Module, lm: CausalLM, weights: Sequence[Tensor], ex
             raise TracedOtherwise(
                 "the model computes something else while it is traced",
                 f"of {length} tokens its trace gives another result than a call",
-                "let the forward do the same, traced or not (torch.compiler.is_compiling, isinstance(length, int))",
+                "let the forward do the same, traced or not (torch.compiler.is_compiling, isinstance(length, int)), "
+                "and with gradients or without (torch.is_grad_enabled)",
             )
     return lm
 

@@ -33,12 +33,14 @@ class Traces:
         all: (tokens of the prompt, iterations) -> all iterations; models are one node each where that can be.
         inlined: the same with the models traced.
         outputs: what a loop of three iterations returns after as many as are asked for.
+        nodes: whether models are one node each in all traces. They are looked at by themselves then.
     """
 
     few: Callable[[int], Rehearsed]
     all: Callable[[int, int], Rehearsed]
     inlined: Callable[[int, int], Rehearsed]
     outputs: Callable[[DecodeLoop], object]
+    nodes: bool
 
 
 def check_all_iterations(
@@ -143,7 +145,12 @@ def _window_of_longer(
 
 
 def _window_of_last(rehearsal: Rehearsal, traces: Traces, seen: Rehearsed, iterations: int, length: int) -> int | None:
-    """The window in the last iterations. Without one they must be like those that were seen."""
+    """The window in the last iterations. Without one they must be like those that were seen.
+
+    Dynamo knows the lengths as numbers here: which branches a model has on them is not known.
+    """
+    if not traces.nodes:
+        return _compare_all(rehearsal, traces, seen, PINNED, iterations, length, traces.inlined).loop.window
     last = traces.few(max(length + iterations - seen.loop.iterations, 1))
     if last.loop.window is not None:
         return last.loop.window

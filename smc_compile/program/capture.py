@@ -15,7 +15,6 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from smc_compile.program.callables import own_code
 from smc_compile.program.dynamo_limits import without_limit
-from smc_compile.program.forced_run import models_as_they_are
 from smc_compile.program.guards import model_state
 from smc_compile.program.loop_finder import LoopFinder
 from smc_compile.program.lru import LRU
@@ -82,7 +81,7 @@ class Capture:
             return self._call(*args, **kwargs)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        with models_as_they_are(), without_limit():
+        with without_limit():
             models = reachable_models(self._function, [*args, *kwargs.values()])
             key = tuple(model_state(model) for model in models)
             self._answer.states = key if self._nodes else ()

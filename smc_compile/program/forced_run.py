@@ -24,8 +24,6 @@ from torch.overrides import TorchFunctionMode
 from smc_compile.errors import LoopError
 from smc_compile.program.callables import cells_of
 
-_lock = threading.RLock()  # the models of a run answer to it alone, and no trace of them is made meanwhile
-
 
 @dataclass
 class Outputs:
@@ -132,7 +130,7 @@ def forced_run(
     outputs: Outputs,
 ) -> Any:
     """What ``function`` returns when its models make it draw ``text``."""
-    with _lock, _uncompiled(function, args), answering(models, text, outputs), _Watched(text):
+    with _uncompiled(function, args), answering(models, text, outputs), _Watched(text):
         result = function(*args, **kwargs)
     text.require_last()
     if text.calls == 0 and not text.left:
@@ -170,13 +168,6 @@ class _Watched(TorchFunctionMode):
         if drawn and isinstance(result, Tensor) and result.numel() == self.text.drawn.shape[0]:
             self.text.picked.append(result.flatten().clone())
         return result
-
-
-@contextmanager
-def models_as_they_are() -> Iterator[None]:
-    """Inside, no run of another thread has its models replaced."""
-    with _lock:
-        yield
 
 
 @contextmanager

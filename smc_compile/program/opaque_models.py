@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
@@ -64,10 +64,26 @@ class Opaque:
             if not isinstance(value, Tensor | torch.SymInt | bool | int | float | str | torch.dtype | type(None)):
                 raise NotOpaque(f"{self.key} is called with {type(value).__name__}")
         length = _text_length(values)
-        sizes = (*kwargs, *(_marked(v, length) if isinstance(v, Tensor) else _plain(v, length) for v in values))
+        sizes = _sizes(kwargs, values, length)
         if sizes not in self._learned:
             self._learn(sizes, args, kwargs, length)
         return tuple((_at(shape, length), dtype, device) for shape, dtype, device in self._learned[sizes])
+
+    def check(self, args: Sequence[Any], kwargs: dict[str, Any], tensors: Sequence[Tensor], form: Hashable) -> None:
+        """Make sure that a call with data gave tensors as `shapes` said, where it was asked about such a call.
+
+        Raises:
+            NotOpaque: it did not: the loop around it may have been traced for other ones.
+        """
+        values = [*args, *kwargs.values()]
+        length = _text_length(values)
+        told = self._learned.get(_sizes(kwargs, values, length))
+        if told is None:
+            return
+        found = [(tuple(t.shape), t.dtype) for t in tensors]
+        wanted = [(_at(shape, length), dtype) for shape, dtype, _ in told]
+        if found != wanted or form != self._form:
+            raise NotOpaque(f"of {length} tokens {self.key} returns {found}, and its trace {wanted}")
 
     def _learn(self, sizes: Sizes, args: Sequence[Any], kwargs: dict[str, Any], text: Length) -> None:
         length = _hint(text)
@@ -202,8 +218,8 @@ def own_forward(module: nn.Module) -> Callable[..., Any]:
 
 
 @torch._dynamo.allow_in_graph
-def call_opaque(key: str, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-    """The tensors that the module of a key returns, without data.
+def call_opaque(key: str, grad: bool, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    """The tensors that the module of a key returns, without data. ``grad`` says whether gradients are on: it may ask.
 
     Raises:
         NotOpaque: it is called with data.
@@ -217,7 +233,7 @@ def call_opaque(key: str, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
 def _forward_of(key: str, module: weakref.ref[nn.Module], build: Build | None) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
-            tensors = call_opaque(key, *args, **kwargs)
+            tensors = call_opaque(key, torch.is_grad_enabled(), *args, **kwargs)
             return tensors[0] if build is None else build(tensors)
         real = module()
         assert real is not None
@@ -230,16 +246,23 @@ def _forward_of(key: str, module: weakref.ref[nn.Module], build: Build | None) -
 
 
 class _Tensors(nn.Module):
-    """The forward of a model, hooks apart, as the tensors of its result: what `call_opaque` stands for."""
+    """The forward of a model, hooks apart, as the tensors of its result: what `call_opaque` stands for.
 
-    def __init__(self, model: nn.Module) -> None:
+    A call has gradients on or off as the loop has. A trace has none, and is compared with calls.
+    """
+
+    def __init__(self, model: nn.Module, known: Opaque, grad: bool) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.known, self.grad = model, known, grad
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         tensors: list[Tensor] = []
-        taken_apart(own_forward(self.model)(*args, **kwargs), tensors)
-        return tuple(tensors)
+        called = not torch.compiler.is_compiling()
+        with torch.set_grad_enabled(self.grad and called):
+            _, form = taken_apart(own_forward(self.model)(*args, **kwargs), tensors)
+        if called:
+            self.known.check(args, kwargs, tensors, form)
+        return tuple(tensor.detach() for tensor in tensors)
 
 
 def with_models(step: fx.GraphModule) -> fx.GraphModule:
@@ -251,15 +274,15 @@ def with_models(step: fx.GraphModule) -> fx.GraphModule:
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(step.graph, copies))
     module = fx.GraphModule(step, graph, class_name="Step")
-    for number, key in enumerate(dict.fromkeys(node.args[0] for node in nodes)):
+    for number, (key, grad) in enumerate(dict.fromkeys(node.args[:2] for node in nodes)):
         known = _by_key.get(str(key))
         model = known.module() if known is not None else None
-        if model is None:
+        if known is None or model is None:
             raise NotOpaque(f"{key} is forgotten")
-        module.add_submodule(f"model_{number}", _Tensors(model))
-        for node in [copies[node] for node in nodes if node.args[0] == key]:
+        module.add_submodule(f"model_{number}", _Tensors(model, known, bool(grad)))
+        for node in [copies[node] for node in nodes if node.args[:2] == (key, grad)]:
             with graph.inserting_before(node):
-                called = graph.call_module(f"model_{number}", node.args[1:], node.kwargs)
+                called = graph.call_module(f"model_{number}", node.args[2:], node.kwargs)
             called.meta = dict(node.meta)
             node.replace_all_uses_with(called)
             graph.erase_node(node)
@@ -283,6 +306,11 @@ def _text_length(values: Sequence[Any]) -> Length:
         raise NotOpaque(f"sizes of one call are {' and '.join(map(str, symbols))}")
     numbers = (int(t.shape[-1]) for t in tensors if t.dim() and not t.dtype.is_floating_point)
     return next(iter(symbols.values())) if symbols else next(numbers, 0)
+
+
+def _sizes(names: Iterable[str], values: Sequence[Any], length: Length) -> Sizes:
+    """What tells calls apart whose results have other sizes; ``names`` are those of the last values."""
+    return (*names, *(_marked(v, length) if isinstance(v, Tensor) else _plain(v, length) for v in values))
 
 
 def _plain(value: Any, length: Length) -> tuple[Any, Any]:

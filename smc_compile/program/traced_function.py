@@ -252,6 +252,7 @@ class TracedFunction:
             everything,
             lambda length, n: everything(length, n, None),
             lambda loop: count.stretched(loop, iterations).outputs,
+            self._nodes,
         )
         start = Rehearsed(found, call.finder)
         return check_all_iterations(rehearsal, traces, start, doubt, iterations, prompt_length(bound))

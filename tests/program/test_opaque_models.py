@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ import torch
 from helpers.toys import TableLM
 from torch import Tensor, fx, nn
 
+from smc_compile import decode
+from smc_compile.errors import SMCError
 from smc_compile.program.capture import Capture
 from smc_compile.program.opaque_models import NotOpaque, call_opaque, own_forward, with_models
 
@@ -100,7 +103,7 @@ def test_arguments_that_are_no_tensors_have_shapes_of_their_own() -> None:
 def test_a_node_computes_nothing_itself() -> None:
     gm = captured(twice, Around(), IDS.clone())
     with pytest.raises(NotOpaque):
-        call_opaque(nodes_of(gm)[0].args[0], IDS)  # type: ignore[arg-type]
+        call_opaque(nodes_of(gm)[0].args[0], False, IDS)  # type: ignore[arg-type]
 
 
 # ---- a model is itself -----------------------------------------------------------------------------------------------
@@ -329,3 +332,99 @@ class ForOneLength(Around):
 def test_a_model_that_shows_one_length_alone_is_no_node() -> None:
     with pytest.raises(Exception, match="three tokens"):
         captured(twice, ForOneLength(), IDS.clone())
+
+
+# ---- a loop that is compiled with nodes ----------------------------------------------------------------------------
+
+
+class Gradients(Around):
+    """A model that computes something else where gradients are on."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits = self.model(ids)
+        return -logits if torch.is_grad_enabled() else logits
+
+
+def greedy(model: nn.Module, ids: Tensor, n: int) -> Tensor:
+    for _ in range(n):
+        ids = torch.cat([ids, model(ids)[:, -1].argmax(-1, keepdim=True)], 1)
+    return ids
+
+
+def greedy_without_gradients(model: nn.Module, ids: Tensor, n: int) -> Tensor:
+    for _ in range(n):
+        with torch.no_grad():
+            logits = model(ids)[:, -1]
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
+    return ids
+
+
+@pytest.mark.parametrize(
+    ("loop", "gradients"),
+    [(greedy, False), (greedy_without_gradients, True), (torch.no_grad()(greedy), True)],
+)
+def test_a_model_may_ask_for_gradients_where_the_loop_has_none(loop: Callable[..., Tensor], gradients: bool) -> None:
+    model = Gradients()
+    with torch.set_grad_enabled(gradients):
+        found = decode(loop, method="autoregressive", compiler="eager")(model, IDS, 5)
+        assert torch.equal(found, loop(model, IDS, 5))
+
+
+def test_where_the_loop_has_them_it_is_refused_also_after_calls_without() -> None:
+    compiled, model = decode(greedy, method="autoregressive", compiler="eager"), Gradients()
+    with torch.no_grad():
+        compiled(model, IDS, 5)
+    with pytest.raises(SMCError, match="something else while it is traced"):
+        compiled(model, IDS, 5)
+
+
+class OtherForms(Around):
+    """A model whose results have another form at some lengths of the text."""
+
+    def __init__(self, form: Callable[[Tensor], Any], at: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.form, self.at = form, at
+
+    def forward(self, ids: Tensor) -> Any:
+        logits = self.model(ids)
+        return self.form(logits) if self.at(ids.shape[1]) else logits
+
+
+def by_form(model: nn.Module, ids: Tensor, n: int) -> Tensor:
+    for _ in range(n):
+        logits = model(ids)
+        if isinstance(logits, tuple):
+            logits = -logits[0]
+        elif logits.dtype == torch.float64 or logits.shape[-1] != V or logits.shape[1] != ids.shape[1]:
+            logits = -logits
+        ids = torch.cat([ids, logits[:, -1, :V].argmax(-1, keepdim=True)], 1)
+    return ids
+
+
+LENGTHS: dict[str, Callable[[Any], Any]] = {
+    "from ten on": lambda length: length >= 10,
+    "one": lambda length: length == 11,
+    "some": lambda length: length in (10, 11, 12),
+    "by a table": lambda length: {10: True, 11: True}.get(length, False),
+    "by a list": lambda length: ([False] * 10 + [True] * 30)[length],
+    "by remainders": lambda length: length % 7 == 4,
+    "as a text": lambda length: len(str(length)) == 2,
+}
+FORMS: dict[str, Callable[[Tensor], Any]] = {
+    "dtype": lambda logits: logits.double(),
+    "vocabulary": lambda logits: torch.cat([logits, logits[..., :1] - 100], -1),
+    "positions": lambda logits: logits[:, -1:],
+    "structure": lambda logits: (logits,),
+    "none": lambda logits: -logits,
+}
+
+
+@pytest.mark.parametrize(("form", "at"), [*zip(itertools.cycle(FORMS), LENGTHS), ("none", "by a table")])
+def test_a_form_that_changes_with_the_length_is_never_lost(form: str, at: str) -> None:
+    model = OtherForms(FORMS[form], LENGTHS[at])
+    compiled = decode(by_form, method="autoregressive", compiler="eager")
+    try:
+        found = compiled(model, IDS, 12)
+    except SMCError:
+        return
+    assert torch.equal(found, by_form(model, IDS, 12))
