@@ -78,10 +78,10 @@ class CachedLM:
 
     Attributes:
         prefill: ``(ids [B, P], *weights) -> (row [B, V], prompt [B, H, P, d] per site...)``.
-        score: ``(tokens [R, T], positions [B, T], slots [T], keys [B, P+S], *prompts, *suffixes, *tables, *weights) ->
-            rows [R*T, V]``; writes the new tokens' keys and values into the suffixes ([R, H, S, d]) at ``slots`` in
-            place. ``positions`` say where the new tokens of each request stand, ``keys`` where its cached ones do; a
-            key later than every query (padding, a free slot) is one that the model's own causality hides.
+        score: ``(tokens [R, T], positions [B, T], slots [B, T], keys [B, P+S], *prompts, *suffixes, *tables,
+            *weights) -> rows [R*T, V]``; writes the new tokens' keys and values into the suffixes ([R, H, S, d]) at
+            ``slots`` in place. ``positions`` say where the new tokens of each request stand, ``keys`` where its cached
+            ones do; a key later than every query (padding, a free slot) is one that the model's own causality hides.
         advance: as ``score``, but only the last position's ``rows [R, V]``.
         tables: ``(length: int, *weights) -> [length-sized tensors]``, the token-free values, evaluated once a call.
         sites: the caches.

@@ -81,8 +81,8 @@ def replay(
         block = min(block, total - prompt - start)
         if block <= 0:
             break
-        slots = torch.arange(start, start + block, device=device)
-        positions = lengths[:, None] + slots  # [B, T]
+        slots = torch.arange(start, start + block, device=device).expand(batch, -1)  # [B, T]
+        positions = lengths[:, None] + slots
         tokens = ids.gather(1, positions)
         args = (positions, slots, keys, *prompts, *suffixes, *tables, *weights)
         copies = [s.clone() for s in suffixes]

@@ -30,6 +30,9 @@ class Options:
         lookahead: K, draft tokens per cycle; a cycle commits K+1 tokens ("speculative": 1 to K+1). "auto" chooses it.
         ess_floor: for "auto": effective particles that must be left at the end of a cycle.
         time_budget: for "auto": milliseconds that a token of a request may take, prefill apart.
+        max_divergence: end a block before the token at which draft and target part by more: the total variation
+            distance, averaged over the particles (see ``runtime/execution/cuts.py``). 1 never does. Models that carry
+            a state of their own cannot forget a token: they take 1 alone.
         ess_threshold: resample when the effective sample size falls below this share of N (0 never, 1 nearly always).
         resampling_method: "systematic", "stratified", "multinomial" or "residual".
         method: "smc"; "autoregressive" for the exact cached one-token loop; "speculative" for exact rejection
@@ -49,6 +52,7 @@ class Options:
     lookahead: int | str = 6
     ess_floor: float | None = None
     time_budget: float | None = None
+    max_divergence: float = 1.0
     ess_threshold: float = 0.5
     resampling_method: str = "systematic"
     method: str = "smc"
@@ -85,6 +89,7 @@ class Options:
         for name in ("n_particles", "lookahead"):
             if getattr(self, name) != AUTO:
                 _integer(name, getattr(self, name), 1, f'pass {name}=8 or {name}="{AUTO}"')
+        _number("max_divergence", self.max_divergence, 0.0, 1.0)
         _number("ess_threshold", self.ess_threshold, 0.0, 1.0)
         _choice("resampling_method", self.resampling_method, RESAMPLING_METHODS)
         _choice("method", self.method, METHODS)

@@ -20,7 +20,8 @@ class Stats:
     cycles: int = 0
     replayed: int = 0  # cycles that ran as one recorded graph; the seconds of their parts are not known
     resamplings: int = 0  # (request, cycle) pairs whose population was resampled
-    retries: int = 0  # (request, cycle) pairs drawn again because every particle had weight zero
+    cuts: int = 0  # (request, cycle) pairs whose block was cut where target and draft part
+    dropped: int = 0  # (request, cycle) pairs whose block was dropped: every particle would have had weight zero
     settled_early: int = 0  # (request, cycle) pairs in which ``max_lag`` drew an ancestor
     accepted: float = 0.0  # speculative: drafted tokens that became text, per (request, cycle) pair; K at most
     compactions: int = 0  # speculative: how often the cache dropped what was rejected
@@ -52,8 +53,8 @@ class Generation:
         sequences: [B, P+n] int64, one particle per request drawn in proportion to its weight.
         particles: [B, N, P+n] int64.
         log_weights: [B, N], unnormalised, since the last resampling.
-        log_evidence: [B], log of an unbiased estimate of the evidence (1 for a normalised target). A cycle drawn again
-            (``stats.retries``) divides it by the number of tries, which overestimates.
+        log_evidence: [B], log of an estimate of the evidence, which is 1. It is unbiased but where a block was dropped
+            (``stats.dropped``), which overestimates.
         ess: [B, C], effective sample size at the end of each cycle, before resampling; NaN in the cycles after a
             request finished.
         ancestors: [B, C, N] int64, the particle each particle descends from at each cycle (identity: no resampling).
@@ -87,6 +88,23 @@ class Generation:
     def program(self) -> Any:
         """The program that answered; None once it is no longer kept. Copies and pickles do not know it."""
         return self._program() if self._program is not None else None
+
+    @property
+    def kl_bound(self) -> Tensor:
+        """[B], nats: an estimate that bounds how far the law of ``sequences`` is from the target's.
+
+        Its mean over runs is at least the Kullback-Leibler divergence of the one from the other. SMC draws from a law Q
+        on all its random numbers; with the target in the place of one particle's text it is P, and dP / dQ is the
+        estimated evidence Z. So KL(Q || P) = -E[log Z], and the text alone cannot be further off (Andrieu, Doucet and
+        Holenstein, "Particle Markov chain Monte Carlo methods", 2010, has P). One run's value scatters, and may be
+        negative. The exact methods have 0.
+        """
+        return -self.log_evidence
+
+    @property
+    def kl_bound_per_token(self) -> Tensor:
+        """[B], ``kl_bound`` over the mean number of new tokens of the particles."""
+        return self.kl_bound / self.particle_lengths.double().mean(1).clamp_min(1)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_program"}

@@ -15,8 +15,11 @@ from smc_compile.passes.cache.position_tables import to_rows
 
 
 def write_cache(suffix: Tensor, slots: Tensor, new: Tensor) -> Tensor:
-    """Put ``new`` [R, H, T, d] into ``suffix`` [R, H, S, d] at positions ``slots`` [T], in place."""
-    return suffix.index_copy_(2, slots, new)
+    """Put ``new`` [R, H, T, d] into ``suffix`` [R, H, S, d] at positions ``slots`` [B, T], in place."""
+    r, _, t, _ = new.shape
+    b = slots.shape[0]
+    own = slots[:, None].expand(b, r // b, t).reshape(r, 1, t, 1)
+    return suffix.scatter_(2, own.expand_as(new), new)
 
 
 def scores_over_cache(query: Tensor, prompt: Tensor, suffix: Tensor) -> Tensor:

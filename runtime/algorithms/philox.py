@@ -52,7 +52,8 @@ def philox(counter: Words4, key: Words2) -> Words4:
 def uniforms(seeds: Tensor, n_particles: int, steps: Tensor, purpose: int | Tensor) -> Tensor:
     """Uniforms in [0, 1), float64 [B, N, T], multiples of 2^-53.
 
-    seeds: [B] int64, any value, negative ones too.  steps: [T] int64 in [0, 2^32).  purpose: one for all, or [B].
+    seeds: [B] int64, any value, negative ones too.  steps: [T] or [B, T] int64 in [0, 2^32).  purpose: one
+    for all, or [B].
 
     Key: the two halves of the seed. Counter: (particle, step, purpose, 0). Hence the value at (seed, particle, step)
     does not depend on B, N or T.
@@ -60,7 +61,7 @@ def uniforms(seeds: Tensor, n_particles: int, steps: Tensor, purpose: int | Tens
     seeds = seeds[:, None, None]  # [B, 1, 1]
     key = (seeds & _WORD, (seeds >> 32) & _WORD)  # the shift is arithmetic, the mask drops the copies of the sign
     particles = torch.arange(n_particles, device=seeds.device)[None, :, None]  # [1, N, 1]
-    steps = (steps & _WORD)[None, None, :]  # [1, 1, T]
+    steps = (steps & _WORD).view(-1, 1, steps.shape[-1])  # [1 or B, 1, T]
     zero = torch.zeros_like(steps)
     purpose = purpose[:, None, None] if isinstance(purpose, Tensor) else purpose
     x0, x1, _, _ = philox((particles, steps, zero + purpose, zero), key)  # each [B, N, T]

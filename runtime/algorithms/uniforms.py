@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from smc_compile.runtime.algorithms import philox
+from smc_compile.runtime.algorithms.philox import ACCEPT, PROPOSE, RESAMPLE, SELECT, SETTLE, TARGET
 from smc_compile.runtime.algorithms.tensors import packed
 
-ATTEMPT = 8  # added to a purpose for each further try of a cycle; more than there are purposes
+AGAIN = 8  # added to a purpose after each block that was dropped for what was drafted; more than there are purposes
 
 
 class Streams:
@@ -18,31 +19,35 @@ class Streams:
 
     def __init__(self, seeds: Tensor, n: int, tokens: int, cycles: int) -> None:
         self.seeds, self._n = seeds, n
-        self._draft = uniforms(seeds, n, tokens + 1, philox.PROPOSE)  # [B, N, G], indexed by generated token
-        self._target = uniforms(seeds, n, tokens + 1, philox.TARGET)
-        self._resample = uniforms(seeds, n, max(cycles, 1), philox.RESAMPLE)  # [B, N, C]
+        self._draft = uniforms(seeds, n, tokens + 1, PROPOSE)  # [B, N, G], indexed by generated token
+        self._target = uniforms(seeds, n, tokens + 1, TARGET)
+        self._resample = uniforms(seeds, n, max(cycles, 1), RESAMPLE)  # [B, N, C]
 
     def first(self) -> Tensor:
         """For the first token: [B, N]."""
         return self._target[:, :, 0]
 
-    def cycle(self, start: int, k: int, tries: Tensor) -> tuple[Tensor, Tensor]:
-        """For generated tokens start+1 .. start+k [R, K] and the bonus after them [R].
+    def cycle(self, generated: Tensor, k: int, dropped: Tensor) -> tuple[Tensor, Tensor]:
+        """For K drafted tokens behind the ``generated`` [B] ones [R, K], and for the target's token behind 0 .. K of
+        them [R, K+1].
 
-        tries: [B], from 1; each try has other uniforms.
+        A token that is cut off leaves its uniform to the next one in its place, since no decision has read it. After
+        a block was ``dropped`` [B] for what it held, all uniforms are others.
         """
-        draft = self._draft[:, :, start + 1 : start + k + 1]
-        bonus = self._target[:, :, start + k + 1]
-        if bool((tries > 1).any()):
-            steps = torch.arange(start + 1, start + k + 2, device=tries.device)
-            later = ATTEMPT * (tries - 1)  # [B]
-            draft = philox.uniforms(self.seeds, self._n, steps[:-1], philox.PROPOSE + later)
-            bonus = philox.uniforms(self.seeds, self._n, steps[-1:], philox.TARGET + later)
-        return draft.flatten(0, 1), packed(bonus.flatten())
+        steps = generated[:, None] + torch.arange(k + 1, device=generated.device)  # [B, K+1]
+        if bool(dropped.any()):
+            drawn = (philox.uniforms(self.seeds, self._n, steps, p + AGAIN * dropped) for p in (PROPOSE, TARGET))
+            draft, target = (values.flatten(0, 1) for values in drawn)
+            return draft[:, :k], target
+        draft, target = (
+            values.gather(2, steps[:, None].expand(-1, self._n, -1)).flatten(0, 1)
+            for values in (self._draft, self._target)
+        )
+        return draft[:, :k], target
 
-    def token(self, generated: int) -> Tensor:
-        """For generated token number ``generated``, when tokens are drawn one by one: [R]."""
-        return packed(self._target[:, :, generated].flatten())
+    def token(self, generated: Tensor) -> Tensor:
+        """For the token behind the ``generated`` [B] ones, when tokens are drawn one by one: [R]."""
+        return packed(self.cycle(generated, 0, torch.zeros_like(generated))[1][:, 0])
 
     def resample(self, cycle: int) -> Tensor:
         """For the ancestors of a cycle: [B, N]."""
@@ -50,11 +55,11 @@ class Streams:
 
     def settle(self, cycle: int) -> Tensor:
         """For the ancestor that is drawn for old tokens (see ``settle_old``): [B]."""
-        return self._one(cycle, philox.SETTLE)
+        return self._one(cycle, SETTLE)
 
     def select(self) -> Tensor:
         """For the particle that becomes the answer: [B]."""
-        return self._one(0, philox.SELECT)
+        return self._one(0, SELECT)
 
     def _one(self, step: int, purpose: int) -> Tensor:
         return philox.uniforms(self.seeds, 1, torch.full((1,), step, device=self.seeds.device), purpose)[:, 0, 0]
@@ -70,20 +75,25 @@ class Streams:
 def of_cycle(n: int, k: int) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """A function with the values of ``Streams`` for one cycle, whose number is a tensor: for recorded graphs."""
 
-    def cycle_uniforms(seeds: Tensor, generated: Tensor, cycle: Tensor, tries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """For x_1 .. x_K [R, K], the bonus [R] and the ancestors [B, N]. seeds, tries: [B]; generated, cycle: []."""
-        steps, later = generated + torch.arange(k + 1, device=seeds.device), ATTEMPT * (tries - 1)
-        draft = philox.uniforms(seeds, n, steps[:-1], philox.PROPOSE + later)
-        bonus = philox.uniforms(seeds, n, steps[-1:], philox.TARGET + later)
-        ancestors = philox.uniforms(seeds, n, cycle[None], philox.RESAMPLE)
-        return draft.flatten(0, 1), bonus.flatten(), ancestors[:, :, 0].contiguous()
+    def cycle_uniforms(
+        seeds: Tensor, generated: Tensor, dropped: Tensor, cycle: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """For x_1 .. x_K [R, K], the target's tokens [R, K+1] and the ancestors [B, N].
+
+        seeds, generated, dropped: [B]; cycle: [].
+        """
+        steps, later = generated[:, None] + torch.arange(k + 1, device=seeds.device), AGAIN * dropped
+        draft = philox.uniforms(seeds, n, steps[:, :-1], PROPOSE + later)
+        target = philox.uniforms(seeds, n, steps, TARGET + later)
+        ancestors = philox.uniforms(seeds, n, cycle[None], RESAMPLE)
+        return draft.flatten(0, 1), target.flatten(0, 1), ancestors[:, :, 0].contiguous()
 
     return cycle_uniforms
 
 
 def of_token(seeds: Tensor, generated: Tensor) -> Tensor:
-    """As ``Streams.token`` for one particle, where the token's number ``generated`` [] is a tensor: [B]."""
-    return philox.uniforms(seeds, 1, generated[None], philox.TARGET).flatten()
+    """As ``Streams.token`` for one particle, for recorded graphs. seeds, generated: [B] -> [B]."""
+    return philox.uniforms(seeds, 1, generated[:, None], TARGET).flatten()
 
 
 def uniforms(seeds: Tensor, n: int, steps: int, purpose: int) -> Tensor:
@@ -99,9 +109,9 @@ class RejectionStreams:
 
     def __init__(self, seeds: Tensor, n: int, k: int, cycles: int) -> None:
         self._k = k
-        self._draft = uniforms(seeds, n, cycles * k, philox.PROPOSE)  # [B, N, C*K]
-        self._accept = uniforms(seeds, n, cycles * k, philox.ACCEPT)
-        self._target = uniforms(seeds, 1, cycles + 1, philox.TARGET)[:, 0]  # [B, C+1]; the first token took step 0
+        self._draft = uniforms(seeds, n, cycles * k, PROPOSE)  # [B, N, C*K]
+        self._accept = uniforms(seeds, n, cycles * k, ACCEPT)
+        self._target = uniforms(seeds, 1, cycles + 1, TARGET)[:, 0]  # [B, C+1]; the first token took step 0
 
     def draft(self, cycle: int) -> Tensor:
         """For x_1 .. x_K: [R, K]."""

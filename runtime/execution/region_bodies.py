@@ -6,7 +6,8 @@ state)``. Resampling copies rows of ``state``; ``context`` is shared by all part
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from smc_compile.runtime.algorithms.next_token import Mixture, NextTokenDistribution, broken, pick
 from smc_compile.runtime.algorithms.sampling import sample_inverse_cdf
+from smc_compile.runtime.execution.cuts import tokens_kept
 from smc_compile.runtime.state.region_types import EosIds, Forward, Places, Settings, State, is_eos
 
 
@@ -31,27 +33,32 @@ def run_model(forward: Forward) -> Callable[..., tuple[Tensor, State]]:
     return model_rows
 
 
-def choose(distribution: NextTokenDistribution | Mixture) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """From the logits [R, V] after ``tokens`` [R, T]: the next token, its log-probability, ended, undefined; [R] each.
+class Chosen(NamedTuple):
+    """One token of every row: [R] each but ``log_probs``."""
 
-    Rows that have ended get padding. A row is undefined where NaN is in its distribution and it has not ended.
-    """
+    token: Tensor  # padding in rows that have ended
+    log_p: Tensor  # its log-probability
+    ended: Tensor  # bool: the text ends before it
+    undefined: Tensor  # bool: NaN in the distribution of a row that has not ended
+    log_probs: Tensor | None  # [R, V], that it was drawn from; where asked for
+
+
+def choose(distribution: NextTokenDistribution | Mixture, whole: bool = False) -> Callable[..., Chosen]:
+    """A token from the logits [R, V] after ``tokens`` [R, T]; ``whole``: with the distribution."""
     greedy = distribution.kind == "greedy"
 
     def choose_token(
         rows: Tensor, tokens: Tensor, ended: Tensor, eos_ids: EosIds, settings: Settings, u: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> Chosen:
         log_p = distribution.log_probs(rows, {name: value[:, None] for name, value in settings.items()})
         ended = ended | is_eos(tokens[:, -1:], eos_ids)[:, 0]
         token = torch.where(ended, eos_ids.pad, draw(log_p, u, greedy))
-        return token, pick(log_p, token), ended, broken(log_p) & ~ended
+        return Chosen(token, pick(log_p, token), ended, broken(log_p) & ~ended, log_p if whole else None)
 
     return choose_token
 
 
-def step(
-    forward: Forward, chosen: Callable[..., tuple[Tensor, ...]]
-) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, State]]:
+def step(forward: Forward, chosen: Callable[..., Chosen]) -> Callable[..., tuple[Chosen, State]]:
     """One token of every row: the model, then ``choose``."""
 
     def next_token(
@@ -63,55 +70,84 @@ def step(
         places: Places,
         state: State,
         context: Any,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, State]:
+    ) -> tuple[Chosen, State]:
         rows, state = forward(tokens, places, state, context)  # rows: [R, V]
-        token, log_p, ended, bad = chosen(rows, tokens, ended, eos_ids, settings, u)
-        return token, log_p, ended, bad, state
+        return chosen(rows, tokens, ended, eos_ids, settings, u), state
 
     return next_token
 
 
 class Judged(NamedTuple):
-    """How the target judges a block x_0 .. x_K."""
+    """How the target judges a block x_0 .. x_K.
+
+    Of a block, the first ``width`` - 1 drafted tokens are kept, and one token of the target follows them.
+    """
 
     increments: Tensor  # [R] float64, added to the log weights
-    tokens: Tensor  # [R, K+1]: x_1 .. x_K and the bonus token; padding after an end
+    tokens: Tensor  # [R, K+1]: the kept tokens and the target's; padding after an end, anything after ``width``
     log_p: Tensor  # [R, K+1] float64, of these tokens under the target; 0 where they do not count
     over: Tensor  # [R, K+1] bool: the sequence ends with x_k or before
     undefined: Tensor  # [R] bool: NaN in the distribution of a token that counts
+    width: Tensor  # [B], tokens that the block adds
+    dropped: Tensor  # [B] bool: no drafted token is kept, since every particle would have weight zero
 
 
-def judge(distribution: NextTokenDistribution) -> Callable[..., Judged]:
-    """From the target's logits [R*(K+1), V] over a block: weight increments, the bonus token, ended and undefined rows.
+def judge(
+    distribution: NextTokenDistribution, max_divergence: float = 1.0, rolls_back: bool = True
+) -> Callable[..., Judged]:
+    """From the target's logits [R*(K+1), V] over a block: what is kept of it, weight increments and the next token.
 
     A token counts unless it comes after the end of a sequence or after the last wanted one. The others add nothing to
-    the weights; neither does the bonus token, since it is drawn from the target itself.
+    the weights; neither does the last token, since it is drawn from the target itself.
+
+    Args:
+        max_divergence: a block is cut where target and draft part by more (see ``execution/cuts.py``); 1 never cuts.
+        rolls_back: whether caches may forget a token. Else all blocks are kept whole.
     """
+    cuts = rolls_back and max_divergence < 1
 
     def judge_block(
         rows: Tensor,
         block: Tensor,  # [R, K+1]: x_0 .. x_K
         log_q: Tensor,  # [R, K] of x_1 .. x_K
+        proposed: Sequence[Tensor],  # K times [R, V], log-probabilities that they were drawn from; none without cuts
+        log_w: Tensor,  # [B, N], before the block
         ended: Tensor,  # [R]
         stops: Tensor,  # [R, K+1] bool: the text ends with x_k for another reason than its token
         eos_ids: EosIds,
         remaining: Tensor,  # [R], tokens still wanted after x_0
         settings: Settings,
-        u: Tensor,  # [R]
+        u: Tensor,  # [R, K+1], for the target's token behind 0 .. K drafted ones
     ) -> Judged:
-        r, width = block.shape
+        (r, width), (batch, n) = block.shape, log_w.shape
         spread = {name: value[:, None].expand(r, width).reshape(-1, 1) for name, value in settings.items()}
         log_p = distribution.log_probs(rows, spread).view(r, width, -1)
         over = ended[:, None] | ((is_eos(block, eos_ids) | stops).int().cumsum(1) > 0)
-        wanted = torch.arange(1, width, device=block.device) <= remaining[:, None]
-        counts = ~over[:, :-1] & wanted  # [R, K]
+        place = torch.arange(width, device=block.device)
+        counts = ~over & (place < remaining[:, None])  # [R, K+1], of the token behind x_k
         of_drafted = pick(log_p[:, :-1], block[:, 1:]).double()
-        increments = torch.where(counts, of_drafted - log_q.double(), 0.0).sum(1)
-        bonus = draw(log_p[:, -1], u, False)
-        tokens = torch.where(over, eos_ids.pad[:, None], torch.cat([block[:, 1:], bonus[:, None]], 1))
-        live = torch.cat([counts, ~over[:, -1:] & (remaining[:, None] > width - 1)], 1)
-        of_tokens = torch.cat([of_drafted, pick(log_p[:, -1], bonus).double()[:, None]], 1)
-        return Judged(increments, tokens, torch.where(live, of_tokens, 0.0), over, (broken(log_p) & live).any(1))
+        steps = torch.where(counts[:, :-1], of_drafted - log_q.double(), 0.0)  # [R, K]
+
+        kept = torch.full((batch,), width - 1, device=block.device)
+        if cuts:
+            kept = tokens_kept(log_p, proposed, counts[:, :-1], steps, log_w, max_divergence)
+        increments = torch.where(place[:-1] < kept.repeat_interleave(n)[:, None], steps, 0.0).sum(1)
+        dropped = torch.zeros_like(kept, dtype=torch.bool)
+        if rolls_back:
+            dropped = (log_w + increments.view(batch, n) == -math.inf).all(1)
+            kept = torch.where(dropped, 0, kept)
+            increments = torch.where(dropped.repeat_interleave(n), 0.0, increments)
+
+        at = kept.repeat_interleave(n)[:, None]  # [R, 1]
+        log_last = log_p.gather(1, at[:, :, None].expand(-1, -1, log_p.shape[-1]))[:, 0] if rolls_back else log_p[:, -1]
+        last = draw(log_last, u.gather(1, at)[:, 0], False)[:, None]  # [R, 1]
+        drafted = torch.cat([block[:, 1:], last], 1)
+        tokens = torch.where(over, eos_ids.pad[:, None], torch.where(place == at, last, drafted))
+        of_last = pick(log_last, last[:, 0]).double()[:, None]
+        of_tokens = torch.where(place == at, of_last, torch.cat([of_drafted, of_last], 1))
+        live = counts & (place <= at)
+        undefined = (broken(log_p) & live).any(1)
+        return Judged(increments, tokens, torch.where(live, of_tokens, 0.0), over, undefined, kept + 1, dropped)
 
     return judge_block
 
@@ -122,6 +158,8 @@ def score(forward: Forward, judged: Callable[..., Judged]) -> Callable[..., tupl
     def score_block(
         block: Tensor,
         log_q: Tensor,
+        proposed: Sequence[Tensor],
+        log_w: Tensor,
         ended: Tensor,
         stops: Tensor,
         eos_ids: EosIds,
@@ -133,6 +171,6 @@ def score(forward: Forward, judged: Callable[..., Judged]) -> Callable[..., tupl
         context: Any,
     ) -> tuple[Judged, State]:
         rows, state = forward(block, places, state, context)  # rows: [R*(K+1), V]
-        return judged(rows, block, log_q, ended, stops, eos_ids, remaining, settings, u), state
+        return judged(rows, block, log_q, proposed, log_w, ended, stops, eos_ids, remaining, settings, u), state
 
     return score_block

@@ -14,18 +14,20 @@ from smc_compile.runtime.algorithms.next_token import NextTokenDistribution
 from smc_compile.runtime.algorithms.uniforms import of_token
 from smc_compile.runtime.execution.incremental import RuntimeModel
 from smc_compile.runtime.execution.region import Region, compiled_apart
-from smc_compile.runtime.execution.region_bodies import choose, run_model, step
+from smc_compile.runtime.execution.region_bodies import Chosen, choose, run_model, step
 from smc_compile.runtime.execution.text_processors import TextProcessors
 from smc_compile.runtime.sessions.begin import Method, begin
 from smc_compile.runtime.sessions.cycle import Status, where_sound
+from smc_compile.runtime.sessions.ragged_texts import after_processors, stops
 from smc_compile.runtime.sessions.replay import Answer, Asked, Record, Replay, replays
-from smc_compile.runtime.sessions.run import Run, after_processors, cycles, drive, not_finite, stops
+from smc_compile.runtime.sessions.run import Run, cycles, drive, not_finite
 from smc_compile.runtime.state.particles import (
     CycleState,
     Particles,
     all_finished,
     ends_at_pending,
     ends_within,
+    pending,
     write_block,
 )
 from smc_compile.runtime.state.region_types import EosIds, State, is_eos
@@ -86,7 +88,7 @@ class AutoregressiveSession:
         undefined, run.reported = self._replayed(run) if replays(self._replay, run.request) else self._from_host(run)
         if undefined.any():
             raise not_finite(undefined, run.request, run.p.generated)
-        run.p.state = run.p.state._replace(generated=run.p.generated + 1)
+        run.p.made = run.p.made + 1
 
     def _token(
         self, run: Run, state: CycleState, u: Tensor, end: Callable[..., EndOfToken]
@@ -96,49 +98,48 @@ class AutoregressiveSession:
         As a cycle of SMC it is called from the host and recorded, and writes texts and caches in place.
         """
         generated, particles = state.generated, state.particles
-        last = torch.arange(1, device=run.keys.device) + (generated - 1)
-        tokens = state.texts.tokens.index_select(1, last)
-        token, log_p, over, bad, caches = self._drawn(run, state, tokens, u)
+        tokens = pending(state.texts.tokens, generated)
+        (token, log_p, over, bad, _), caches = self._drawn(run, state, tokens, u)
         write_block(state.texts, token[:, None], torch.where(over, 0.0, log_p.double())[:, None], generated)
-        stopped = stops(run, token[:, None], 1)[:, 0]
+        stopped = stops(run, token[:, None], torch.ones_like(generated))[:, 0]
         after = end(over, bad, stopped, particles, token, run.eos_ids, run.request.new_tokens, generated)
         return after, caches
 
-    def _drawn(
-        self, run: Run, state: CycleState, tokens: Tensor, u: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, State]:
+    def _drawn(self, run: Run, state: CycleState, tokens: Tensor, u: Tensor) -> tuple[Chosen, State]:
         """What ``step`` returns for the pending ``tokens`` [R, 1], text processors included."""
         ended = state.particles.ended | state.particles.stopped
         places, given = run.places(state.generated - 1, 1), (tokens, ended, run.eos_ids, run.settings, u)
         if not self._text_processors:
-            drawn: tuple[Tensor, Tensor, Tensor, Tensor, State]
+            drawn: tuple[Chosen, State]
             drawn = self._step(*given, places, state.target, run.contexts[0])
             return drawn
         rows, caches = self._step(tokens, places, state.target, run.contexts[0])
         live = ~(ended | is_eos(tokens, run.eos_ids)[:, 0]) & (run.remaining(state.generated) > 0)
         rows = after_processors(run, self._distribution, rows[:, None], run.no_tokens, live[:, None])[:, 0]
-        return (*self._choose(rows, *given), caches)
+        return self._choose(rows, *given), caches
 
     def _from_host(self, run: Run) -> tuple[Tensor, Tensor]:
         """One token. Returns which distributions are undefined [B], and which requests have finished [B]."""
         state = run.p.state
-        after, caches = self._token(run, state, run.streams.token(run.p.generated), end_of_token)
-        run.p.state = state._replace(particles=after.particles, target=caches or state.target)
+        after, caches = self._token(run, state, run.streams.token(state.generated), end_of_token)
+        run.p.state = CycleState(
+            state.texts, after.particles, state.weights, caches or state.target, state.draft, after.generated
+        )
         return after.undefined, after.finished
 
     def _replayed(self, run: Run) -> tuple[Tensor, Tensor]:
         """As ``_from_host``, in one recorded piece."""
         assert self._replay is not None
-        status, _ = self._replay(run, 0, torch.ones(run.request.batch, dtype=torch.int64))
+        status, _ = self._replay(run, 0)
         run.stats.replayed += status.sound
-        return status.undefined, status.finished
+        return status.undefined > 0, status.finished > 0
 
     def _on_device(self, run: Run, asked: Asked, answer: Answer, _: RowCopy) -> None:
         """What is recorded: a token whose next state is written over the one before."""
-        state = run.p.state._replace(generated=asked.generated)
-        u = self._uniforms(run.streams.seeds, asked.generated)
+        state = run.p.state
+        u = self._uniforms(run.streams.seeds, state.generated)
         after, _ = self._token(run, state, u, self._close)
-        state.write(state._replace(particles=after.particles))
+        state.write(state._replace(particles=after.particles, generated=after.generated))
         heard = Status(*answer.status)  # nothing is drafted, weighed or resampled: the other fields stay False
         heard.undefined.copy_(after.undefined)
         heard.finished.copy_(after.finished)
@@ -156,6 +157,7 @@ class EndOfToken(NamedTuple):
     """What came of a token."""
 
     particles: Particles  # the next ones; those before where a distribution is undefined
+    generated: Tensor  # [B], with it
     undefined: Tensor  # [B] bool: the distribution of a token that counts is NaN
     finished: Tensor  # [B] bool: the text has ended, or the cap is reached
 
@@ -168,11 +170,11 @@ def end_of_token(
     token: Tensor,  # [B], the new one
     eos_ids: EosIds,
     new_tokens: Tensor,  # [B]
-    generated: int | Tensor,  # before it
+    generated: Tensor,  # [B], before it
 ) -> EndOfToken:
     """Commit a token."""
     undefined = bad & (new_tokens > generated)
-    length, ended = ends_within(particles.length, particles.ended, over[:, None], generated)
+    length, ended = ends_within(particles.length, particles.ended, over[:, None], generated, torch.ones_like(generated))
     after = Particles(*where_sound(~undefined.any(), Particles(ended, stopped, length), particles))
     lengths = ends_at_pending(after, token[:, None], eos_ids, generated + 1)
-    return EndOfToken(after, undefined, all_finished(lengths, 1, generated + 1, new_tokens))
+    return EndOfToken(after, generated + 1, undefined, all_finished(lengths, 1, generated + 1, new_tokens))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from smc_compile.errors import InputError
@@ -19,8 +20,9 @@ from smc_compile.runtime.execution.region import Region
 from smc_compile.runtime.execution.region_bodies import draw
 from smc_compile.runtime.execution.text_processors import TextProcessors
 from smc_compile.runtime.sessions.clock import Clock
+from smc_compile.runtime.sessions.ragged_texts import ask
 from smc_compile.runtime.sessions.replay import Replay, in_shape, replays
-from smc_compile.runtime.sessions.run import Run, first_distribution, require_distribution, stops
+from smc_compile.runtime.sessions.run import Run, first_distribution, require_distribution
 from smc_compile.runtime.state.particles import CycleState
 from smc_compile.runtime.state.population import Population
 from smc_compile.runtime.state.request import Request
@@ -99,7 +101,7 @@ def begin(
     run = Run(
         asked=asked,
         request=request,
-        p=Population(n, state),
+        p=Population(n, state, torch.ones(request.batch, dtype=torch.int64)),
         streams=streams,
         contexts=list(contexts),
         keys=mark_dynamic(request.key_positions(size), 1),
@@ -109,8 +111,10 @@ def begin(
         outcomes=[],
         watcher=Watcher(request.watch) if request.watch is not None else None,
     )
-    stopped = stops(run, run.no_tokens, 1)[:, 0]
-    run.p.state = state._replace(particles=state.particles._replace(stopped=stopped))
+    if request.stop is not None:
+        text = torch.cat([request.ids.repeat_interleave(n, 0), first.view(-1, 1)], 1)
+        stopped = ask(request.stop, text, request.rows(n))
+        run.p.state = state._replace(particles=state.particles._replace(stopped=stopped))
     return Begun(run, log_p, list(rows))
 
 

@@ -6,16 +6,32 @@ it has not read, and the bonus. A region compiles for one width, so there are tw
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from smc_compile.runtime.algorithms.next_token import Mixture, NextTokenDistribution
 from smc_compile.runtime.execution.incremental import RuntimeModel
 from smc_compile.runtime.execution.region import Region, compiled_apart
-from smc_compile.runtime.execution.region_bodies import Judged, choose, judge, run_model, score, step
+from smc_compile.runtime.execution.region_bodies import Chosen, Judged, choose, judge, run_model, score, step
 from smc_compile.runtime.sessions.cycle import Drafting
-from smc_compile.runtime.sessions.run import Run, after_processors
+from smc_compile.runtime.sessions.ragged_texts import after_processors
+from smc_compile.runtime.sessions.run import Run
 from smc_compile.runtime.state.region_types import Places, Settings, State, is_eos
+
+
+class Cuts(NamedTuple):
+    """How ``judge`` may shorten a block: its arguments."""
+
+    max_divergence: float
+    rolls_back: bool
+
+    @property
+    def any(self) -> bool:
+        """Whether a block may be cut for what its distributions are."""
+        return self.rolls_back and self.max_divergence < 1
 
 
 class FusedPair:
@@ -28,9 +44,10 @@ class FusedPair:
         distribution: NextTokenDistribution,
         draft_distribution: NextTokenDistribution | Mixture,
         compiler: str,
+        cuts: Cuts,
     ) -> None:
-        chosen = compiled_apart(choose(draft_distribution), "draft_choose", compiler, draft.whole)
-        judged = compiled_apart(judge(distribution), "judge", compiler, target.whole)
+        chosen = compiled_apart(choose(draft_distribution, cuts.any), "draft_choose", compiler, draft.whole)
+        judged = compiled_apart(judge(distribution, *cuts), "judge", compiler, target.whole)
         self._head = Region("draft_head", step(draft.advance, chosen), compiler, draft.whole)
         self._step = Region("draft_step", step(draft.advance, chosen), compiler, draft.whole)
         self._score = Region("score", score(target.score, judged), compiler, target.whole)
@@ -41,18 +58,19 @@ class FusedPair:
 
     def draft_token(
         self, run: Run, at: Drafting, remaining: Tensor, settings: Settings, u: Tensor, places: Places
-    ) -> tuple[Tensor, Tensor, Tensor, State]:
+    ) -> tuple[Chosen, State]:
         region = self._head if at.tokens.shape[1] == 2 else self._step
-        token, log_q, ended, _, caches = region(
-            at.tokens, at.ended, run.eos_ids, settings, u, places, at.caches, run.contexts[1]
-        )
-        return token, log_q, ended, caches
+        given = (at.tokens, at.ended, run.eos_ids, settings, u)
+        drafted: tuple[Chosen, State] = region(*given, places, at.caches, run.contexts[1])
+        return drafted
 
     def judge(
         self,
         run: Run,
         block: Tensor,
         log_q: Tensor,
+        proposed: Sequence[Tensor],
+        log_w: Tensor,
         ended: Tensor,
         stopped: Tensor,
         remaining: Tensor,
@@ -60,7 +78,7 @@ class FusedPair:
         places: Places,
         caches: State,
     ) -> tuple[Judged, State]:
-        given = (block, log_q, ended, stopped, run.eos_ids, remaining, run.settings, u)
+        given = (block, log_q, proposed, log_w, ended, stopped, run.eos_ids, remaining, run.settings, u)
         judged, after = self._score(*given, places, caches, run.contexts[0])
         return judged, after
 
@@ -78,13 +96,14 @@ class ProcessedPair:
         distribution: NextTokenDistribution,
         draft_distribution: NextTokenDistribution | Mixture,
         compiler: str,
+        cuts: Cuts,
     ) -> None:
         self._distribution, self._draft_distribution = distribution, draft_distribution
         self._head = Region("draft_head", run_model(draft.advance), compiler, draft.whole)
         self._step = Region("draft_step", run_model(draft.advance), compiler, draft.whole)
-        self._choose = Region("draft_choose", choose(draft_distribution), compiler)
+        self._choose = Region("draft_choose", choose(draft_distribution, cuts.any), compiler)
         self._score = Region("score", run_model(target.score), compiler, target.whole)
-        self._judge = Region("judge", judge(distribution), compiler)
+        self._judge = Region("judge", judge(distribution, *cuts), compiler)
 
     @property
     def regions(self) -> list[Region]:
@@ -92,20 +111,21 @@ class ProcessedPair:
 
     def draft_token(
         self, run: Run, at: Drafting, remaining: Tensor, settings: Settings, u: Tensor, places: Places
-    ) -> tuple[Tensor, Tensor, Tensor, State]:
+    ) -> tuple[Chosen, State]:
         region = self._head if at.tokens.shape[1] == 2 else self._step
         rows, caches = region(at.tokens, places, at.caches, run.contexts[1])
         drafted = torch.stack(at.block[1:], 1) if len(at.block) > 1 else run.no_tokens  # [R, k]
         live = ~(at.ended | is_eos(at.tokens[:, -1:], run.eos_ids)[:, 0]) & (remaining > drafted.shape[1])
         rows = after_processors(run, self._draft_distribution, rows[:, None], drafted, live[:, None])[:, 0]
-        token, log_q, ended, _ = self._choose(rows, at.tokens, at.ended, run.eos_ids, settings, u)
-        return token, log_q, ended, caches
+        return self._choose(rows, at.tokens, at.ended, run.eos_ids, settings, u), caches
 
     def judge(
         self,
         run: Run,
         block: Tensor,
         log_q: Tensor,
+        proposed: Sequence[Tensor],
+        log_w: Tensor,
         ended: Tensor,
         stopped: Tensor,
         remaining: Tensor,
@@ -117,5 +137,5 @@ class ProcessedPair:
         over = ended[:, None] | ((is_eos(block, run.eos_ids) | stopped).int().cumsum(1) > 0)
         live = ~over & (torch.arange(block.shape[1], device=over.device) < remaining[:, None])
         rows = after_processors(run, self._distribution, rows.view(*block.shape, -1), block[:, 1:], live)
-        given = (block, log_q, ended, stopped, run.eos_ids, remaining, run.settings, u)
+        given = (block, log_q, proposed, log_w, ended, stopped, run.eos_ids, remaining, run.settings, u)
         return self._judge(rows.flatten(0, 1), *given), after

@@ -1,4 +1,4 @@
-"""Text processors and stopping criteria where the texts of a batch differ in length: called once for each length."""
+"""Text processors and stopping criteria. The texts of a batch may differ in length: they are called for each length."""
 
 from __future__ import annotations
 
@@ -8,60 +8,85 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from smc_compile.errors import GenerationError
 from smc_compile.runtime.algorithms.next_token import Mixture, NextTokenDistribution
-from smc_compile.runtime.sessions.run import Run, ask
-from smc_compile.runtime.state.request import Request, Rows
+from smc_compile.runtime.sessions.run import Run
+from smc_compile.runtime.state.request import Request, Rows, Stop
 
 
 def by_count(request: Request, tokens: Tensor, count: Tensor, extra: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """For each number L of generated tokens: which requests [B] have so many, and texts [R, P + L + E].
 
-    Texts are prompts as they were given, generated tokens [B, G], and ``extra`` [R, E] behind them. Those of requests
-    that do not have L tokens mean nothing.
+    Texts are prompts as they were given, generated tokens, and ``extra`` [R, E] behind them. Those of requests that do
+    not have L tokens mean nothing.
+
+    Args:
+        tokens: [B, G] or [R, G], the generated ones of requests or rows.
+        count: [B], how many of these there are.
     """
-    n = len(extra) // len(count)
+    per_request, per_text = len(tokens) // len(count), len(extra) // len(tokens)
+    prompts = request.ids.repeat_interleave(per_request, 0)
     for generated in count.unique().tolist():
-        front = torch.cat([request.ids, tokens[:, :generated]], 1).repeat_interleave(n, 0)
+        front = torch.cat([prompts, tokens[:, :generated]], 1).repeat_interleave(per_text, 0)
         yield count == generated, torch.cat([front, extra], 1)
 
 
-def texts_after_processors(
-    run: Run,
-    count: Tensor,
-    distribution: NextTokenDistribution | Mixture,
-    rows: Tensor,
-    extra: Tensor,
-    live: Tensor,
+def after_processors(
+    run: Run, distribution: NextTokenDistribution | Mixture, rows: Tensor, extra: Tensor, live: Tensor
 ) -> Tensor:
     """Scores [R, T, V] after the text processors, from a model's rows [R, T, V].
 
-    They are those of the last T prefixes of the texts of ``count`` [B] generated tokens with ``extra`` [R, T-1] behind
-    them; what is not ``live`` [R, T] counts for nothing.
+    Scores at t follow the text and the first t tokens of ``extra`` [R, T-1]. Where not ``live`` [R, T] they mean
+    nothing.
     """
     scores = distribution.scores(rows)
-    for group, text in by_count(run.request, run.p.tokens, count, extra):
+    for group, text in by_count(run.request, run.p.tokens, run.p.state.generated, extra):
         asked = live & group.repeat_interleave(run.n)[:, None]
         if asked.any():
             scores = run.text_processors.apply(text, scores, run.rows, asked)
     return scores
 
 
-def ends_by_text(run: Run, count: Tensor, new: Tensor, width: Tensor) -> Tensor:
-    """Whether the text of each request ends with each of the first ``width`` [B] of its new tokens [B, T]: [B, T].
+def stops(run: Run, extra: Tensor, width: Tensor, last: int | None = None) -> Tensor:
+    """Whether each text, with ``extra`` tokens behind it, ends with each of the first ``width`` of them.
+
+    Args:
+        extra: [T, E] for the T texts of the run, one or N a request.
+        width: [B], at most E.
+        last: ask only for so many, the last of the ``width`` ones.
+
+    Returns:
+        [T, E] bool.
 
     Raises:
         GenerationError: without a partial result, when a stopping criterion raises or gives no answer for each row.
     """
-    found = torch.zeros(new.shape, dtype=torch.bool, device=new.device)
-    stop, rows = run.request.stop, run.request.rows(1)
+    found = torch.zeros(extra.shape, dtype=torch.bool, device=extra.device)
+    stop, count, generated = run.request.stop, extra.shape[1], run.p.state.generated
     if stop is None:
         return found
-    start = time.perf_counter()
-    for group, text in by_count(run.request, run.p.tokens, count, new):
-        group = group & (width > 0)
-        if group.any():
-            widest = int(width[group].max())
-            text = text[group, : text.shape[1] - new.shape[1] + widest]
-            found[group, :widest] = ask(stop, text, Rows(rows.request[group], rows.padding[group]), widest)
+    start, per_request = time.perf_counter(), len(extra) // len(width)
+    rows = run.request.rows(per_request)
+    for group, text in by_count(run.request, run.p.tokens, generated, extra):
+        for wide in width[group].unique().tolist():
+            asked = (group & (width == wide)).repeat_interleave(per_request)
+            for t in range(wide - last if last is not None else 0, wide):
+                shown = text[asked, : text.shape[1] - count + t + 1]
+                found[asked, t] = ask(stop, shown, Rows(rows.request[asked], rows.padding[asked]))
     run.stats.rules_seconds += time.perf_counter() - start
-    return found & (torch.arange(new.shape[1], device=new.device) < width[:, None])
+    return found
+
+
+def ask(stop: Stop, text: Tensor, rows: Rows) -> Tensor:
+    """Whether each text [R, L] ends with its last token: [R]. Raises as ``stops``."""
+    try:
+        answer = torch.zeros(len(text), dtype=torch.bool, device=text.device)
+        answer[:] = stop(text, rows)
+    except Exception as error:
+        raise GenerationError(
+            "a stopping criterion broke off the generation",
+            f"it raised {type(error).__name__}: {error}",
+            "a criterion takes (input_ids [rows, length], scores=None) and returns a bool for each row; "
+            "error.partial holds what was generated before",
+        ) from error
+    return answer

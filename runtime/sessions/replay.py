@@ -65,27 +65,24 @@ def in_shape(request: Request, capacity: int) -> tuple[Request, int]:
 class Asked(NamedTuple):
     """What the host writes before a recorded cycle, on its device."""
 
-    generated: Tensor  # [], tokens of a row
     cycle: Tensor  # [], number of the cycle
-    tries: Tensor  # [B], how often it has been drawn, this time included
 
     @classmethod
     def of(cls, run: Run) -> Asked:
-        zero = torch.zeros((), dtype=torch.int64, device=run.keys.device)
-        return cls(zero, zero.clone(), zero.repeat(run.request.batch))
+        return cls(torch.zeros((), dtype=torch.int64, device=run.keys.device))
 
 
 class Answer(NamedTuple):
     """What a recorded cycle writes for the host, as of ``CycleInfo``."""
 
-    status: Tensor  # [5, B] bool, the fields of ``Status``
+    status: Tensor  # [7, B] int64, the fields of ``Status``
     ess: Tensor  # [B]
     ancestors: Tensor  # [B, N]
 
     @classmethod
     def of(cls, run: Run) -> Answer:
         batch, device = run.request.batch, run.keys.device
-        status = torch.zeros(len(Status._fields), batch, dtype=torch.bool, device=device)
+        status = torch.zeros(len(Status._fields), batch, dtype=torch.int64, device=device)
         ess = torch.empty_like(run.p.state.weights.log_evidence)
         return cls(status, ess, torch.zeros(batch, run.p.n, dtype=torch.int64, device=device))
 
@@ -133,19 +130,16 @@ class Replay:
         self._record, self._work = record, work
         self._recordings: list[Recording] = []  # the last used stands last
 
-    def __call__(self, run: Run, cycle: int, tries: Tensor) -> tuple[Status, Answer]:
-        """The cycle behind the ``run.p.generated`` tokens, for the ``tries``-th time [B].
+    def __call__(self, run: Run, cycle: int) -> tuple[Status, Answer]:
+        """Cycle number ``cycle``.
 
-        It changes the tensors of the run's state. The caller counts tokens; the answer's tensors are overwritten by the
-        next cycle.
+        It changes the tensors of the run's state. The answer's tensors are overwritten by the next cycle.
 
         Raises:
             GenerationError: when the cycle cannot be recorded, before it runs.
         """
         recording = self._recording_of(run)
-        recording.asked.generated.fill_(run.p.generated)
         recording.asked.cycle.fill_(cycle)
-        recording.asked.tries.copy_(tries)
         if not recording.ran:
             self._run(recording)
             recording.ran = True
@@ -200,7 +194,7 @@ def new_recording(run: Run, key: Any) -> Recording:
     home = replace(
         run,
         request=replace(request, lengths=fixed(request.lengths), new_tokens=fixed(request.new_tokens), watch=None),
-        p=Population(run.p.n, pytree.tree_map_only(Tensor, fixed, state)),
+        p=Population(run.p.n, pytree.tree_map_only(Tensor, fixed, state), run.p.made),
         streams=streams,
         contexts=[(list(map(fixed, a)), list(map(fixed, b)), weights) for a, b, weights in run.contexts],
         keys=fixed(run.keys),
@@ -245,5 +239,5 @@ def move(run: Run, home: Run) -> None:
 
 def use_tensors_of(home: Run, run: Run) -> None:
     """Let ``run`` use the tensors of ``home``, which hold what its own hold."""
-    run.p.state = home.p.state._replace(generated=run.p.generated)
+    run.p.state = home.p.state
     run.contexts, run.keys = list(home.contexts), home.keys

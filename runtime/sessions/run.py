@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from smc_compile.runtime.execution.text_processors import RequestProcessors
 from smc_compile.runtime.sessions.clock import Clock
 from smc_compile.runtime.state.population import Outcome, Population, assemble, outcome
 from smc_compile.runtime.state.region_types import EosIds, Places, Settings
-from smc_compile.runtime.state.request import Request, Rows, Stop
+from smc_compile.runtime.state.request import Request
 from smc_compile.runtime.state.settling import Watcher
 from smc_compile.runtime.state.suffix_sizes import next_size
 
@@ -41,6 +40,7 @@ class Run:
         text_processors: those of this call.
         outcomes: what became of the others.
         reported: [B] bool, which requests have finished, where the last cycle has reported it.
+        unread: how many of the last tokens the draft has not read.
         gone: numbers of the requests whose outcomes are known.
     """
 
@@ -56,6 +56,7 @@ class Run:
     outcomes: list[Outcome]
     watcher: Watcher | None = None
     reported: Tensor | None = None
+    unread: int = 1
 
     def __post_init__(self) -> None:
         self.gone: set[int] = set()
@@ -74,13 +75,13 @@ class Run:
         self.rows = r.rows(n)
         self.no_tokens = r.ids[:, :0].repeat_interleave(n, 0)  # [R, 0]
 
-    def remaining(self, generated: int | Tensor) -> Tensor:
-        """[R], tokens still wanted when so many are generated."""
+    def remaining(self, generated: Tensor) -> Tensor:
+        """[R], tokens still wanted when so many [B] are generated."""
         return (self.request.new_tokens - generated).repeat_interleave(self.p.n)
 
-    def places(self, first: int | Tensor, count: int) -> Places:
-        """Where ``count`` tokens go from slot ``first`` of the suffixes on."""
-        slots = first + torch.arange(count, device=self.keys.device)
+    def places(self, first: Tensor, count: int) -> Places:
+        """Where ``count`` tokens go from slot ``first`` [B] of the suffixes on."""
+        slots = first[:, None] + torch.arange(count, device=self.keys.device)
         return Places(self.request.positions(slots), slots, self.keys)
 
     def finished(self) -> Tensor:
@@ -195,48 +196,6 @@ def first_distribution(
         live = torch.ones(request.batch, 1, dtype=torch.bool, device=rows.device)
         rows = text_processors.apply(request.ids, distribution.scores(rows)[:, None], request.rows(1), live)[:, 0]
     return distribution.log_probs(rows, {name: value[:, None] for name, value in request.settings.items()})
-
-
-def after_processors(
-    run: Run, distribution: NextTokenDistribution | Mixture, rows: Tensor, extra: Tensor, live: Tensor
-) -> Tensor:
-    """Scores [R, T, V] after the text processors, from a model's rows [R, T, V].
-
-    Scores at t follow the text and the first t tokens of ``extra`` [R, T-1]. Where not ``live`` [R, T] they mean
-    nothing.
-    """
-    return run.text_processors.apply(run.p.text(run.request, extra), distribution.scores(rows), run.rows, live)
-
-
-def stops(run: Run, extra: Tensor, count: int) -> Tensor:
-    """Whether each text, with ``extra`` [R, E] behind it, ends with each of its last ``count`` tokens: [R, count].
-
-    Raises:
-        GenerationError: without a partial result, when a stopping criterion raises or gives no answer for each row.
-    """
-    p, stop = run.p, run.request.stop
-    if stop is None:
-        return torch.zeros(extra.shape[0], count, dtype=torch.bool, device=extra.device)
-    start = time.perf_counter()
-    found = ask(stop, p.text(run.request, extra), run.rows, count)
-    run.stats.rules_seconds += time.perf_counter() - start
-    return found
-
-
-def ask(stop: Stop, text: Tensor, rows: Rows, count: int) -> Tensor:
-    """Whether each text [R, L] ends with each of its last ``count`` tokens: [R, count]. Raises as ``stops``."""
-    found = torch.zeros(text.shape[0], count, dtype=torch.bool, device=text.device)
-    for t in range(count):
-        try:
-            found[:, t] = stop(text[:, : text.shape[1] - count + 1 + t], rows)
-        except Exception as error:
-            raise GenerationError(
-                "a stopping criterion broke off the generation",
-                f"it raised {type(error).__name__}: {error}",
-                "a criterion takes (input_ids [rows, length], scores=None) and returns a bool for each row; "
-                "error.partial holds what was generated before",
-            ) from error
-    return found
 
 
 def require_distribution(log_probs: Tensor, request: Request | None, who: str = "target") -> None:

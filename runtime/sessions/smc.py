@@ -8,25 +8,22 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from smc_compile.errors import GenerationError
 from smc_compile.kernels.copy_rows import RowCopy
 from smc_compile.result import Generation, Stats
 from smc_compile.runtime.algorithms.next_token import Mixture, NextTokenDistribution
 from smc_compile.runtime.algorithms.uniforms import of_cycle
-from smc_compile.runtime.execution.incremental import RuntimeModel
+from smc_compile.runtime.execution.incremental import CachedModel, RuntimeModel
 from smc_compile.runtime.execution.region import Region
 from smc_compile.runtime.execution.text_processors import TextProcessors
 from smc_compile.runtime.sessions.begin import Method, begin
 from smc_compile.runtime.sessions.cycle import Cycle, CycleInfo, Settle, Status, Uniforms, cycle_of, end_of_cycle
-from smc_compile.runtime.sessions.model_pair import FusedPair, ProcessedPair
+from smc_compile.runtime.sessions.model_pair import Cuts, FusedPair, ProcessedPair
 from smc_compile.runtime.sessions.replay import Answer, Asked, Record, Replay, replays
 from smc_compile.runtime.sessions.run import Run, cycles, drive, first_distribution, not_finite, require_distribution
 from smc_compile.runtime.state.particles import copy_texts, move_texts
 from smc_compile.runtime.state.request import Request
 from smc_compile.runtime.state.settling import settle_old
-from smc_compile.runtime.state.suffix_sizes import capacity_of, cycles_of
-
-MAX_TRIES = 32  # how often a cycle in which every particle got weight zero is drawn, the first time included
+from smc_compile.runtime.state.suffix_sizes import capacity_of
 
 
 class SMCSession:
@@ -45,16 +42,18 @@ class SMCSession:
         compiler: str,
         text_processors: TextProcessors,
         record: Record | None = None,
+        max_divergence: float = 1.0,
     ) -> None:
         """``record`` captures cycles to be replayed (see replay.py), but none with text processors or stopping
-        criteria: these run on the host."""
+        criteria: these run on the host. Blocks are cut at ``max_divergence`` (see cuts.py), where caches can forget."""
         self._target, self._draft, self._draft_distribution = target, draft, draft_distribution
         self._n, self._k, self._text_processors = n_particles, lookahead, text_processors
         self._method = Method(
             "smc", (target, draft), distribution, text_processors, n_particles, n_particles, lookahead + 1
         )
         pair = ProcessedPair if text_processors else FusedPair
-        self._pair = pair(target, draft, distribution, draft_distribution, compiler)
+        cuts = Cuts(max_divergence, all(isinstance(model, CachedModel) for model in (target, draft)))
+        self._pair = pair(target, draft, distribution, draft_distribution, compiler, cuts)
         self._weigh = Region("weigh", end_of_cycle(ess_threshold, resampling_method), compiler)
         self._uniforms = Region("uniforms", of_cycle(n_particles, lookahead), compiler)
         self._replay = Replay(record, self._on_device) if record is not None and not text_processors else None
@@ -67,7 +66,7 @@ class SMCSession:
 
     @torch.no_grad()
     def run(self, request: Request) -> Generation:
-        """Generate; raises GenerationError, with the partial result, on logits not finite or a dead population."""
+        """Generate; raises GenerationError, with the partial result, on logits that are not finite."""
         models = (self._target, self._draft)
         return drive(self._begin(request), models, self._sizes, self._next_cycle, self._result)
 
@@ -81,99 +80,105 @@ class SMCSession:
 
     def _begin(self, request: Request) -> Run:
         new_tokens, width = int(request.new_tokens.max()), self._k + 1
-        capacity, count = capacity_of(new_tokens, width), cycles_of(new_tokens, width)
-        run, log_p, (_, rows) = begin(self._method, request, self.regions, capacity, cycles=count, replay=self._replay)
+        capacity = capacity_of(new_tokens, width)
+        run, log_p, (_, rows) = begin(
+            self._method, request, self.regions, capacity, cycles=new_tokens, replay=self._replay
+        )
         log_q = first_distribution(rows, run.request, self._draft_distribution, run.text_processors)
         require_distribution(log_q, None, "draft")
         report_support(log_p, log_q, run.stats)
         return run
 
     def _next_cycle(self, run: Run) -> None:
-        """Run a cycle, again while a population is dead, and keep what came of it."""
-        p, request, stats = run.p, run.request, run.stats
+        """Run a cycle and keep what came of it."""
+        p, request, stats, number = run.p, run.request, run.stats, len(run.p.ess)
         run.reserve(p.generated + self._k, (self._target, self._draft))
         # The first cycle is never recorded: the draft reads one token at its head.
-        draw = self._replayed if p.generated > 1 and replays(self._replay, request) else self._from_host
-        tries = torch.ones(request.batch, dtype=torch.int64, device=run.keys.device)
-        for _ in range(MAX_TRIES):
-            status, ess, ancestors = draw(run, len(p.ess), tries)
-            undefined = status.undefined | status.undefined_draft
-            if undefined.any():
-                raise not_finite(undefined, request, p.generated, "target" if status.undefined.any() else "draft")
-            if status.sound:
-                break
-            stats.retries += int(status.dead.sum())
-            tries = tries + status.dead.to(tries.device)
-        else:
-            raise dead_population(status.dead, request, p.generated, self._n, self._k)
+        recorded = run.unread == 2 and replays(self._replay, request)
+        status, ess, ancestors = self._replayed(run, number) if recorded else self._from_host(run, number)
+        if (dead := status.dead > 0).any() and not status.broken.any():
+            status, ess, ancestors = self._one_token(run, number, dead)
+            stats.dropped += int(dead.sum())
+        if status.broken.any():
+            raise not_finite(status.broken, request, p.generated, "target" if status.undefined.any() else "draft")
+        short = (status.generated - p.made <= self._k) & (p.made < request.new_tokens.cpu())
+        stats.cuts += int((short & (status.dropped == 0) & ~dead).sum())
+        stats.dropped += int(status.dropped.sum())
+        stats.resamplings += int(status.resampled.sum())
+        p.made, run.reported = status.generated, status.finished > 0
         p.ess.append(ess)
         p.ancestors.append(ancestors)
-        run.reported = status.finished
-        stats.resamplings += int(status.resampled.sum())
 
-    def _cycle(self, run: Run, head: int = 2, settle: Settle | None = None) -> Cycle:
-        return cycle_of(run, self._pair, self._draft_distribution, self._weigh, head, settle)
+    def _cycle(self, run: Run, settle: Settle | None = None, exact: bool = False) -> Cycle:
+        return cycle_of(run, self._pair, self._draft_distribution, self._weigh, run.unread, settle, exact)
 
     # ---- from the host -----------------------------------------------------------------------------------------------
 
-    def _from_host(self, run: Run, number: int, tries: Tensor) -> tuple[Status, Tensor, Tensor]:
-        """Cycle ``number``, for the ``tries``-th time [B]. Returns its status, ess [B] and ancestors [B, N].
+    def _from_host(self, run: Run, number: int, exact: bool = False) -> tuple[Status, Tensor, Tensor]:
+        """Cycle ``number``, or one ``exact`` token in its place. Returns its status, ess [B] and ancestors [B, N].
 
         Only rows that change are copied, and of caches only slots that differ.
         """
         p = run.p
-        draft, bonus = run.streams.cycle(p.generated - 1, self._k, tries)
-        uniforms = Uniforms(draft, bonus, run.streams.resample(number), tries)
-        after, info = self._cycle(run, min(p.generated, 2), self._settle(run, number))(p.state, uniforms)
+        drawn = run.streams.cycle(p.state.generated.minimum(run.request.new_tokens), self._k, p.state.weights.dropped)
+        uniforms = Uniforms(*drawn, run.streams.resample(number))
+        after, info = self._cycle(run, self._settle(run, number), exact)(p.state, uniforms)
         status = Status(*info.status.cpu())
         if not status.sound:
             return status, info.ess, info.ancestors
-        p.state = after
+        p.state, run.unread = after, 1 if exact else 2
         if info.settled is not None:
             run.stats.settled_early += int(info.settled.sum())
         if status.resampled.any():
             begin = time.perf_counter()
-            self._copy(run, info)
+            self._copy(run, info, int(status.generated.max()))
             run.clock.resample_seconds += time.perf_counter() - begin
         return status, info.ess, info.ancestors
 
+    def _one_token(self, run: Run, number: int, dead: Tensor) -> tuple[Status, Tensor, Tensor]:
+        """One token of the target in every row, where the requests ``dead`` [B] would have died of a block and the
+        models cannot forget it. The others have drawn nothing that says so, and lose their block alone."""
+        weights = run.p.state.weights
+        dropped = weights.dropped + dead.to(weights.dropped.device)
+        run.p.state = run.p.state._replace(weights=weights._replace(dropped=dropped))
+        return self._from_host(run, number, exact=True)
+
     def _settle(self, run: Run, number: int) -> Settle | None:
         """Where the request asks for it: old tokens become the same in all particles."""
-        max_lag, generated = run.request.max_lag, run.p.generated + self._k + 1
+        max_lag = run.request.max_lag
         if max_lag is None:
             return None
         u = run.streams.settle(number)
-        return lambda tokens, log_w: settle_old(tokens[:, :generated], log_w, max_lag, u)
+        return lambda tokens, log_w, generated: settle_old(tokens, log_w, max_lag, u, generated)
 
-    def _copy(self, run: Run, info: CycleInfo) -> None:
+    def _copy(self, run: Run, info: CycleInfo, generated: int) -> None:
         """Give rows that were not chosen the texts and caches of those that they go on with."""
-        p, state, source = run.p, run.p.state, info.source
+        state, source = run.p.state, info.source
         rows = (source != torch.arange(len(source), device=source.device)).nonzero()[:, 0]
         copy_texts(state.texts, rows, source[rows])
-        if len(rows) and bool((p.generated < run.request.new_tokens).any()):  # else no model is called again
-            since, used = int(info.since[rows].min()), p.generated - 1
+        if len(rows) and bool((state.generated < run.request.new_tokens).any()):  # else no model is called again
+            since, used = int(info.since[rows].min()), generated - 1
             self._target.copy_rows(state.target, rows, source[rows], since, used)
             self._draft.copy_rows(state.draft, rows, source[rows], since, used)
 
     # ---- recorded ----------------------------------------------------------------------------------------------------
 
-    def _replayed(self, run: Run, number: int, tries: Tensor) -> tuple[Status, Tensor, Tensor]:
+    def _replayed(self, run: Run, number: int) -> tuple[Status, Tensor, Tensor]:
         """As ``_from_host``, in one recorded piece."""
         assert self._replay is not None
-        status, answer = self._replay(run, number, tries)
-        if status.sound:
-            run.p.state = run.p.state._replace(generated=run.p.generated + self._k + 1)
-            run.stats.replayed += 1
+        status, answer = self._replay(run, number)
+        run.stats.replayed += status.sound
         return status, answer.ess.clone(), answer.ancestors.clone()
 
     def _on_device(self, run: Run, asked: Asked, answer: Answer, copy_rows: RowCopy) -> None:
         """What is recorded: a cycle whose next state is written over the one before."""
-        state = run.p.state._replace(generated=asked.generated)
-        drawn = self._uniforms(run.streams.seeds, *asked)
-        after, info = self._cycle(run)(state, Uniforms(*drawn, asked.tries))
+        state = run.p.state
+        generated = state.generated.minimum(run.request.new_tokens)
+        drawn = self._uniforms(run.streams.seeds, generated, state.weights.dropped, asked.cycle)
+        after, info = self._cycle(run)(state, Uniforms(*drawn))
         move_texts(state.texts, info.source)
         state.write(after)
-        copy_rows(info.source, info.since, asked.generated + self._k)
+        copy_rows(info.source, info.since, state.generated.max() - 1)
         answer.write(info.status, info.ess, info.ancestors)
 
     def _result(self, run: Run, whole: bool) -> Generation:
@@ -195,14 +200,3 @@ def report_support(log_p: Tensor, log_q: Tensor, stats: Stats) -> None:
             "they are never drafted, so the distribution is biased; "
             "raise draft_temperature or use a draft with full support"
         )
-
-
-def dead_population(dead: Tensor, request: Request, generated: int, n: int, k: int) -> GenerationError:
-    """The error of requests ``dead`` [B] bool behind so many tokens."""
-    return GenerationError(
-        f"every particle has weight zero after {MAX_TRIES} tries",
-        f"at generated token {generated}, request {request.number[int(dead.nonzero()[0, 0])]}: "
-        f"none of {n} drafts of {k} tokens is possible under the loop's sampler "
-        "(it truncates to tokens that the draft does not propose)",
-        "raise n_particles, lower lookahead, or truncate less; error.partial holds what was generated before",
-    )

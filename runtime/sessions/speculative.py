@@ -18,7 +18,7 @@ from smc_compile.runtime.execution.region import Region, compiled_apart
 from smc_compile.runtime.execution.region_bodies import run_model
 from smc_compile.runtime.execution.text_processors import TextProcessors
 from smc_compile.runtime.sessions.begin import Method, begin
-from smc_compile.runtime.sessions.ragged_texts import ends_by_text, texts_after_processors
+from smc_compile.runtime.sessions.ragged_texts import after_processors, stops
 from smc_compile.runtime.sessions.run import Run, drive, not_finite
 from smc_compile.runtime.state.particles import CycleState
 from smc_compile.runtime.state.population import Population
@@ -29,10 +29,9 @@ from smc_compile.runtime.state.slots import Slots, capacity
 
 @dataclass(kw_only=True)
 class Committed(Population):
-    """One text a request, so rows are requests. They advance by different counts; ``generated`` is the largest."""
+    """One text a request, so rows are requests."""
 
     state: CycleState
-    count: Tensor  # [B], generated tokens of each
     tail: Tensor  # [B, 2], the token before the pending one, of the prompt at first, and the pending one
 
     def append(self, tokens: Tensor, log_p: Tensor, width: Tensor, ended: Tensor) -> None:
@@ -44,11 +43,16 @@ class Committed(Population):
         texts.log_p[row, place] = log_p[row, column]
         behind = torch.cat([self.tail, tokens], 1)
         self.tail = behind.gather(1, width[:, None] + torch.arange(2, device=width.device))
-        self.count = self.count + width
         particles = particles._replace(ended=particles.ended | ended)
-        self.state = self.state._replace(particles=particles, generated=int(self.count.max()))
+        self.state = self.state._replace(particles=particles, generated=self.count + width)
+        self.made = self.count.cpu()
         self.ess.append(torch.ones_like(self.state.weights.log_evidence))
         self.ancestors.append(torch.zeros_like(self.count)[:, None])
+
+    @property
+    def count(self) -> Tensor:
+        """[B], generated tokens of each."""
+        return self.state.generated
 
     def wanted(self, request: Request) -> Tensor:
         """Tokens still wanted [B]."""
@@ -61,7 +65,7 @@ class Committed(Population):
         return self.wanted(request) == 0
 
     def take(self, keep: Tensor, rows: Tensor) -> Self:
-        return replace(super().take(keep, keep), count=self.count[keep], tail=self.tail[keep])
+        return replace(super().take(keep, keep), tail=self.tail[keep])
 
 
 @dataclass(kw_only=True)
@@ -156,7 +160,7 @@ class SpeculativeSession:
         own["p"] = Committed(
             n=1,
             state=state._replace(particles=particles._replace(ended=ended)),
-            count=torch.ones_like(request.lengths),
+            made=run.p.made,
             tail=torch.cat([request.ids[:, -1:], first], 1),
         )
         uniforms = RejectionStreams(request.seeds, self._n, self._k, max(new_tokens - 1, 1))
@@ -173,7 +177,7 @@ class SpeculativeSession:
         if undefined.any():
             who = "target" if verdict.undefined.any() else "draft"
             raise not_finite(undefined, run.request, p.generated, who)
-        stopped = ends_by_text(run, p.count, verdict.tokens, verdict.width)  # [B, K+1]
+        stopped = stops(run, verdict.tokens, verdict.width)  # [B, K+1]
         width = torch.where(stopped.any(1), stopped.int().argmax(1) + 1, verdict.width)
         ended = stopped.any(1) | verdict.ended
         if self._n > 1:
@@ -202,9 +206,7 @@ class SpeculativeSession:
                 rows, _ = region(tokens, places, p.state.draft, run.contexts[1])
                 so_far = torch.stack(drafted, 1) if k else run.no_tokens
                 live = ~ended & (wanted > k)
-                rows = texts_after_processors(
-                    run, p.count, self._draft_distribution, rows[:, None], so_far, live[:, None]
-                )[:, 0]
+                rows = after_processors(run, self._draft_distribution, rows[:, None], so_far, live[:, None])[:, 0]
                 token, distribution = self._choose(rows, run.settings, uniform)
                 ended = ended | is_eos(token[:, None], run.eos_ids)[:, 0]
             else:
@@ -226,7 +228,7 @@ class SpeculativeSession:
             over = torch.cat([torch.zeros_like(over[:, :1]), over], 1)
             live = ~over & (torch.arange(width, device=over.device) < wanted.repeat_interleave(self._n)[:, None])
             rows = rows.view(*block.shape, -1)
-            rows = texts_after_processors(run, p.count, self._distribution, rows, drafted, live).flatten(0, 1)
+            rows = after_processors(run, self._distribution, rows, drafted, live).flatten(0, 1)
         batch, settings = len(wanted), run.request.settings
         rows, drafted = rows.view(batch, self._n, width, -1), drafted.view(batch, self._n, -1)
         walk = set_out(batch, self._n, self._distribution.scores(rows[:1, 0, 0]).shape[-1], rows.device)

@@ -40,13 +40,14 @@ class Weights(NamedTuple):
     log_w: Tensor  # [B, N] float64, log weights since the last resampling
     log_evidence: Tensor  # [B] float64, what resamplings have added to the log evidence
     shared: Tensor  # [B, N, N], leading slots of their caches that two particles have in common
+    dropped: Tensor  # [B], blocks that were dropped because every particle would have died of them
 
 
 class CycleState(NamedTuple):
     """Everything that a cycle reads and the next one needs.
 
     The last of the ``generated`` tokens of a row is pending: no cache holds it yet. It is token number
-    ``generated - 1``, counted from 0.
+    ``generated - 1``, counted from 0. Rows of one request have as many tokens; requests advance by themselves.
     """
 
     texts: Texts
@@ -54,7 +55,7 @@ class CycleState(NamedTuple):
     weights: Weights
     target: State  # the target's caches, R rows
     draft: State  # the draft's caches, R rows
-    generated: int | Tensor  # tokens of a row; [] int64 where a recorded cycle reads it on its device
+    generated: Tensor  # [B] int64, tokens of each row of a request
 
     @classmethod
     def start(cls, request: Request, n: int, capacity: int, target: State, draft: State) -> CycleState:
@@ -71,20 +72,22 @@ class CycleState(NamedTuple):
                 log_w=torch.zeros(batch, n, dtype=torch.float64, device=device),
                 log_evidence=torch.zeros(batch, dtype=torch.float64, device=device),
                 shared=torch.zeros(batch, n, n, dtype=torch.int64, device=device),
+                dropped=torch.zeros(batch, dtype=torch.int64, device=device),
             ),
             target,
             draft,
-            generated=1,
+            generated=torch.ones(batch, dtype=torch.int64, device=device),
         )
 
     @property
     def tensors(self) -> list[Tensor]:
         """All of them, in the same order for every state."""
-        return [*self.texts, *self.particles, *self.weights, *self.target, *self.draft]
+        return [*self.texts, *self.particles, *self.weights, *self.target, *self.draft, self.generated]
 
     def write(self, other: CycleState) -> None:
-        """Overwrite particles and weights by those of ``other``, in place."""
-        for mine, theirs in zip((*self.particles, *self.weights), (*other.particles, *other.weights), strict=True):
+        """Overwrite particles, weights and counts by those of ``other``, in place."""
+        kept, after = (*self.particles, *self.weights), (*other.particles, *other.weights)
+        for mine, theirs in zip((*kept, self.generated), (*after, other.generated), strict=True):
             mine.copy_(theirs)
 
     def take(self, requests: Tensor, rows: Tensor) -> CycleState:
@@ -93,17 +96,29 @@ class CycleState(NamedTuple):
             texts=Texts(*(value[rows] for value in self.texts)),
             particles=Particles(*(value[rows] for value in self.particles)),
             weights=Weights(*(value[requests] for value in self.weights)),
+            generated=self.generated[requests],
         )
 
 
 # ---- texts: [R, capacity], in place ----------------------------------------------------------------------------------
 
 
-def write_block(texts: Texts, tokens: Tensor, log_p: Tensor, generated: int | Tensor) -> None:
-    """Write a block [R, T] behind the ``generated`` tokens."""
-    slots = generated + torch.arange(tokens.shape[1], device=tokens.device)
+def columns(first: Tensor, count: int, rows: int) -> Tensor:
+    """``count`` columns from ``first`` [B] of its request on, for each of ``rows`` rows: [R, count]."""
+    own = first[:, None] + torch.arange(count, device=first.device)
+    return own.repeat_interleave(rows // len(first), 0)
+
+
+def write_block(texts: Texts, tokens: Tensor, log_p: Tensor, generated: Tensor) -> None:
+    """Write a block [R, T] behind the ``generated`` [B] tokens."""
+    places = columns(generated, tokens.shape[1], len(tokens))
     for text, block in zip(texts, (tokens, log_p), strict=True):
-        text.index_copy_(1, slots, block)
+        text.scatter_(1, places, block)
+
+
+def pending(tokens: Tensor, generated: Tensor) -> Tensor:
+    """The last of the ``generated`` [B] tokens of each row: [R, capacity] -> [R, 1]."""
+    return tokens.gather(1, columns(generated - 1, 1, len(tokens)))
 
 
 def move_texts(texts: Texts, source: Tensor) -> None:
@@ -126,32 +141,34 @@ def own_and_source(shared: Tensor, ancestors: Tensor) -> Tensor:
     return shared.gather(2, ancestors[:, :, None])[:, :, 0]
 
 
-def shared_after(shared: Tensor, ancestors: Tensor, used: int | Tensor) -> Tensor:
-    """What particles have in common [B, N, N] once each goes on with its ancestor's caches, ``used`` slots of them."""
+def shared_after(shared: Tensor, ancestors: Tensor, used: Tensor) -> Tensor:
+    """What particles have in common [B, N, N] once each goes on with its ancestor's caches, ``used`` [B] slots of
+    them."""
     n = ancestors.shape[1]
     rows = shared.gather(1, ancestors[:, :, None].expand(-1, -1, n))
     pairs = rows.gather(2, ancestors[:, None, :].expand(-1, n, -1))
-    return torch.where(ancestors[:, :, None] == ancestors[:, None, :], used, pairs)
+    return torch.where(ancestors[:, :, None] == ancestors[:, None, :], used[:, None, None], pairs)
 
 
 # ---- where texts end -------------------------------------------------------------------------------------------------
 
 
-def ends_within(length: Tensor, ended: Tensor, over: Tensor, generated: int | Tensor) -> tuple[Tensor, Tensor]:
-    """Lengths and ended [R] after a block x_0 .. x_K, of which x_0 is token number ``generated`` counted from 1.
+def ends_within(length: Tensor, ended: Tensor, over: Tensor, generated: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+    """Lengths and ended [R] after the first ``width`` [R] of x_0 .. x_K.
 
-    over: [R, K+1] bool, the text ends with x_k or before.
+    over: [R, K+1] bool, the text ends with x_k or before; generated: [R], the number of x_0, counted from 1.
     """
-    ends_here = over.any(1) & ~ended
-    return torch.where(ends_here, generated + (~over).sum(1), length), over[:, -1].contiguous()
+    kept = torch.arange(over.shape[1], device=over.device) < width[:, None]
+    now = (over & kept).any(1)
+    return torch.where(now & ~ended, generated + (~over & kept).sum(1), length), now | ended
 
 
-def ends_at_pending(particles: Particles, pending: Tensor, eos_ids: EosIds, generated: int | Tensor) -> Tensor:
-    """Lengths [R] that count an end at the pending token [R, 1], which is number ``generated`` counted from 1."""
+def ends_at_pending(particles: Particles, pending: Tensor, eos_ids: EosIds, generated: Tensor) -> Tensor:
+    """Lengths [R] that count an end at the pending token [R, 1], which is number ``generated`` [R] counted from 1."""
     at_end = is_eos(pending, eos_ids)[:, 0] | particles.stopped
     return torch.where(at_end & ~particles.ended, generated, particles.length)
 
 
-def all_finished(lengths: Tensor, n: int, generated: int | Tensor, new_tokens: Tensor) -> Tensor:
-    """[B] bool: all n rows of a request have ended, or its cap is reached."""
+def all_finished(lengths: Tensor, n: int, generated: Tensor, new_tokens: Tensor) -> Tensor:
+    """[B] bool: all n rows of a request have ended, or its cap is reached. generated, new_tokens: [B]"""
     return (lengths < ENDLESS).view(-1, n).all(1) | (generated >= new_tokens)

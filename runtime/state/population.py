@@ -11,7 +11,7 @@ from torch import Tensor
 
 from smc_compile.result import Generation, Stats
 from smc_compile.runtime.algorithms.weights import log_mean_exp, select
-from smc_compile.runtime.state.particles import CycleState, all_finished, ends_at_pending
+from smc_compile.runtime.state.particles import CycleState, all_finished, ends_at_pending, pending
 from smc_compile.runtime.state.region_types import EosIds
 from smc_compile.runtime.state.request import Request
 
@@ -22,39 +22,37 @@ class Population:
 
     n: int  # rows of a request
     state: CycleState
+    made: Tensor  # [B], the ``generated`` tokens of each as the host knows them
     ess: list[Tensor] = field(default_factory=list)  # [B] a cycle
     ancestors: list[Tensor] = field(default_factory=list)  # [B, N] a cycle
     lag: list[Tensor] = field(default_factory=list)  # [B] a cycle
 
     @property
     def generated(self) -> int:
-        """Tokens of a row, the pending one included."""
-        assert isinstance(self.state.generated, int)
-        return self.state.generated
+        """Tokens of a row, the pending one included: the most of all requests."""
+        return int(self.made.max())
 
     @property
     def tokens(self) -> Tensor:
-        """[R, G], the generated ones."""
+        """[R, G], the generated ones; of requests that have fewer, anything behind them."""
         return self.state.texts.tokens[:, : self.generated]
-
-    def text(self, request: Request, extra: Tensor) -> Tensor:
-        """All tokens [R, P + G + E]: prompts as they were given, generated ones, and ``extra`` [R, E] behind them."""
-        return torch.cat([request.ids.repeat_interleave(self.n, 0), self.tokens, extra], 1)
 
     def lengths(self, eos_ids: EosIds) -> Tensor:
         """Tokens of each row up to and with its end [R]; ENDLESS before it."""
-        return ends_at_pending(self.state.particles, self.tokens[:, -1:], eos_ids, self.generated)
+        state = self.state
+        generated = state.generated.repeat_interleave(len(state.texts.tokens) // len(state.generated))
+        return ends_at_pending(state.particles, pending(state.texts.tokens, state.generated), eos_ids, generated)
 
     def finished(self, request: Request, eos_ids: EosIds) -> Tensor:
         """[B] bool: every particle has ended, or the cap is reached."""
-        return all_finished(self.lengths(eos_ids), self.n, self.generated, request.new_tokens)
+        return all_finished(self.lengths(eos_ids), self.n, self.state.generated, request.new_tokens)
 
     def take(self, keep: Tensor, rows: Tensor) -> Self:
         """The particles of requests ``keep``, in these rows; caches are not touched."""
         by_cycle: dict[str, Any] = {
             name: [value[keep] for value in getattr(self, name)] for name in ("ess", "ancestors", "lag")
         }
-        return replace(self, state=self.state.take(keep, rows), **by_cycle)
+        return replace(self, state=self.state.take(keep, rows), made=self.made[keep.to(self.made.device)], **by_cycle)
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ def outcome(p: Population, request: Request, eos_ids: EosIds, keep: list[int], u
     batch, generated = request.batch, p.generated
     lengths = p.lengths(eos_ids).view(batch, p.n)[index]
     caps = request.new_tokens[index]
-    lengths = lengths.minimum(caps.clamp(max=generated)[:, None])
+    lengths = lengths.minimum(caps.minimum(p.state.generated[index])[:, None])
     counted = torch.arange(generated, device=index.device) < lengths[..., None]  # [b, N, G]
     tokens, log_p = (value.view(batch, p.n, -1)[index, :, :generated] for value in p.state.texts)
     weights = p.state.weights

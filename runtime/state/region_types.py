@@ -15,7 +15,7 @@ class Places(NamedTuple):
     """Where a block of T new tokens stands."""
 
     positions: Tensor  # [B, T], in the sequence of each request
-    slots: Tensor  # [T], in the suffix
+    slots: Tensor  # [B, T], in the suffix
     keys: Tensor  # [B, P+S], positions of the cached keys
 
 

@@ -90,7 +90,7 @@ class Request:
         return replace(self, ids=ids, reach=ids.shape[1] + most + -most % answer)
 
     def positions(self, slots: Tensor) -> Tensor:
-        """Positions of suffix slots [T] in each sequence: [B, T].
+        """Positions of suffix slots [B, T] in each sequence: [B, T].
 
         The last wanted token and slots past it have the position before: nothing reads what models say of them.
         """

@@ -41,20 +41,21 @@ def settled_tokens(tokens: Tensor, log_w: Tensor) -> int:
     return int((alive == alive[0]).all(0).int().cumprod(0).sum())
 
 
-def settle_old(tokens: Tensor, log_w: Tensor, max_lag: int, u: Tensor) -> tuple[Tensor, Tensor]:
+def settle_old(tokens: Tensor, log_w: Tensor, max_lag: int, u: Tensor, generated: Tensor) -> tuple[Tensor, Tensor]:
     """Draw one ancestor for what is older than ``max_lag`` tokens, where particles still differ there.
 
     A group of particles with the same old tokens is drawn in proportion to its weight W; the others get weight zero and
     the group's weights are divided by its share of the total. Every expectation under the weighted population, the
     evidence included, keeps its mean. What it costs is variance: the other groups' particles are lost.
 
-    tokens: [R, G], the generated ones; log_w: [B, N]; u: [B] uniforms.
+    tokens: [R, capacity], of which ``generated`` [B] are; log_w: [B, N]; u: [B] uniforms.
     Returns log_w [B, N] and for which requests an ancestor was drawn [B] bool.
     """
-    old, n = max(tokens.shape[1] - max_lag, 0), log_w.shape[1]
+    n = log_w.shape[1]
     settled = log_w.clone()
     drawn = torch.zeros(log_w.shape[0], dtype=torch.bool, device=log_w.device)
-    for b in range(log_w.shape[0]):
+    for b, count in enumerate(generated.tolist()):
+        old = max(count - max_lag, 0)
         past = tokens[b * n : (b + 1) * n, :old]
         if settled_tokens(past, log_w[b]) == old:
             continue
@@ -76,9 +77,8 @@ class Watcher:
     def cycle(self, p: Population, request: Request, eos_ids: EosIds, gone: Container[int]) -> None:
         """Report a cycle, before the finished requests leave; those in ``gone`` have been reported as finished."""
         lag, log_w = [], p.state.weights.log_w
-        lengths = (
-            p.lengths(eos_ids).view(request.batch, p.n).minimum(request.new_tokens[:, None]).clamp(max=p.generated)
-        )
+        most = request.new_tokens.minimum(p.state.generated)[:, None]
+        lengths = p.lengths(eos_ids).view(request.batch, p.n).minimum(most)
         for b, number in enumerate(request.number):
             leader = int(log_w[b].argmax())
             tokens = p.tokens[b * p.n : (b + 1) * p.n, : int(lengths[b].max())]

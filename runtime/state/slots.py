@@ -66,7 +66,7 @@ class Slots:
 
     def places(self, keys: Tensor, positions: Tensor, first: int) -> Places:
         """Places of tokens at ``positions`` [B, T], from slot number ``first`` of this cycle on."""
-        return Places(positions, self.current[first : first + positions.shape[1]], keys)
+        return Places(positions, self.current[first : first + positions.shape[1]].expand(len(positions), -1), keys)
 
     def close(self, count: Tensor) -> None:
         """End the cycle: keep its first ``count`` [B] slots, and let the others be UNSEEN."""

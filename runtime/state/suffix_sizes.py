@@ -6,19 +6,12 @@ its longest answer.
 
 from __future__ import annotations
 
-import math
-
 FIRST = 128  # slots to begin with; fewer would not make a cycle faster
 
 
-def cycles_of(new_tokens: int, width: int) -> int:
-    """Cycles of ``width`` tokens that an answer takes; its first token is drawn at prefill."""
-    return math.ceil((new_tokens - 1) / width)
-
-
 def capacity_of(new_tokens: int, width: int) -> int:
-    """Slots of an answer of ``new_tokens``, in whole cycles of ``width`` tokens."""
-    return max(cycles_of(new_tokens, width) * width + 1, 2)
+    """Slots of an answer of ``new_tokens``, behind any of which a cycle of ``width`` tokens may begin."""
+    return new_tokens + width
 
 
 def first_size(capacity: int, prompt: int) -> int:

@@ -187,9 +187,8 @@ def _judging(distribution: NextTokenDistribution) -> Any:
         drafted = _reals(r, width - 1)
         stops = torch.zeros(r, width, dtype=torch.bool, device=META)
         ended, remaining = _flags(r), _ids(r)
-        return judged(
-            rows, _ids(r, width), drafted, ended, stops, _eos_ids(r), remaining, _settings(distribution, r), _reals(r)
-        )
+        of_block = (_ids(r, width), drafted, (), _reals(1, r).double(), ended, stops, _eos_ids(r), remaining)
+        return judged(rows, *of_block, _settings(distribution, r), _reals(r, width))
 
     return tail
 

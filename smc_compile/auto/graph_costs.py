@@ -147,7 +147,7 @@ def _inputs(cached: CachedLM, z: PassSizes) -> tuple[Tensor, list[Tensor], list[
     def cache(rows: int, length: int) -> list[Tensor]:
         return [torch.empty(rows, c.heads, length, c.width, dtype=c.dtype, device=META) for c in cached.sites]
 
-    places = [ids(z.batch, z.tokens), ids(z.tokens), ids(z.batch, z.prompt + z.suffix)]
+    places = [ids(z.batch, z.tokens), ids(z.batch, z.tokens), ids(z.batch, z.prompt + z.suffix)]
     return ids(z.rows, z.tokens), places, cache(z.batch, z.prompt), cache(z.rows, z.suffix)
 
 

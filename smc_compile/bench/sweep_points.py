@@ -200,7 +200,9 @@ def time_cycles(
     compiled = sum(region.compile_seconds for region in session.regions)
     running = session.cycles(request)
     run = next(running)
-    run.p.state = run.p.state._replace(generated=begin)
+    run.p.state.generated.fill_(begin)
+    run.p.made.fill_(begin)
+    run.unread = 2
     run.p.state.weights.shared.fill_(begin - 1)  # by then all particles descend from one that is not long gone
     for _ in range(GROWING):
         next(running)

@@ -24,6 +24,8 @@ from smc_compile.runtime.state.request import Request, TextProcessor
 
 log = logging.getLogger(__name__)
 
+FAR = 0.1  # nats a token: a text that may be further from the target than this is warned of
+
 Session: TypeAlias = SMCSession | AutoregressiveSession | SpeculativeSession
 
 
@@ -75,9 +77,29 @@ class Program:
         result.stats.n_particles, result.stats.lookahead = self.rows, self.lookahead
         result.stats.warnings += self.warnings
         result.stats.warnings += beyond_training(request, self.target, self.draft)
+        result.stats.warnings += self._far_from_target(result)
         for warning in result.stats.warnings:
             log.warning(warning)
         return replace(result, _program=weakref.ref(self))
+
+    def _far_from_target(self, result: Generation) -> list[str]:
+        """A warning where the law of the texts may be far from the target's."""
+        far = float(result.kl_bound_per_token.mean())
+        if not far > FAR:
+            return []
+        ways = ["raise n_particles", "lower lookahead"]
+        if self.forgets:
+            ways += ["lower max_divergence"] * (self.options.max_divergence > 0) + ['use method="speculative", exact']
+        return [
+            f"the law of these texts may be {far:.2g} nats a token from the target's (kl_bound, {len(result.ess)} "
+            f"requests): {', or '.join(ways)}"
+        ]
+
+    @property
+    def forgets(self) -> bool:
+        """Whether the models can forget drafted tokens: caches that the compiler made can, a model's own state not."""
+        models = [model for model in (self.target, self.draft) if model is not None]
+        return all(isinstance(model.runtime, CachedModel) for model in models)
 
     def under(self, options: Options) -> Program:
         """The same pair under other options, with a session of its own."""
@@ -120,6 +142,7 @@ class Program:
             o.compiler,
             text_processors,
             self.record,
+            o.max_divergence,
         )
 
     @property
