@@ -146,11 +146,15 @@ def _sections(
 
 
 def method_note(program: Program, result: Generation) -> str:
-    """How much of the draft is accepted, or why a greedy loop runs without its draft."""
+    """How far the answer may be from the target, how much of the draft is accepted, or why a greedy loop runs without
+    its draft."""
     greedy = program.target.distribution.kind == "greedy"
     if program.method == "speculative":
         accepted = f"{result.stats.accepted:.2f} of {program.options.lookahead} drafted tokens accepted a cycle"
         return f" (exact{', the greedy text' if greedy else ''}; {accepted})"
+    if program.method == "smc":
+        far = float(result.kl_bound_per_token.mean())
+        return f" (kl_bound {far:.2g} nats a token here: on average it bounds how far answers are from the target)"
     if not greedy or program.options.method == "autoregressive":
         return ""
     if program.options.draft is None:

@@ -61,10 +61,6 @@ class NextTokenDistribution:
             rows = warper(rows, settings)
         return rows
 
-    def at_try(self, settings: Mapping[str, Tensor], tries: Tensor) -> Mapping[str, Tensor]:
-        """Settings [R] of a cycle that is drawn for the ``tries``-th time [R], from 1: the same at every try."""
-        return settings
-
     def cut(self, vocab: int | None) -> NextTokenDistribution:
         """The same for a vocabulary of ``vocab`` tokens."""
         return replace(self, vocab=vocab)
@@ -76,8 +72,7 @@ class Mixture:
 
     ``distribution`` truncates as the target does: without that, a draft proposes tokens of weight zero. But its own
     truncation may drop tokens that the target keeps; ``wide`` still proposes those. Weights are at most 1/share times
-    those under ``wide``. In rows where ``distribution`` is undefined, ``wide`` stands alone. A setting "wide" in (0, 1]
-    takes the place of the share.
+    those under ``wide``. In rows where ``distribution`` is undefined, ``wide`` stands alone.
     """
 
     distribution: NextTokenDistribution
@@ -95,17 +90,9 @@ class Mixture:
     def log_probs(self, rows: Tensor, settings: Mapping[str, Tensor]) -> Tensor:
         """As of ``NextTokenDistribution``."""
         narrow, wide = self.distribution.log_probs(rows, settings), self.wide.log_probs(rows, settings)
-        share = settings["wide"].to(wide.dtype) if "wide" in settings else wide.new_tensor(self.share)
+        share = wide.new_tensor(self.share)
         mixed = torch.logaddexp(narrow + torch.log1p(-share), wide + share.log())
         return torch.where(broken(narrow)[..., None], wide, mixed)
-
-    def at_try(self, settings: Mapping[str, Tensor], tries: Tensor) -> Mapping[str, Tensor]:
-        """As of ``NextTokenDistribution``, but the share of ``wide`` is four times as large at each try, up to 1."""
-        return {**settings, "wide": self.wider(tries)}
-
-    def wider(self, tries: Tensor) -> Tensor:
-        """The share of ``wide`` at the ``tries``-th try: [R] -> [R]."""
-        return (self.share * 4.0 ** (tries - 1)).clamp(max=1.0)
 
     def cut(self, vocab: int | None) -> Mixture:
         """As of ``NextTokenDistribution``."""

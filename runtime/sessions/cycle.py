@@ -149,7 +149,7 @@ def cycle_of(
 
     def cycle(state: CycleState, u: Uniforms) -> tuple[CycleState, CycleInfo]:
         particles, weights, caps = state.particles, state.weights, run.request.new_tokens
-        generated = state.generated.minimum(caps)  # requests that have finished may stay in the batch: they stand still
+        generated = run.standing(state.generated)
         if exact:
             u = u._replace(draft=u.draft[:, :1], target=u.target[:, :1])
         block, log_q, proposed, draft = propose(run, models, proposal, state._replace(generated=generated), u, head)

@@ -79,6 +79,10 @@ class Run:
         """[R], tokens still wanted when so many [B] are generated."""
         return (self.request.new_tokens - generated).repeat_interleave(self.p.n)
 
+    def standing(self, generated: Tensor) -> Tensor:
+        """[B], where each request goes on: a batch may hold some that have finished, and those stand still."""
+        return generated.minimum(self.request.new_tokens.clamp_min(2))
+
     def places(self, first: Tensor, count: int) -> Places:
         """Where ``count`` tokens go from slot ``first`` [B] of the suffixes on."""
         slots = first[:, None] + torch.arange(count, device=self.keys.device)

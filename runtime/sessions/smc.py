@@ -105,7 +105,7 @@ class SMCSession:
         stats.cuts += int((short & (status.dropped == 0) & ~dead).sum())
         stats.dropped += int(status.dropped.sum())
         stats.resamplings += int(status.resampled.sum())
-        p.made, run.reported = status.generated, status.finished > 0
+        p.made, run.reported = status.generated.clone(), status.finished > 0
         p.ess.append(ess)
         p.ancestors.append(ancestors)
 
@@ -120,7 +120,7 @@ class SMCSession:
         Only rows that change are copied, and of caches only slots that differ.
         """
         p = run.p
-        drawn = run.streams.cycle(p.state.generated.minimum(run.request.new_tokens), self._k, p.state.weights.dropped)
+        drawn = run.streams.cycle(run.standing(p.state.generated), self._k, p.state.weights.dropped)
         uniforms = Uniforms(*drawn, run.streams.resample(number))
         after, info = self._cycle(run, self._settle(run, number), exact)(p.state, uniforms)
         status = Status(*info.status.cpu())
@@ -173,7 +173,7 @@ class SMCSession:
     def _on_device(self, run: Run, asked: Asked, answer: Answer, copy_rows: RowCopy) -> None:
         """What is recorded: a cycle whose next state is written over the one before."""
         state = run.p.state
-        generated = state.generated.minimum(run.request.new_tokens)
+        generated = run.standing(state.generated)
         drawn = self._uniforms(run.streams.seeds, generated, state.weights.dropped, asked.cycle)
         after, info = self._cycle(run)(state, Uniforms(*drawn))
         move_texts(state.texts, info.source)

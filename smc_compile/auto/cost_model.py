@@ -211,4 +211,4 @@ def _eos_ids(rows: int) -> EosIds:
 
 def _settings(distribution: NextTokenDistribution | Mixture, rows: int) -> dict[str, Tensor]:
     """All that a distribution's stages can ask for."""
-    return {name: torch.empty(rows, dtype=torch.float64, device=META) for name in (*SETTINGS, "wide")}
+    return {name: torch.empty(rows, dtype=torch.float64, device=META) for name in SETTINGS}

@@ -11,7 +11,7 @@ from torch import Tensor
 from smc_compile.errors import OptionError
 from smc_compile.options import Options
 from smc_compile.program.checks import check_devices, cut_off, shared_vocabulary
-from smc_compile.program.method import method_for, refuse_states
+from smc_compile.program.method import method_for, refuse_cuts, refuse_states
 from smc_compile.program.model import Model, compile_model
 from smc_compile.program.program import Program
 from smc_compile.runtime.algorithms.next_token import Mixture, NextTokenDistribution
@@ -57,6 +57,8 @@ def build_program(
     draft = compile_draft(options.draft, draft_distribution, options, ids, "draft")
     if method == "speculative":
         refuse_states(target, draft)
+    elif options.max_divergence < 1:
+        refuse_cuts(target, draft)
     check_devices(target, draft)
     vocab = shared_vocabulary(target, draft)
     warnings = cut_off(target, draft, vocab)

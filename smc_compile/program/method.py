@@ -38,3 +38,18 @@ def refuse_states(target: Model, draft: Model) -> None:
                 "it carries a state of its own (step protocol), which cannot be rolled back when tokens are rejected",
                 'use method="smc" or "autoregressive", or a model that the compiler can make a cache for',
             )
+
+
+def refuse_cuts(target: Model, draft: Model) -> None:
+    """A block that is cut leaves tokens behind that the models have read.
+
+    Raises:
+        OptionError: target or draft carries a state of its own.
+    """
+    for name, model in (("target", target), ("draft", draft)):
+        if not isinstance(model.runtime, CachedModel):
+            raise OptionError(
+                f"max_divergence cannot be kept with this {name}",
+                "it carries a state of its own (step protocol), which cannot forget the tokens behind a cut",
+                "leave max_divergence=1, or use a model that the compiler can make a cache for",
+            )

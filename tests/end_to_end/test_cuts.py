@@ -23,7 +23,7 @@ VOCAB, LENGTH = 3, 5
 PROMPT = torch.tensor([1, 0, 2])
 
 
-def table_pair(scale: float = 1.5) -> tuple[Any, Any]:
+def table_pair(scale: float = 1.0) -> tuple[Any, Any]:
     target = TableLM(VOCAB).double()
     return target, perturbed(target, scale)
 
@@ -36,13 +36,13 @@ def transformer_pair(scale: float = 0.5) -> tuple[Any, Any]:
 # ---- the weights are proper ------------------------------------------------------------------------------------------
 
 CASES: dict[str, dict[str, Any]] = {
-    **{f"N={n}, {theta}": {"n_particles": n, "max_divergence": theta} for n in (1, 4, 16) for theta in (0.0, 0.2, 0.35)},
-    "N=64": {"n_particles": 64, "max_divergence": 0.2},
-    "always resampled": {"ess_threshold": 1.0, "max_divergence": 0.3},
-    "never resampled": {"ess_threshold": 0.0, "max_divergence": 0.3},
-    "eos": {"eos_token_id": 1, "max_divergence": 0.2},
-    "eos, long blocks": {"eos_token_id": 2, "max_divergence": 0.3, "lookahead": 7},
-    "temperatures": {"temperature": 0.7, "draft_temperature": 1.3, "max_divergence": 0.3},
+    **{f"N={n}, {theta}": {"n_particles": n, "max_divergence": theta} for n in (1, 4, 16) for theta in (0.0, 0.1, 0.2)},
+    "N=64": {"n_particles": 64, "max_divergence": 0.1},
+    "always resampled": {"ess_threshold": 1.0, "max_divergence": 0.15},
+    "never resampled": {"ess_threshold": 0.0, "max_divergence": 0.15},
+    "eos": {"eos_token_id": 1, "max_divergence": 0.15},
+    "eos, long blocks": {"eos_token_id": 2, "max_divergence": 0.1, "lookahead": 7},
+    "temperatures": {"temperature": 0.7, "draft_temperature": 1.3, "max_divergence": 0.15},
     "transformer": {"pair": "transformer", "max_divergence": 0.1, "lookahead": 3},
     "transformer, eos": {"pair": "transformer", "max_divergence": 0.1, "eos_token_id": 0},
 }
@@ -171,15 +171,13 @@ def divergence(g: Generation, law: Tensor) -> float:
     return float((returned * (returned / law.flatten()).log()).nan_to_num(0.0).sum())
 
 
-@pytest.mark.parametrize("theta", [0.3, 1.0])
+@pytest.mark.parametrize("theta", [0.15, 1.0])
 def test_the_bound_lies_above_the_divergence_and_not_far_above(theta: float) -> None:
     """The mean of ``kl_bound`` less 4 standard errors is at most 6 times the divergence, and never below it."""
     target, draft = table_pair(1.0)
     law = sequence_distribution(target, PROMPT, LENGTH, VOCAB)
     for n in (4, 16, 64):
-        g = replicate(
-            target, draft, PROMPT, LENGTH, 2**17 // n, n_particles=n, lookahead=2, max_divergence=theta
-        )
+        g = replicate(target, draft, PROMPT, LENGTH, 2**16 // n, n_particles=n, lookahead=2, max_divergence=theta)
         bound, error = float(g.kl_bound.mean()), float(g.kl_bound.std() / len(g.kl_bound) ** 0.5)
         true = divergence(g, law)
         print(f"theta={theta} N={n}: divergence {true:.4f}, bound {bound:.4f} +- {error:.4f}")
@@ -188,7 +186,7 @@ def test_the_bound_lies_above_the_divergence_and_not_far_above(theta: float) -> 
 
 
 def test_a_pair_that_is_far_apart_is_warned_of() -> None:
-    target, draft = table_pair(4.0)
+    target, draft = TinyTransformerLM(VOCAB).double(), TinyTransformerLM(VOCAB, seed=1).double()
     options = {"n_particles": 4, "lookahead": 4, "compiler": "eager", "seed": 0}
     far = generate(target, draft, PROMPT[None], max_new_tokens=24, max_divergence=1.0, **options)
     assert any("nats a token from the target's" in warning for warning in far.stats.warnings)

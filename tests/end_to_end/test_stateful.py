@@ -24,7 +24,7 @@ from helpers.toys import GRUStep, TinyTransformerLM
 from torch import Tensor, nn
 
 from smc_compile import generate
-from smc_compile.errors import GenerationError
+from smc_compile.errors import GenerationError, OptionError
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
@@ -180,3 +180,57 @@ def test_weights_are_read_at_every_call():
     after = replicate(target, draft, PROMPT, 8, 4, n_particles=4, lookahead=2, ess_threshold=0.0)
     assert before.log_weights.abs().max() < 1e-9
     assert after.log_weights.abs().max() > 0.1
+
+
+# ---- a state cannot forget -------------------------------------------------------------------------------------------
+
+
+class Only(Counter):
+    """Only these tokens can follow."""
+
+    def __init__(self, tokens: list[int], seed: int = 0):
+        super().__init__(seed)
+        others = [token for token in range(VOCAB) if token not in tokens]
+        self.table[..., others] = -60.0 if len(tokens) == 1 else -torch.inf
+
+
+@pytest.mark.parametrize("sides", ["both", "target", "draft"])
+def test_a_population_that_would_die_goes_back_to_the_state_before_the_block(sides):
+    """Chi-square at level 1e-3. Where no draft is possible, each token is the target's own."""
+    target, draft = Only([0, 1]), Only([2], seed=1)
+    law = sequence_distribution(target, PROMPT[:2], 5, VOCAB)
+    if sides != "both":
+        cached = TinyTransformerLM(VOCAB).double()
+        with torch.no_grad():
+            tokens = torch.tensor([0.0, 0.0, -torch.inf]) if sides == "draft" else torch.tensor([-60.0, -60.0, 0.0])
+        cached = Masked(cached, tokens)
+        target, draft = (cached, draft) if sides == "draft" else (target, cached)
+        law = sequence_distribution(target, PROMPT[:2], 5, VOCAB)
+    g = replicate(target, draft, PROMPT[:2], 5, 2**11, n_particles=2, lookahead=2, validate=False)
+    assert g.stats.dropped == 4 * 2**11
+    assert chi_square_p_value(drawn(g, law), law) > 1e-3
+
+
+class Masked(nn.Module):
+    def __init__(self, model: nn.Module, mask: Tensor):
+        super().__init__()
+        self.model, self.mask = model, nn.Buffer(mask.double())
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model(ids) + self.mask
+
+
+def test_requests_that_would_not_die_lose_their_block_alone():
+    """One request of the batch has a draft that is always possible. Bounds as above."""
+    target = Only([0, 1])
+    draft = Only([2], seed=1)
+    draft.table[:, :, 0] = target.table[:, :, 0]  # after token 0 they agree
+    law = sequence_distribution(target, PROMPT[:2], 4, VOCAB)
+    g = replicate(target, draft, PROMPT[:2], 4, 2**12, n_particles=8, lookahead=2, validate=False, ess_threshold=1.0)
+    assert 0 < g.stats.dropped < 3 * 2**12
+    assert distance(weighted_distribution(g, law), law) < 0.1
+
+
+def test_blocks_are_not_cut():
+    with pytest.raises(OptionError, match="max_divergence cannot be kept with this target"):
+        generate(gru(), gru(1), PROMPT[None], max_new_tokens=4, max_divergence=0.3, compiler="eager")

@@ -40,17 +40,6 @@ def test_a_mixture_is_a_distribution_that_reaches_everything_and_prefers_what_tr
     assert (mixed[narrow == 0] < wide[narrow == 0]).all()
 
 
-def test_a_cycle_that_is_drawn_again_leaves_truncation_behind():
-    at = settings(top_k=3)
-    shares = mixture().wider(torch.tensor([1, 2, 3, 32]))
-    torch.testing.assert_close(shares, torch.tensor([0.1, 0.4, 1.0, 1.0]))
-    wide = mixture().log_probs(ROWS, {**at, "wide": torch.ones(5, 1)})
-    torch.testing.assert_close(wide, ROWS.log_softmax(-1))
-    torch.testing.assert_close(
-        mixture().log_probs(ROWS, {**at, "wide": torch.full((5, 1), 0.1)}), mixture().log_probs(ROWS, at)
-    )
-
-
 def test_where_truncation_leaves_nothing_the_wide_distribution_stands_alone():
     def nothing(scores, _):
         return torch.full_like(scores, -torch.inf)

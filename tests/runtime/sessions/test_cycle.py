@@ -28,15 +28,16 @@ def end(increments: Tensor, tokens: Tensor, undefined: Tensor | None = None) -> 
     never = torch.zeros(R, dtype=torch.bool)
     particles = Particles(never, never, torch.full((R,), ENDLESS))
     shared = torch.zeros(B, N, N, dtype=torch.int64)
-    weights = Weights(torch.zeros(B, N).double(), torch.zeros(B).double(), shared)
+    none = torch.zeros(B, dtype=torch.int64)
+    weights = Weights(torch.zeros(B, N).double(), torch.zeros(B).double(), shared, none)
     over = torch.zeros(R, K + 1, dtype=torch.bool)
-    judged = Judged(increments, tokens, torch.zeros(R, K + 1), over, never if undefined is None else undefined)
+    undefined = never if undefined is None else undefined
+    whole, dropped = torch.full((B,), K + 1), torch.zeros(B, dtype=torch.bool)
+    judged = Judged(increments, tokens, torch.zeros(R, K + 1), over, undefined, whole, dropped)
     eos_ids = EosIds(torch.full((R, 1), EOS), torch.full((R,), EOS))
-    log_w, caps, tries = weights.log_w + increments.view(B, N), torch.tensor([40, 40]), torch.ones(B).long()
-    u, generated = torch.full((B, N), 0.5).double(), torch.tensor(4)
-    ended = end_of_cycle(0.5, "systematic")(
-        log_w, judged, never, particles, weights, eos_ids, caps, generated, tries, u
-    )
+    log_w, caps = weights.log_w + increments.view(B, N), torch.tensor([40, 40])
+    u, generated = torch.full((B, N), 0.5).double(), torch.tensor([4, 4])
+    ended = end_of_cycle(0.5, "systematic")(log_w, judged, never, particles, weights, eos_ids, caps, generated, u)
     return ended, particles, weights
 
 
@@ -51,8 +52,9 @@ def test_a_degenerate_population_goes_on_with_its_one_particle():
     torch.testing.assert_close(ended.weights.log_evidence, torch.tensor([-math.log(N), 0.0]).double())
     status = Status(*ended.status)
     assert status.sound
-    assert status.resampled.tolist() == [True, False]
-    assert status.finished.tolist() == [True, False], "all three go on with a text that ends with its pending token"
+    assert status.resampled.tolist() == [1, 0]
+    assert status.generated.tolist() == [4 + K + 1] * B
+    assert status.finished.tolist() == [1, 0], "all three go on with a text that ends with its pending token"
 
 
 @pytest.mark.parametrize("broken", ["dead", "undefined", "undefined_draft"])
@@ -69,7 +71,8 @@ def test_a_cycle_that_does_not_count_changes_nothing(broken):
     ended, particles, weights = end(increments, torch.full((R, K + 1), EOS), undefined)
     status = Status(*ended.status)
     assert not status.sound
-    assert getattr(status, broken).tolist() == [False, True]
+    assert getattr(status, broken).tolist() == [0, 1]
+    assert status.generated.tolist() == [4, 4]
     assert not status.resampled.any()
     assert not status.finished.any()
     assert ended.source.tolist() == list(range(R))
@@ -93,19 +96,20 @@ def test_a_cycle_may_be_run_again_from_the_same_state():
     before = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, state)
     cycle = session._cycle(run)
     uniforms = [
-        Uniforms(*run.streams.cycle(run.p.generated - 1, K, tries), run.streams.resample(1), tries)
-        for tries in (torch.ones(B).long(), torch.full((B,), 2))
+        Uniforms(*run.streams.cycle(state.generated, K, torch.full((B,), dropped)), run.streams.resample(1))
+        for dropped in (0, 1)
     ]
     with torch.no_grad():
         first, other, again = (
             pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, cycle(state, u))
             for u in (uniforms[0], uniforms[1], uniforms[0])
         )
-    written = slice(state.generated, state.generated + K + 1)
+    generated = run.p.generated
+    written = slice(generated, generated + K + 1)
     assert not torch.equal(first[0].texts.tokens[:, written], other[0].texts.tokens[:, written])
     for one, two in zip(pytree.tree_leaves(first), pytree.tree_leaves(again), strict=True):
         assert torch.equal(one, two) if isinstance(one, Tensor) else one == two
     for now, then in ((state.particles, before.particles), (state.weights, before.weights)):
         assert all(map(torch.equal, now, then))
     for now, then in zip(state.texts, before.texts, strict=True):
-        assert torch.equal(now[:, : state.generated], then[:, : state.generated])
+        assert torch.equal(now[:, :generated], then[:, :generated])

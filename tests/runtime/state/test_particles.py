@@ -38,7 +38,7 @@ def test_copies_of_what_differs_are_copies_of_everything(batch, n, seed, often):
         resampled = torch.rand(batch, 1, generator=generator) < often
         ancestors = torch.where(resampled, keep_survivors(drawn), torch.arange(n))
         since = own_and_source(shared, ancestors)
-        shared = shared_after(shared, ancestors, used)
+        shared = shared_after(shared, ancestors, torch.full((batch,), used))
         whole = whole.gather(1, ancestors[:, :, None].expand_as(whole))
         moved = part.gather(1, ancestors[:, :, None].expand_as(part))
         part = torch.where(torch.arange(part.shape[2]) >= since[:, :, None], moved, part)
@@ -48,7 +48,9 @@ def test_copies_of_what_differs_are_copies_of_everything(batch, n, seed, often):
 
 
 def test_after_everybody_descends_from_one_only_later_slots_are_copied():
-    shared = shared_after(torch.zeros(1, 4, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64), 10)
+    shared = shared_after(
+        torch.zeros(1, 4, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64), torch.tensor([10])
+    )
     assert (shared == 10).all()
     assert own_and_source(shared, torch.tensor([[0, 1, 1, 3]])).tolist() == [[10, 10, 10, 10]]
 
@@ -58,21 +60,23 @@ def test_what_particles_carry_is_taken_and_overwritten_whole():
     request = build_request(torch.tensor([[1, 2], [3, 4], [5, 6]]), 8, torch.tensor([0, 1, 2]))
     n, caches = 2, [torch.arange(6.0)[:, None]]
     state = CycleState.start(request, n, 9, caches, [])
-    assert len(state.tensors) == len(Texts._fields) + len(Particles._fields) + len(Weights._fields) + 1
+    assert len(state.tensors) == len(Texts._fields) + len(Particles._fields) + len(Weights._fields) + 2
     numbered = state._replace(
         texts=Texts(*(torch.arange(6)[:, None].expand_as(x).to(x.dtype) for x in state.texts)),
         particles=Particles(*(torch.arange(6).to(x.dtype) for x in state.particles)),
         weights=Weights(
             *(torch.arange(3).view(3, *[1] * (x.dim() - 1)).expand_as(x).to(x.dtype) for x in state.weights)
         ),
+        generated=torch.arange(3),
     )
     rows = torch.tensor([4, 5, 0, 1])
     taken = numbered.take(torch.tensor([2, 0]), rows)
     for value, whole in zip((*taken.texts, *taken.particles), (*numbered.texts, *numbered.particles), strict=True):
         assert torch.equal(value, whole[rows])
-    for value in taken.weights:
+    for value in (*taken.weights, taken.generated):
         assert value.reshape(2, -1)[:, 0].tolist() == [2, 0]
     assert taken.target is caches, "caches are the models' to take"
     state.write(numbered)
-    for value, other in zip((*state.particles, *state.weights), (*numbered.particles, *numbered.weights), strict=True):
+    kept, given = ((*s.particles, *s.weights, s.generated) for s in (state, numbered))
+    for value, other in zip(kept, given, strict=True):
         assert torch.equal(value, other)

@@ -28,9 +28,8 @@ def test_sizes_grow_up_to_the_capacity_and_hold_what_is_needed(capacity, prompt)
     assert size <= capacity
 
 
-def test_an_answer_has_slots_for_whole_cycles_after_its_first_token():
-    assert capacity_of(20, 5) == 21
-    assert capacity_of(1, 5) == 2
+def test_behind_every_token_of_an_answer_a_cycle_has_room():
+    assert capacity_of(20, 5) == 25
 
 
 def test_a_size_is_not_that_of_the_prompt_unless_nothing_else_is_left():
