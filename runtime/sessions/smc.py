@@ -105,6 +105,7 @@ class SMCSession:
         stats.cuts += int((short & (status.dropped == 0) & ~dead).sum())
         stats.dropped += int(status.dropped.sum())
         stats.resamplings += int(status.resampled.sum())
+        p.widths.append((status.generated - p.made).to(ess.device))
         p.made, run.reported = status.generated.clone(), status.finished > 0
         p.ess.append(ess)
         p.ancestors.append(ancestors)

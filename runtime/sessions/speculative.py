@@ -47,6 +47,7 @@ class Committed(Population):
         self.state = self.state._replace(particles=particles, generated=self.count + width)
         self.made = self.count.cpu()
         self.ess.append(torch.ones_like(self.state.weights.log_evidence))
+        self.widths.append(width)
         self.ancestors.append(torch.zeros_like(self.count)[:, None])
 
     @property

@@ -24,6 +24,7 @@ class Population:
     state: CycleState
     made: Tensor  # [B], the ``generated`` tokens of each as the host knows them
     ess: list[Tensor] = field(default_factory=list)  # [B] a cycle
+    widths: list[Tensor] = field(default_factory=list)  # [B] a cycle
     ancestors: list[Tensor] = field(default_factory=list)  # [B, N] a cycle
     lag: list[Tensor] = field(default_factory=list)  # [B] a cycle
 
@@ -50,7 +51,7 @@ class Population:
     def take(self, keep: Tensor, rows: Tensor) -> Self:
         """The particles of requests ``keep``, in these rows; caches are not touched."""
         by_cycle: dict[str, Any] = {
-            name: [value[keep] for value in getattr(self, name)] for name in ("ess", "ancestors", "lag")
+            name: [value[keep] for value in getattr(self, name)] for name in ("ess", "widths", "ancestors", "lag")
         }
         return replace(self, state=self.state.take(keep, rows), made=self.made[keep.to(self.made.device)], **by_cycle)
 
@@ -67,6 +68,7 @@ class Outcome:
     log_evidence: Tensor  # [b]
     chosen: Tensor  # [b]
     ess: Tensor  # [b, C]
+    widths: Tensor  # [b, C]
     ancestors: Tensor  # [b, C, N]
     lag: Tensor  # [b, C], or [b, 0]
 
@@ -92,6 +94,7 @@ def outcome(p: Population, request: Request, eos_ids: EosIds, keep: list[int], u
         log_evidence=weights.log_evidence[index] + log_mean_exp(log_w),
         chosen=select(log_w, u[index]),
         ess=torch.stack(p.ess, 1)[index] if p.ess else none,
+        widths=torch.stack(p.widths, 1)[index] if p.widths else none.long(),
         ancestors=torch.stack(p.ancestors, 1)[index] if p.ancestors else none.new_zeros(len(keep), 0, p.n).long(),
         lag=torch.stack(p.lag, 1)[index] if p.lag else none.long(),
     )
@@ -126,6 +129,7 @@ def assemble(outcomes: Sequence[Outcome], asked: Request, width: int, stats: Sta
         log_weights=torch.cat([o.log_w for o in outcomes])[order],
         log_evidence=torch.cat([o.log_evidence for o in outcomes])[order],
         ess=together("ess", stats.cycles, 1, torch.nan),
+        widths=together("widths", stats.cycles, 1, 0),
         ancestors=torch.where(ancestors < 0, nobody, ancestors),
         log_probs=log_p[rows, chosen],
         new_lengths=lengths[rows, chosen],

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -106,11 +106,10 @@ def returned_particle(generation: Generation, request: int, weights: Sequence[fl
     return max(candidates, key=lambda n: weights[n])
 
 
-def texts_by_cycle(tokens: Sequence[str], n_cycles: int, per_cycle: int | None = None) -> list[str]:
-    """The returned text cut into cycles: the first token comes from the prompt, then ``per_cycle`` a cycle."""
-    per_cycle = per_cycle or max(1, math.ceil((len(tokens) - 1) / n_cycles))
-    starts = [0] + [1 + per_cycle * cycle for cycle in range(1, n_cycles)] + [len(tokens)]
-    return ["".join(tokens[a:b]) for a, b in pairwise(starts)]
+def texts_by_cycle(tokens: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """The returned text cut into cycles of so many tokens; the first one of all comes from the prompt."""
+    ends = [1 + end for end in accumulate(widths)]
+    return ["".join(tokens[a:b]) for a, b in pairwise([0, *ends[:-1], len(tokens)])]
 
 
 def visible(text: str, limit: int = LONGEST_LABEL) -> str:
@@ -127,7 +126,6 @@ def draw_ancestry(
     request: int = 0,
     tokens: list[str] | None = None,
     *,
-    lookahead: int | None = None,
     ess_threshold: float = 0.5,
 ) -> Path:
     """Write the genealogy of one request's particles to ``path`` as SVG.
@@ -137,7 +135,6 @@ def draw_ancestry(
         path: where to write; must end in ``.svg``.
         request: which request of the batch.
         tokens: the new tokens of the returned sequence as text, written under the cycles that drew them.
-        lookahead: K of the run, to cut ``tokens`` into cycles; estimated from the number of cycles if not given.
         ess_threshold: the fraction of N below which the run resampled, drawn as a dashed line.
 
     Returns:
@@ -145,8 +142,7 @@ def draw_ancestry(
     """
     path = check_picture_path(path)
     genealogy = trace_genealogy(generation, request)
-    per_cycle = lookahead + 1 if lookahead else None
-    texts = texts_by_cycle(tokens, genealogy.n_cycles, per_cycle) if tokens else []
+    texts = texts_by_cycle(tokens, generation.widths[request, : genealogy.n_cycles].tolist()) if tokens else []
     path.write_text(render(genealogy, texts, ess_threshold), encoding="utf-8")
     return path
 

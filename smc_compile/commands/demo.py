@@ -134,4 +134,4 @@ def draw(
     """The genealogy of the SMC text on show."""
     assert generation is not None  # SMC returns a Generation
     pieces = [tokenizer.decode([token]) for token in generation.sequences[0, prompt_length:].tolist()]
-    return draw_ancestry(generation, arguments.picture, tokens=pieces, lookahead=arguments.lookahead)
+    return draw_ancestry(generation, arguments.picture, tokens=pieces)

@@ -116,6 +116,7 @@ def joined(answers: Sequence[_Answer], prompt: Tensor, new_tokens: int) -> Gener
         log_weights=last.log_weights.masked_fill(ended[:, None], 0.0),
         log_evidence=evidences.sum(0),
         ess=torch.cat([a.generation.ess.masked_fill(a.ended[:, None], torch.nan) for a in answers], 1),
+        widths=torch.cat([a.generation.widths.masked_fill(a.ended[:, None], 0) for a in answers], 1),
         ancestors=_side_by_side([a.generation.ancestors for a in answers]),
         log_probs=F.pad(log_probs, (0, missing)),
         new_lengths=lengths.sum(0),

@@ -129,6 +129,8 @@ def test_a_request_does_not_depend_on_the_cuts_of_others(setting: str) -> None:
         assert torch.equal(alone.sequences[0], together.sequences[b, :width])
         assert alone.log_evidence[0] == pytest.approx(together.log_evidence[b].item(), abs=1e-9)
         assert torch.equal(alone.ess[0], together.ess[b, : alone.stats.cycles])
+        assert torch.equal(alone.widths[0], together.widths[b, : alone.stats.cycles])
+        assert int(alone.widths.sum()) >= caps[b] - 1 or "eos" in setting or "criterion" in setting
 
 
 # ---- no call fails for its sampler ---------------------------------------------------------------------------------
