@@ -124,7 +124,8 @@ def test_tokens_are_escaped_and_cut_by_cycle(tmp_path):
     tokens = ["<a", "&", "b>", "\n", " x"]
     assert texts_by_cycle(list("abcdefg"), [2, 2, 2]) == ["abc", "de", "fg"]
     assert texts_by_cycle(list("abcdefg"), [1, 4, 3]) == ["ab", "cdef", "g"]
-    path = draw_ancestry(random_generation(n_cycles=2), tmp_path / "a.svg", tokens=tokens)
+    generation = replace(random_generation(n_cycles=2), widths=torch.full((2, 2), 2))
+    path = draw_ancestry(generation, tmp_path / "a.svg", tokens=tokens)
     texts = [element.text for element in ElementTree.parse(path).iter("{http://www.w3.org/2000/svg}text")]
     assert texts[-2:] == ["<a&b>", "⏎ x"]
     assert visible("x" * 99, 5) == "xxxx…"
