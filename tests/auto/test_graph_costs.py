@@ -125,7 +125,8 @@ def torch_counts(found: Traced, z: PassSizes) -> int:
 
     tokens = torch.zeros(z.rows, z.tokens, dtype=torch.int64)
     positions = (z.prompt + torch.arange(z.tokens)).expand(z.batch, -1)
-    places = (positions, torch.arange(z.tokens), torch.arange(z.prompt + z.suffix).expand(z.batch, -1))
+    slots, keys = (torch.arange(count).expand(z.batch, -1) for count in (z.tokens, z.prompt + z.suffix))
+    places = (positions, slots, keys)
     caches = [*cache_of(z.batch, z.prompt), *cache_of(z.rows, z.suffix)]
     tables = cached.tables(z.prompt + z.suffix, *weights)
     with FlopCounterMode(display=False) as counter, torch.no_grad():

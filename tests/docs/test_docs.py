@@ -136,12 +136,14 @@ def resolves(parts: list[str]) -> bool:
 
 @each_present_page
 def test_fields_of_results_exist(page: Path):
+    results = {*smc_compile.Generation.__dataclass_fields__, "kl_bound", "kl_bound_per_token"}
     known = {
         "stats": {*smc_compile.Stats.__dataclass_fields__, "host_seconds"},
-        "out": {*smc_compile.Generation.__dataclass_fields__},
-        "last": {*smc_compile.Generation.__dataclass_fields__},
+        "out": results,
+        "near": results,
+        "last": results,
     }
-    for owner, name in re.findall(r"\b(stats|out|last)\.(\w+)", page.read_text()):
+    for owner, name in re.findall(r"\b(stats|out|near|last)\.(\w+)", page.read_text()):
         if name not in ("py", "md", "logits"):
             assert name in known[owner], f"{owner}.{name}"
 
