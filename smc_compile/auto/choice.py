@@ -259,10 +259,17 @@ def _pilot(program: Program, request: Request, n: int) -> Generation:
     )
     with torch.compiler.set_stance("force_eager"):
         try:
-            return replace(program.under(concrete), record=None).session.run(short)
+            result = replace(program.under(concrete), record=None).session.run(short)
         except GenerationError as error:
-            raise OptionError(
-                "the pilot that should show how the weights spread broke off",
-                f"{error.what}: {error.why}",
-                "give n_particles and lookahead as numbers, or truncate less",
-            ) from error
+            raise _broken_pilot(f"{error.what}: {error.why}") from error
+    if result.stats.dropped:
+        raise _broken_pilot(f"each of {n} particles got weight zero: the draft does not propose what the sampler keeps")
+    return result
+
+
+def _broken_pilot(why: str) -> OptionError:
+    return OptionError(
+        "the pilot that should show how the weights spread broke off",
+        why,
+        "give n_particles and lookahead as numbers, or truncate less",
+    )

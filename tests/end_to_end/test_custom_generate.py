@@ -215,11 +215,12 @@ def test_allowed_tokens_are_asked_for_each_request(target, ours):
 def test_rotary_positions_beyond_the_configuration_are_told(target, ours, caplog):
     """Both models were configured for 64 positions and run on, as in the library."""
     out = ours(IDS, max_new_tokens=62, do_sample=True, return_dict_in_generate=True)
-    assert [warning.split(":")[0] for warning in out.stats.warnings] == [
+    assert [warning.split(":")[0] for warning in out.stats.warnings if "positions" in warning] == [
         f"the {name} was asked for 65 positions, and its configuration names 64" for name in ("target", "draft")
     ]
     assert "beyond them it may do worse" in caplog.text
-    assert ours(IDS, max_new_tokens=61, do_sample=True, return_dict_in_generate=True).stats.warnings == []
+    warnings = ours(IDS, max_new_tokens=61, do_sample=True, return_dict_in_generate=True).stats.warnings
+    assert not any("positions" in warning for warning in warnings)
 
 
 @interpreted
