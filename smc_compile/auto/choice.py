@@ -252,7 +252,13 @@ def _pilot(program: Program, request: Request, n: int) -> Generation:
     if tokens < 2:
         raise OptionError("no pilot can run", "the prompt fills all positions of the models", "shorten the prompt")
     concrete = replace(
-        program.options, n_particles=n, lookahead=PILOT_LOOKAHEAD, ess_floor=None, time_budget=None, ess_threshold=0.0
+        program.options,
+        n_particles=n,
+        lookahead=PILOT_LOOKAHEAD,
+        ess_floor=None,
+        time_budget=None,
+        ess_threshold=0.0,
+        max_divergence=1.0,
     )
     short = replace(
         request, new_tokens=torch.full_like(request.new_tokens, tokens), stop=None, max_lag=None, watch=None
