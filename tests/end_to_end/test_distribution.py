@@ -199,8 +199,9 @@ def test_a_draft_without_full_support_is_reported_with_the_missing_mass():
         draft.table[:, 1] = -math.inf
     missing = float(target(PROMPT[None])[0, -1].softmax(-1)[1])
     g = replicate(target, draft, PROMPT, 4, 16, n_particles=4, lookahead=3)
-    assert len(g.stats.warnings) == 1
-    assert f"{missing:.2%}" in g.stats.warnings[0]
+    support, *far = g.stats.warnings
+    assert f"{missing:.2%}" in support
+    assert all("kl_bound" in warning for warning in far)
     assert (g.particles[:, :, 4:] != 1).all(), "only the first token comes from the target"
 
 
