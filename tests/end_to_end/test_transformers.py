@@ -103,7 +103,8 @@ def test_particles_share_a_prompt(family: str) -> None:
         tables, rows = cached.tables(4 + 15 + 1, *weights), []
         keys = torch.arange(4 + 15)[None]
         for slots in torch.arange(15).split([4, 1, 10]):
-            rows.append(cached.score(ours[:, slots], slots[None] + 4, slots, keys, *shared, *own, *tables, *weights))
+            args = (slots[None] + 4, slots[None], keys, *shared, *own, *tables, *weights)
+            rows.append(cached.score(ours[:, slots], *args))
         whole = torch.cat([prompt.expand(3, -1), ours], 1)
         with Float64Throughout(), traceable(model):
             expected = logits_of(model, whole)[:, 4:]

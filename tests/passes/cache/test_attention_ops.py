@@ -49,11 +49,12 @@ def test_mix_equals_that_over_joined_values(b, n, h, m, d, p, s) -> None:
     torch.testing.assert_close(mix_over_cache(probs, prompt, suffix), probs @ joined(prompt, suffix, n))
 
 
-def test_write_cache_writes_the_slots_and_nothing_else() -> None:
-    suffix, new = torch.zeros(2, 3, 6, 4), torch.ones(2, 3, 2, 4)
-    written = write_cache(suffix, torch.tensor([4, 1]), torch.stack([new[:, :, 0], 2 * new[:, :, 1]], 2))
+def test_write_cache_writes_the_slots_of_each_request_and_nothing_else() -> None:
+    suffix, new = torch.zeros(4, 3, 6, 4), torch.ones(4, 3, 2, 4)
+    new[:, :, 1] = 2
+    written = write_cache(suffix, torch.tensor([[4, 1], [0, 2]]), new)
     assert written.data_ptr() == suffix.data_ptr()
-    assert suffix[1, 2, :, 3].tolist() == [0, 2, 0, 0, 1, 0]
+    assert suffix[:, 2, :, 3].tolist() == 2 * [[0, 2, 0, 0, 1, 0]] + 2 * [[1, 0, 2, 0, 0, 0]], "two rows a request"
 
 
 @pytest.mark.parametrize("inner", [1, 2], ids=["rows", "rows times heads"])

@@ -81,7 +81,7 @@ def test_particles_share_a_prompt(name: str) -> None:
         tables = cached.tables(p + sum(blocks) + 1, *weights)
         rows, keys = [], torch.arange(p + sum(blocks) + spare).expand(b, -1)
         for slots in torch.arange(sum(blocks)).split(blocks):
-            args = (slots.expand(b, -1) + p, slots, keys, *shared, *own, *tables, *weights)
+            args = (slots.expand(b, -1) + p, slots.expand(b, -1), keys, *shared, *own, *tables, *weights)
             rows.append(cached.score(suffixes[:, slots], *args).view(b * n, len(slots), -1))
         full = model(name)(torch.cat([prompts.repeat_interleave(n, 0), suffixes], 1))
     assert relative_error(torch.cat(rows, 1), full[:, p:]) < 1e-9

@@ -46,7 +46,7 @@ def arguments(kind):
     suffixes = [torch.randn(4, p.shape[1], 6, p.shape[3], generator=generator, dtype=p.dtype) for p in prompts]
     slots = torch.tensor([1, 2, 3])
     tokens, positions, keys = torch.arange(12).view(4, 3), (slots + 4).expand(2, -1), torch.arange(10).expand(2, -1)
-    return [tokens, positions, slots, keys, *prompts, *suffixes, *graphs.tables(10, *owned()), *owned()]
+    return [tokens, positions, slots.expand(2, -1), keys, *prompts, *suffixes, *graphs.tables(10, *owned()), *owned()]
 
 
 def clones(values):
