@@ -139,7 +139,15 @@ def test_slots_that_are_hidden_take_no_place(way: str) -> None:
     with torch.no_grad():
         _, *shared = cached.prefill(prompts, *weights)
         own = [s.new_full((b * n, s.shape[1], t + spare, s.shape[3]), 7.0) for s in shared]
-        args = (lengths[:, None] + slots, slots.expand(len(lengths), -1), keys, *shared, *own, *cached.tables(far + 1, *weights), *weights)
+        args = (
+            lengths[:, None] + slots,
+            slots.expand(len(lengths), -1),
+            keys,
+            *shared,
+            *own,
+            *cached.tables(far + 1, *weights),
+            *weights,
+        )
         actual = cached.score(suffixes, *args).view(b, n, t, -1)
         for i in range(b):
             prompt = prompts[i : i + 1, : lengths[i]].expand(n, -1)
