@@ -57,8 +57,8 @@ class Generation:
             (``stats.dropped``), which overestimates.
         ess: [B, C], effective sample size at the end of each cycle, before resampling; NaN in the cycles after a
             request finished.
-        widths: [B, C] int64, tokens that each cycle added to every particle of a request: K+1, or fewer where a block was
-            cut; 0 in the cycles after a request finished.
+        widths: [B, C] int64, tokens that each cycle added to every particle of a request: K+1, or fewer where a block
+            was cut; 0 in the cycles after a request finished.
         ancestors: [B, C, N] int64, the particle each particle descends from at each cycle (identity: no resampling).
         log_probs: [B, n] float64, log-probability in nats of each new token of ``sequences`` under the target's
             distribution (after temperature, truncation and text processors); 0 after the end.
