@@ -16,11 +16,29 @@ looks at the token itself, or at the weights after it, is biased.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from smc_compile.runtime.algorithms.weights import normalise
+
+
+class Cuts(NamedTuple):
+    """How a block may be shortened.
+
+    Attributes:
+        max_divergence: it ends where D_k is larger; 1 never ends it.
+        forgets: whether both models can forget tokens. Else all blocks are kept whole.
+    """
+
+    max_divergence: float = 1.0
+    forgets: bool = True
+
+    @property
+    def any(self) -> bool:
+        """Whether a block may be cut for what its distributions are."""
+        return self.forgets and self.max_divergence < 1
 
 
 def tokens_kept(

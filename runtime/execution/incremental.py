@@ -44,6 +44,7 @@ class RuntimeModel(Protocol):
     score: Forward
     advance: Forward
     whole: bool  # score and advance compile with the region around them; False: they call compiled pieces themselves
+    forgets: bool  # what was read behind a position may be dropped: nothing that comes later depends on it
 
     def begin(self, request: Request, n_particles: int, capacity: int) -> tuple[Tensor, Any, State]:
         """Prefill the prompts: rows [B, V], the shared context, and the state of B*N rows."""
@@ -77,8 +78,10 @@ class CachedModel:
     """A model whose cache the compiler derived.
 
     State: one suffix [R, H, S, d] per site, where keys or values are cached; it changes in place. Context: prompts
-    [B, H, P, d], position tables, weights.
+    [B, H, P, d], position tables, weights. A later token writes over what was read behind its position.
     """
+
+    forgets = True
 
     def __init__(
         self, graphs: IncrementalGraphs, weights: Callable[[], list[Tensor]], compiler: str, name: str
@@ -203,6 +206,8 @@ class StatefulModel:
 
     State: the tensors of the model's own state, rows first. Context: nothing.
     """
+
+    forgets = False
 
     def __init__(self, model: Any) -> None:
         self.model = model

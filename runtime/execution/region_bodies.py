@@ -15,8 +15,10 @@ from torch import Tensor
 
 from smc_compile.runtime.algorithms.next_token import Mixture, NextTokenDistribution, broken, pick
 from smc_compile.runtime.algorithms.sampling import sample_inverse_cdf
-from smc_compile.runtime.execution.cuts import tokens_kept
+from smc_compile.runtime.execution.cuts import Cuts, tokens_kept
 from smc_compile.runtime.state.region_types import EosIds, Forward, Places, Settings, State, is_eos
+
+WHOLE = Cuts()  # blocks stay whole but where every particle would die of one
 
 
 def draw(log_probs: Tensor, u: Tensor, greedy: bool) -> Tensor:
@@ -92,19 +94,12 @@ class Judged(NamedTuple):
     dropped: Tensor  # [B] bool: no drafted token is kept, since every particle would have weight zero
 
 
-def judge(
-    distribution: NextTokenDistribution, max_divergence: float = 1.0, rolls_back: bool = True
-) -> Callable[..., Judged]:
+def judge(distribution: NextTokenDistribution, cuts: Cuts = WHOLE) -> Callable[..., Judged]:
     """From the target's logits [R*(K+1), V] over a block: what is kept of it, weight increments and the next token.
 
     A token counts unless it comes after the end of a sequence or after the last wanted one. The others add nothing to
     the weights; neither does the last token, since it is drawn from the target itself.
-
-    Args:
-        max_divergence: a block is cut where target and draft part by more (see ``execution/cuts.py``); 1 never cuts.
-        rolls_back: whether caches may forget a token. Else all blocks are kept whole.
     """
-    cuts = rolls_back and max_divergence < 1
 
     def judge_block(
         rows: Tensor,
@@ -129,17 +124,19 @@ def judge(
         steps = torch.where(counts[:, :-1], of_drafted - log_q.double(), 0.0)  # [R, K]
 
         kept = torch.full((batch,), width - 1, device=block.device)
-        if cuts:
-            kept = tokens_kept(log_p, proposed, counts[:, :-1], steps, log_w, max_divergence)
+        if cuts.any:
+            kept = tokens_kept(log_p, proposed, counts[:, :-1], steps, log_w, cuts.max_divergence)
         increments = torch.where(place[:-1] < kept.repeat_interleave(n)[:, None], steps, 0.0).sum(1)
         dropped = torch.zeros_like(kept, dtype=torch.bool)
-        if rolls_back:
+        if cuts.forgets:
             dropped = (log_w + increments.view(batch, n) == -math.inf).all(1)
             kept = torch.where(dropped, 0, kept)
             increments = torch.where(dropped.repeat_interleave(n), 0.0, increments)
 
         at = kept.repeat_interleave(n)[:, None]  # [R, 1]
-        log_last = log_p.gather(1, at[:, :, None].expand(-1, -1, log_p.shape[-1]))[:, 0] if rolls_back else log_p[:, -1]
+        log_last = log_p[:, -1]
+        if cuts.forgets:
+            log_last = log_p.gather(1, at[:, :, None].expand(-1, -1, log_p.shape[-1]))[:, 0]
         last = draw(log_last, u.gather(1, at)[:, 0], False)[:, None]  # [R, 1]
         drafted = torch.cat([block[:, 1:], last], 1)
         tokens = torch.where(over, eos_ids.pad[:, None], torch.where(place == at, last, drafted))

@@ -160,7 +160,7 @@ def cycle_of(
         places, before = run.places(generated - 1, width), (proposed, weights.log_w, particles.ended)
         judged, target = models.judge(run, block, log_q, *before, over, remaining, u.target, places, state.target)
         write_block(state.texts, judged.tokens, judged.log_p, generated)
-        stopped = stops(run, judged.tokens, judged.width, 1).any(1)
+        stopped = stops(run, judged.tokens, judged.width, only_last=True).any(1)
         log_w, settled = weights.log_w + judged.increments.view_as(weights.log_w), None
         if settle is not None:
             log_w, settled = settle(state.texts.tokens, log_w, generated + judged.width)

@@ -7,12 +7,12 @@ it has not read, and the bonus. A region compiles for one width, so there are tw
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from smc_compile.runtime.algorithms.next_token import Mixture, NextTokenDistribution
+from smc_compile.runtime.execution.cuts import Cuts
 from smc_compile.runtime.execution.incremental import RuntimeModel
 from smc_compile.runtime.execution.region import Region, compiled_apart
 from smc_compile.runtime.execution.region_bodies import Chosen, Judged, choose, judge, run_model, score, step
@@ -20,18 +20,6 @@ from smc_compile.runtime.sessions.cycle import Drafting
 from smc_compile.runtime.sessions.ragged_texts import after_processors
 from smc_compile.runtime.sessions.run import Run
 from smc_compile.runtime.state.region_types import Places, Settings, State, is_eos
-
-
-class Cuts(NamedTuple):
-    """How ``judge`` may shorten a block: its arguments."""
-
-    max_divergence: float
-    rolls_back: bool
-
-    @property
-    def any(self) -> bool:
-        """Whether a block may be cut for what its distributions are."""
-        return self.rolls_back and self.max_divergence < 1
 
 
 class FusedPair:
@@ -47,7 +35,7 @@ class FusedPair:
         cuts: Cuts,
     ) -> None:
         chosen = compiled_apart(choose(draft_distribution, cuts.any), "draft_choose", compiler, draft.whole)
-        judged = compiled_apart(judge(distribution, *cuts), "judge", compiler, target.whole)
+        judged = compiled_apart(judge(distribution, cuts), "judge", compiler, target.whole)
         self._head = Region("draft_head", step(draft.advance, chosen), compiler, draft.whole)
         self._step = Region("draft_step", step(draft.advance, chosen), compiler, draft.whole)
         self._score = Region("score", score(target.score, judged), compiler, target.whole)
@@ -103,7 +91,7 @@ class ProcessedPair:
         self._step = Region("draft_step", run_model(draft.advance), compiler, draft.whole)
         self._choose = Region("draft_choose", choose(draft_distribution, cuts.any), compiler)
         self._score = Region("score", run_model(target.score), compiler, target.whole)
-        self._judge = Region("judge", judge(distribution, *cuts), compiler)
+        self._judge = Region("judge", judge(distribution, cuts), compiler)
 
     @property
     def regions(self) -> list[Region]:

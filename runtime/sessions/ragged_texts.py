@@ -47,13 +47,13 @@ def after_processors(
     return scores
 
 
-def stops(run: Run, extra: Tensor, width: Tensor, last: int | None = None) -> Tensor:
+def stops(run: Run, extra: Tensor, width: Tensor, only_last: bool = False) -> Tensor:
     """Whether each text, with ``extra`` tokens behind it, ends with each of the first ``width`` of them.
 
     Args:
         extra: [T, E] for the T texts of the run, one or N a request.
         width: [B], at most E.
-        last: ask only for so many, the last of the ``width`` ones.
+        only_last: ask only for the last of these.
 
     Returns:
         [T, E] bool.
@@ -70,7 +70,7 @@ def stops(run: Run, extra: Tensor, width: Tensor, last: int | None = None) -> Te
     for group, text in by_count(run.request, run.p.tokens, generated, extra):
         for wide in width[group].unique().tolist():
             asked = (group & (width == wide)).repeat_interleave(per_request)
-            for t in range(wide - last if last is not None else 0, wide):
+            for t in range(wide - 1 if only_last else 0, wide):
                 shown = text[asked, : text.shape[1] - count + t + 1]
                 found[asked, t] = ask(stop, shown, Rows(rows.request[asked], rows.padding[asked]))
     run.stats.rules_seconds += time.perf_counter() - start

@@ -12,12 +12,13 @@ from smc_compile.kernels.copy_rows import RowCopy
 from smc_compile.result import Generation, Stats
 from smc_compile.runtime.algorithms.next_token import Mixture, NextTokenDistribution
 from smc_compile.runtime.algorithms.uniforms import of_cycle
-from smc_compile.runtime.execution.incremental import CachedModel, RuntimeModel
+from smc_compile.runtime.execution.cuts import Cuts
+from smc_compile.runtime.execution.incremental import RuntimeModel
 from smc_compile.runtime.execution.region import Region
 from smc_compile.runtime.execution.text_processors import TextProcessors
 from smc_compile.runtime.sessions.begin import Method, begin
 from smc_compile.runtime.sessions.cycle import Cycle, CycleInfo, Settle, Status, Uniforms, cycle_of, end_of_cycle
-from smc_compile.runtime.sessions.model_pair import Cuts, FusedPair, ProcessedPair
+from smc_compile.runtime.sessions.model_pair import FusedPair, ProcessedPair
 from smc_compile.runtime.sessions.replay import Answer, Asked, Record, Replay, replays
 from smc_compile.runtime.sessions.run import Run, cycles, drive, first_distribution, not_finite, require_distribution
 from smc_compile.runtime.state.particles import copy_texts, move_texts
@@ -52,7 +53,7 @@ class SMCSession:
             "smc", (target, draft), distribution, text_processors, n_particles, n_particles, lookahead + 1
         )
         pair = ProcessedPair if text_processors else FusedPair
-        cuts = Cuts(max_divergence, all(isinstance(model, CachedModel) for model in (target, draft)))
+        cuts = Cuts(max_divergence, target.forgets and draft.forgets)
         self._pair = pair(target, draft, distribution, draft_distribution, compiler, cuts)
         self._weigh = Region("weigh", end_of_cycle(ess_threshold, resampling_method), compiler)
         self._uniforms = Region("uniforms", of_cycle(n_particles, lookahead), compiler)

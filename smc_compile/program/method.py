@@ -5,7 +5,6 @@ from __future__ import annotations
 from smc_compile.errors import OptionError
 from smc_compile.options import Options, is_stateful
 from smc_compile.program.model import Model
-from smc_compile.runtime.execution.incremental import CachedModel
 
 
 def method_for(target: Model, options: Options) -> str:
@@ -21,7 +20,7 @@ def method_for(target: Model, options: Options) -> str:
 
 def with_states(target: Model, options: Options) -> list[str]:
     """Which of target and draft carry a state of their own: rejected tokens cannot be taken out of it."""
-    found = [] if isinstance(target.runtime, CachedModel) else ["target"]
+    found = [] if target.runtime.forgets else ["target"]
     return [*found, "draft"] if is_stateful(options.draft) else found
 
 
@@ -31,13 +30,12 @@ def refuse_states(target: Model, draft: Model) -> None:
     Raises:
         OptionError: target or draft carries a state of its own.
     """
-    for name, model in (("target", target), ("draft", draft)):
-        if not isinstance(model.runtime, CachedModel):
-            raise OptionError(
-                f'method "speculative" cannot use this {name}',
-                "it carries a state of its own (step protocol), which cannot be rolled back when tokens are rejected",
-                'use method="smc" or "autoregressive", or a model that the compiler can make a cache for',
-            )
+    if name := _with_state(target, draft):
+        raise OptionError(
+            f'method "speculative" cannot use this {name}',
+            "it carries a state of its own (step protocol), which cannot be rolled back when tokens are rejected",
+            'use method="smc" or "autoregressive", or a model that the compiler can make a cache for',
+        )
 
 
 def refuse_cuts(target: Model, draft: Model) -> None:
@@ -46,10 +44,15 @@ def refuse_cuts(target: Model, draft: Model) -> None:
     Raises:
         OptionError: target or draft carries a state of its own.
     """
-    for name, model in (("target", target), ("draft", draft)):
-        if not isinstance(model.runtime, CachedModel):
-            raise OptionError(
-                f"max_divergence cannot be kept with this {name}",
-                "it carries a state of its own (step protocol), which cannot forget the tokens behind a cut",
-                "leave max_divergence=1, or use a model that the compiler can make a cache for",
-            )
+    if name := _with_state(target, draft):
+        raise OptionError(
+            f"max_divergence cannot be kept with this {name}",
+            "it carries a state of its own (step protocol), which cannot forget the tokens behind a cut",
+            "leave max_divergence=1, or use a model that the compiler can make a cache for",
+        )
+
+
+def _with_state(target: Model, draft: Model) -> str | None:
+    """Which of the two cannot forget a token, if one cannot."""
+    sides = {"target": target, "draft": draft}
+    return next((name for name, model in sides.items() if not model.runtime.forgets), None)

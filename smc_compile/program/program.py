@@ -99,7 +99,7 @@ class Program:
     def forgets(self) -> bool:
         """Whether the models can forget drafted tokens: caches that the compiler made can, a model's own state not."""
         models = [model for model in (self.target, self.draft) if model is not None]
-        return all(isinstance(model.runtime, CachedModel) for model in models)
+        return all(model.runtime.forgets for model in models)
 
     def under(self, options: Options) -> Program:
         """The same pair under other options, with a session of its own."""

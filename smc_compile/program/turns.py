@@ -10,15 +10,17 @@ from torch._dynamo.convert_frame import compile_lock
 
 Given = ParamSpec("Given")
 Returned = TypeVar("Returned")
-turn = compile_lock  # Dynamo's own: two locks would be taken in either order, and threads would wait for each other
 
 
 def in_turn(function: Callable[Given, Returned]) -> Callable[Given, Returned]:
-    """The function, run by one thread at a time."""
+    """The function, run by one thread at a time.
+
+    The lock is Dynamo's own. Two locks would be taken in either order, and threads would wait for each other.
+    """
 
     @functools.wraps(function)
     def run(*args: Given.args, **kwargs: Given.kwargs) -> Returned:
-        with turn:
+        with compile_lock:
             return function(*args, **kwargs)
 
     return run
