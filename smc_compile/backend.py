@@ -85,7 +85,8 @@ def answer_loop(
     Raises:
         OptionError, InputError, GenerationError: as ``smc_compile.generate``.
     """
-    result = _answer(program.program, program.request(loop, arguments, iterations, options))
+    request = program.request(loop, arguments, iterations, options)
+    result = settled(program.program, request).answer(request)
     return loop_outputs(loop, arguments, result.sequences), result
 
 
@@ -93,11 +94,12 @@ def answer_parts(
     programs: Sequence[LoopProgram], loop: DecodeLoop, arguments: Sequence[Any], options: Options
 ) -> tuple[tuple[Tensor | None, ...], Generation]:
     """The same for a loop in parts, with a program for each."""
-    return answer_in_parts(programs, loop, arguments, options, _answer)
+    outputs, whole = answer_in_parts(programs, loop, arguments, options, _drawn)
+    return outputs, programs[0].program.warned(whole)
 
 
-def _answer(program: Program, request: Request) -> Generation:
-    return settled(program, request).answer(request)
+def _drawn(program: Program, request: Request) -> Generation:
+    return settled(program, request).drawn(request)
 
 
 def _refuse_state(loop: DecodeLoop) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -154,6 +155,8 @@ def method_note(program: Program, result: Generation) -> str:
         return f" (exact{', the greedy text' if greedy else ''}; {accepted})"
     if program.method == "smc":
         far = float(result.kl_bound_per_token.mean())
+        if math.isnan(far):
+            return " (no kl_bound: see the warnings)"
         return f" (kl_bound {far:.2g} nats a token here: on average it bounds how far answers are from the target)"
     if not greedy or program.options.method == "autoregressive":
         return ""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -53,8 +54,9 @@ class Generation:
         sequences: [B, P+n] int64, one particle per request drawn in proportion to its weight.
         particles: [B, N, P+n] int64.
         log_weights: [B, N], unnormalised, since the last resampling.
-        log_evidence: [B], log of an estimate of the evidence, which is 1. It is unbiased but where a block was dropped
-            (``stats.dropped``), which overestimates.
+        log_evidence: [B], log of an estimate of the evidence, which is 1: unbiased but where a block was ``dropped``,
+            which overestimates.
+        dropped: [B] int64, blocks of which every particle would have died; nothing of them was kept.
         ess: [B, C], effective sample size at the end of each cycle, before resampling; NaN in the cycles after a
             request finished.
         widths: [B, C] int64, tokens that each cycle added to every particle of a request: K+1, or fewer where a block
@@ -74,6 +76,7 @@ class Generation:
     particles: Tensor
     log_weights: Tensor
     log_evidence: Tensor
+    dropped: Tensor
     ess: Tensor
     widths: Tensor
     ancestors: Tensor
@@ -100,9 +103,9 @@ class Generation:
         on all its random numbers; with the target in the place of one particle's text it is P, and dP / dQ is the
         estimated evidence Z. So KL(Q || P) = -E[log Z], and the text alone cannot be further off (Andrieu, Doucet and
         Holenstein, "Particle Markov chain Monte Carlo methods", 2010, has P). One run's value scatters, and may be
-        negative. The exact methods have 0.
+        negative. The exact methods have 0. It is NaN where a block was ``dropped``: nothing bounds the divergence then.
         """
-        return -self.log_evidence
+        return torch.where(self.dropped > 0, torch.nan, -self.log_evidence)
 
     @property
     def kl_bound_per_token(self) -> Tensor:

@@ -96,6 +96,7 @@ class Run:
         """Let the suffixes of these models grow until they have ``slots`` slots."""
         prompt = self.request.ids.shape[1]
         size = self.keys.shape[1] - prompt
+        slots = min(slots, self.p.state.texts.tokens.shape[1])  # requests that have finished stand still behind theirs
         if slots <= size:
             return
         begin_run()

@@ -66,6 +66,7 @@ class Outcome:
     lengths: Tensor  # [b, N]
     log_w: Tensor  # [b, N]
     log_evidence: Tensor  # [b]
+    dropped: Tensor  # [b]
     chosen: Tensor  # [b]
     ess: Tensor  # [b, C]
     widths: Tensor  # [b, C]
@@ -92,6 +93,7 @@ def outcome(p: Population, request: Request, eos_ids: EosIds, keep: list[int], u
         lengths=lengths,
         log_w=log_w,
         log_evidence=weights.log_evidence[index] + log_mean_exp(log_w),
+        dropped=weights.dropped[index],
         chosen=select(log_w, u[index]),
         ess=torch.stack(p.ess, 1)[index] if p.ess else none,
         widths=torch.stack(p.widths, 1)[index] if p.widths else none.long(),
@@ -128,6 +130,7 @@ def assemble(outcomes: Sequence[Outcome], asked: Request, width: int, stats: Sta
         particles=particles,
         log_weights=torch.cat([o.log_w for o in outcomes])[order],
         log_evidence=torch.cat([o.log_evidence for o in outcomes])[order],
+        dropped=torch.cat([o.dropped for o in outcomes])[order],
         ess=together("ess", stats.cycles, 1, torch.nan),
         widths=together("widths", stats.cycles, 1, 0),
         ancestors=torch.where(ancestors < 0, nobody, ancestors),

@@ -30,11 +30,12 @@ def refuse_states(target: Model, draft: Model) -> None:
     Raises:
         OptionError: target or draft carries a state of its own.
     """
-    if name := _with_state(target, draft):
+    if found := _forgets_nothing(target, draft):
+        name, why = found
         raise OptionError(
             f'method "speculative" cannot use this {name}',
-            "it carries a state of its own (step protocol), which cannot be rolled back when tokens are rejected",
-            'use method="smc" or "autoregressive", or a model that the compiler can make a cache for',
+            f"{why}, and cannot be rolled back when tokens are rejected",
+            'use method="smc" or "autoregressive", or a model and a loop that the compiler can make a cache for',
         )
 
 
@@ -44,15 +45,21 @@ def refuse_cuts(target: Model, draft: Model) -> None:
     Raises:
         OptionError: target or draft carries a state of its own.
     """
-    if name := _with_state(target, draft):
+    if found := _forgets_nothing(target, draft):
+        name, why = found
         raise OptionError(
             f"max_divergence cannot be kept with this {name}",
-            "it carries a state of its own (step protocol), which cannot forget the tokens behind a cut",
-            "leave max_divergence=1, or use a model that the compiler can make a cache for",
+            f"{why}, and cannot forget the tokens behind a cut",
+            "leave max_divergence=1, or use a model and a loop that the compiler can make a cache for",
         )
 
 
-def _with_state(target: Model, draft: Model) -> str | None:
-    """Which of the two cannot forget a token, if one cannot."""
-    sides = {"target": target, "draft": draft}
-    return next((name for name, model in sides.items() if not model.runtime.forgets), None)
+def _forgets_nothing(target: Model, draft: Model) -> tuple[str, str] | None:
+    """Which of the two cannot forget a token, if one cannot, and why."""
+    for name, model in (("target", target), ("draft", draft)):
+        if model.runtime.forgets:
+            continue
+        if model.window is not None:
+            return name, f"it reads the last {model.window} tokens of the text anew for each token"
+        return name, "it carries a state of its own (step protocol)"
+    return None

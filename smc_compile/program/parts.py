@@ -115,6 +115,7 @@ def joined(answers: Sequence[_Answer], prompt: Tensor, new_tokens: int) -> Gener
         particles=particles,
         log_weights=last.log_weights.masked_fill(ended[:, None], 0.0),
         log_evidence=evidences.sum(0),
+        dropped=torch.stack([a.generation.dropped.masked_fill(a.ended, 0) for a in answers]).sum(0),
         ess=torch.cat([a.generation.ess.masked_fill(a.ended[:, None], torch.nan) for a in answers], 1),
         widths=torch.cat([a.generation.widths.masked_fill(a.ended[:, None], 0) for a in answers], 1),
         ancestors=_side_by_side([a.generation.ancestors for a in answers]),

@@ -72,28 +72,38 @@ class Program:
             InputError: a prompt or a length does not fit the models.
             GenerationError: generation breaks in the middle; ``partial`` holds the result so far.
         """
+        return self.warned(self.drawn(request))
+
+    def drawn(self, request: Request) -> Generation:
+        """As ``answer``, of a part of an answer: how far the whole is from the target is not said yet."""
         check_request(request, self.target, self.draft)
         result = self.session.run(request)
         result.stats.n_particles, result.stats.lookahead = self.rows, self.lookahead
         result.stats.warnings += self.warnings
         result.stats.warnings += beyond_training(request, self.target, self.draft)
-        result.stats.warnings += self._far_from_target(result)
-        for warning in result.stats.warnings:
-            log.warning(warning)
         return replace(result, _program=weakref.ref(self))
 
-    def _far_from_target(self, result: Generation) -> list[str]:
-        """A warning where the law of the texts may be far from the target's."""
-        far = float(result.kl_bound_per_token.mean())
-        if not far > FAR:
-            return []
+    def warned(self, result: Generation) -> Generation:
+        """The same with warnings where the law of the texts may be far from the target's. All warnings are logged."""
+        far, dropped = float(result.kl_bound_per_token.nanmean()), int(result.dropped.sum())
         ways = ["raise n_particles", "lower lookahead"]
         if self.forgets:
             ways += ["lower max_divergence"] * (self.options.max_divergence > 0) + ['use method="speculative", exact']
-        return [
-            f"the law of these texts may be {far:.2g} nats a token from the target's (kl_bound, {len(result.ess)} "
-            f"requests): {', or '.join(ways)}"
-        ]
+        found = []
+        if dropped:
+            found.append(
+                f"every particle would have died {dropped} times, and what was drafted was dropped: the texts are "
+                "biased by that, log_evidence is too high, and no kl_bound is known"
+            )
+        if far > FAR:
+            found.append(
+                f"the law of these texts may be {far:.2g} nats a token from the target's (kl_bound, "
+                f"{int((result.dropped == 0).sum())} requests)"
+            )
+        result.stats.warnings += [f"{warning}: {', or '.join(ways)}" for warning in found]
+        for warning in result.stats.warnings:
+            log.warning(warning)
+        return result
 
     @property
     def forgets(self) -> bool:

@@ -17,6 +17,8 @@ from helpers.toys import TableLM, TinyTransformerLM
 from torch import Tensor
 
 from smc_compile import Generation, generate
+from smc_compile.inputs.requests import build_request, settings_of
+from smc_compile.runtime.sessions.run import Run
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 VOCAB, LENGTH = 3, 5
@@ -147,6 +149,9 @@ def test_any_truncation_gives_a_text_that_the_target_can_write(sampler: dict[str
         target, draft, PROMPT, 24, 8, n_particles=4, lookahead=4, max_divergence=theta, validate=False, **sampler
     )
     assert g.log_probs.isfinite().all()
+    assert torch.equal(g.kl_bound.isnan(), g.dropped > 0), "nothing bounds the divergence of a text that was biased"
+    assert (g.stats.dropped > 0) == any("would have died" in warning for warning in g.stats.warnings)
+    assert int(g.dropped.sum()) == g.stats.dropped
     if theta < 1:
         assert g.log_probs.min() > -15
         assert g.stats.dropped == 0
@@ -162,6 +167,22 @@ def test_a_population_that_would_die_takes_a_token_of_the_target() -> None:
     g = replicate(target, draft, PROMPT[:2], LENGTH, 2**12, n_particles=2, lookahead=2, validate=False)
     assert g.stats.dropped == 4 * 2**12
     assert chi_square_p_value(drawn(g, law), law) > 1e-3
+
+
+def test_caches_never_outgrow_the_texts() -> None:
+    """One request has finished and stays in the batch, since two rows are the only size that has run."""
+    target = TinyTransformerLM(7, max_positions=64).double()
+    options: dict[str, Any] = {"n_particles": 3, "lookahead": 5, "max_divergence": 0.0, "compiler": "eager", "seed": 1}
+    prompts = PROMPT.expand(2, -1)
+    session = generate(target, perturbed(target, 0.4), prompts, max_new_tokens=[15, 17], **options).program.session
+    request = build_request(prompts, [15, 17], torch.tensor([1, 2]), settings=settings_of(2, temperature=1.0))
+    grown = []
+    reserve = Run.reserve
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "reserve", lambda run, *given: (reserve(run, *given), grown.append(run.keys))[0])
+        (*_, last) = session.cycles(request)
+    assert last.p.generated > 17, "one has gone past its end"
+    assert len({id(keys) for keys in grown}) == 1, "all slots were there from the beginning"
 
 
 # ---- the bound -------------------------------------------------------------------------------------------------------

@@ -230,6 +230,10 @@ def test_exact_speculation_is_refused_by_name():
 
     with pytest.raises(smc_compile.OptionError, match="cannot use this target"):
         decode(loop, **OPTIONS, draft=MODEL, method="speculative")(MODEL, prompt(3), 9)
+    with pytest.raises(
+        smc_compile.OptionError, match=r"max_divergence(.|\n)*reads the last .* tokens of the text anew"
+    ):
+        decode(loop, **OPTIONS, draft=MODEL, max_divergence=0.5)(MODEL, prompt(3), 9)
 
 
 def test_a_window_of_two_tokens_is_refused():

@@ -17,6 +17,7 @@ def generation(**given: Any) -> Generation:
         "particle_log_probs": torch.zeros(batch, n, 0),
         "particle_lengths": torch.zeros(batch, n, dtype=torch.int64),
         "widths": torch.ones(*given["ancestors"].shape[:2], dtype=torch.int64),
+        "dropped": torch.zeros(batch, dtype=torch.int64),
         "lag": torch.zeros(batch, 0, dtype=torch.int64),
     }
     return Generation(**{**empty, **given})
