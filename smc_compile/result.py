@@ -25,7 +25,6 @@ class Stats:
     dropped: int = 0  # (request, cycle) pairs whose block was dropped: every particle would have had weight zero
     settled_early: int = 0  # (request, cycle) pairs in which ``max_lag`` drew an ancestor
     accepted: float = 0.0  # speculative: drafted tokens that became text, per (request, cycle) pair; K at most
-    compactions: int = 0  # speculative: how often the cache dropped what was rejected
     seconds: float = 0.0
     compile_seconds: float = 0.0
     prefill_seconds: float = 0.0

@@ -64,7 +64,6 @@ def begin(
     request: Request,
     regions: Sequence[Region],
     capacity: int,
-    slots: int | None = None,
     cycles: int = 1,
     replay: Replay | None = None,
 ) -> Begun:
@@ -73,7 +72,6 @@ def begin(
     Args:
         regions: those of the session, whose times count from here on.
         capacity: tokens of a text at most.
-        slots: of a suffix; None lets suffixes grow up to ``capacity`` slots.
         cycles: the most cycles that the call can take.
         replay: records cycles where the request allows it; prompts and answers are padded to shapes that others share.
 
@@ -85,8 +83,8 @@ def begin(
     processors = method.text_processors.of(request)
     if replays(replay, request):
         request, capacity = in_shape(request, capacity)
-    require_space(method, request, slots or capacity, replay)
-    size = slots or first_size(capacity, request.ids.shape[1])
+    require_space(method, request, capacity, replay)
+    size = first_size(capacity, request.ids.shape[1])
     rows, contexts, caches = zip(*(model.begin(request, method.rows, size) for model in method.models), strict=True)
     clock.prefilled()
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Self
 
 import torch
@@ -13,36 +14,30 @@ from smc_compile.runtime.algorithms.next_token import NextTokenDistribution
 from smc_compile.runtime.algorithms.tensors import packed
 from smc_compile.runtime.algorithms.uniforms import RejectionStreams
 from smc_compile.runtime.execution.acceptance import Verdict, accept_drafted, conclude, draft, propose, set_out
-from smc_compile.runtime.execution.incremental import CachedModel
+from smc_compile.runtime.execution.incremental import CachedModel, RuntimeModel
 from smc_compile.runtime.execution.region import Region, compiled_apart
 from smc_compile.runtime.execution.region_bodies import run_model
 from smc_compile.runtime.execution.text_processors import TextProcessors
 from smc_compile.runtime.sessions.begin import Method, begin
 from smc_compile.runtime.sessions.ragged_texts import after_processors, stops
 from smc_compile.runtime.sessions.run import Run, drive, not_finite
-from smc_compile.runtime.state.particles import CycleState
+from smc_compile.runtime.state.particles import CycleState, columns, pending, write_block
 from smc_compile.runtime.state.population import Population
 from smc_compile.runtime.state.region_types import EosIds, is_eos
 from smc_compile.runtime.state.request import Request
-from smc_compile.runtime.state.slots import Slots, capacity
+from smc_compile.runtime.state.suffix_sizes import capacity_of
 
 
 @dataclass(kw_only=True)
 class Committed(Population):
-    """One text a request, so rows are requests."""
+    """One text a request, so rows of texts are requests."""
 
     state: CycleState
-    tail: Tensor  # [B, 2], the token before the pending one, of the prompt at first, and the pending one
 
     def append(self, tokens: Tensor, log_p: Tensor, width: Tensor, ended: Tensor) -> None:
         """Commit the first ``width`` [B] of ``tokens`` [B, K+1]; ``ended`` [B]: the last of them is the end."""
-        texts, particles = self.state.texts, self.state.particles
-        row, column = (torch.arange(tokens.shape[1], device=width.device) < width[:, None]).nonzero(as_tuple=True)
-        place = self.count[row] + column
-        texts.tokens[row, place] = tokens[row, column]
-        texts.log_p[row, place] = log_p[row, column]
-        behind = torch.cat([self.tail, tokens], 1)
-        self.tail = behind.gather(1, width[:, None] + torch.arange(2, device=width.device))
+        particles = self.state.particles
+        write_block(self.state.texts, tokens, log_p, self.count)
         particles = particles._replace(ended=particles.ended | ended)
         self.state = self.state._replace(particles=particles, generated=self.count + width)
         self.made = self.count.cpu()
@@ -66,7 +61,7 @@ class Committed(Population):
         return self.wanted(request) == 0
 
     def take(self, keep: Tensor, rows: Tensor) -> Self:
-        return replace(super().take(keep, keep), tail=self.tail[keep])
+        return super().take(keep, keep)
 
 
 @dataclass(kw_only=True)
@@ -75,7 +70,6 @@ class SpeculativeRun(Run):
 
     p: Committed
     chains: int  # N
-    slots: Slots
     uniforms: RejectionStreams
     cycle: int = 0
     accepted: int = 0  # drafted tokens committed
@@ -89,16 +83,13 @@ class SpeculativeRun(Run):
         super().by_row()
         self.request_eos_ids = EosIds(self.request.eos_ids, self.request.pad)
 
-    def positions(self, offset: int, count: int) -> Tensor:
-        """Where ``count`` tokens stand [B, count], from ``offset`` behind the pending one on; none past those read."""
-        last = self.request.lengths + self.p.count - 1 + offset
-        top = self.request.positions_read - 1
-        return (last[:, None] + torch.arange(count, device=last.device)).minimum(top[:, None])
+    def standing(self, generated: Tensor) -> Tensor:
+        """[B], where each request goes on; one that ended with its first token stands where all have what is read."""
+        return generated.clamp_min(self.unread)
 
-    def _take(self, keep: list[int], models: object) -> None:
-        index = torch.tensor(keep, device=self.slots.target.device)
-        self.slots, self.uniforms = self.slots.take(index), self.uniforms.take(index)
-        super()._take(keep, models)  # type: ignore[arg-type]
+    def _take(self, keep: list[int], models: Sequence[RuntimeModel]) -> None:
+        self.uniforms = self.uniforms.take(torch.tensor(keep, device=self.keys.device))
+        super()._take(keep, models)
 
 
 class SpeculativeSession:
@@ -149,31 +140,24 @@ class SpeculativeSession:
         return drive(self._begin(request), (self._target, self._draft), self._sizes, self._cycle, self._result)
 
     def _begin(self, request: Request) -> SpeculativeRun:
-        new_tokens, width = int(request.new_tokens.max()), self._k + 1
-        size = capacity(new_tokens, width)
-        run, *_ = begin(self._method, request, self.regions, new_tokens, slots=size)
+        new_tokens = int(request.new_tokens.max())
+        run, *_ = begin(self._method, request, self.regions, capacity_of(new_tokens, self._k + 1))
         state = run.p.state
-        first, particles = run.p.tokens, state.particles  # first: [B, 1]
-        ended = is_eos(first, run.eos_ids)[:, 0] | particles.stopped
-        slots = Slots.start(request, size, width)
+        ended = is_eos(run.p.tokens, run.eos_ids)[:, 0] | state.particles.stopped
         own = {f.name: getattr(run, f.name) for f in fields(Run)}
-        own["keys"] = slots.target
         own["p"] = Committed(
-            n=1,
-            state=state._replace(particles=particles._replace(ended=ended)),
-            made=run.p.made,
-            tail=torch.cat([request.ids[:, -1:], first], 1),
+            n=1, state=state._replace(particles=state.particles._replace(ended=ended)), made=run.p.made
         )
         uniforms = RejectionStreams(request.seeds, self._n, self._k, max(new_tokens - 1, 1))
-        return SpeculativeRun(**own, chains=self._n, slots=slots, uniforms=uniforms)
+        return SpeculativeRun(**own, chains=self._n, uniforms=uniforms)
 
     def _cycle(self, run: Run) -> None:
         assert isinstance(run, SpeculativeRun)
-        p, slots, state = run.p, run.slots, run.p.state
-        run.stats.compactions += slots.compact(state.target, state.draft)
-        slots.open(run.request.lengths + p.count - 1)
-        drafted, log_q = self._propose(run)
-        verdict = self._verdict(run, drafted, log_q)
+        p = run.p
+        run.reserve(p.generated + self._k, (self._target, self._draft))
+        generated = run.standing(p.count)
+        drafted, log_q = self._propose(run, generated)
+        verdict = self._verdict(run, generated, drafted, log_q)
         undefined = verdict.undefined | verdict.undefined_draft
         if undefined.any():
             who = "target" if verdict.undefined.any() else "draft"
@@ -182,26 +166,35 @@ class SpeculativeSession:
         width = torch.where(stopped.any(1), stopped.int().argmax(1) + 1, verdict.width)
         ended = stopped.any(1) | verdict.ended
         if self._n > 1:
-            chain = verdict.chain + self._n * torch.arange(len(width), device=width.device)
-            slots.share(chain.repeat_interleave(self._n), state.target, state.draft)
-        slots.close(width)
+            self._share(run, generated, verdict.chain)
         run.accepted += int(verdict.accepted.minimum(width).sum())
         run.live += int((width > 0).sum())
         run.cycle += 1
+        run.unread = 2
         p.append(verdict.tokens, verdict.log_p, width, ended)
 
-    def _propose(self, run: SpeculativeRun) -> tuple[Tensor, list[Tensor]]:
+    def _share(self, run: SpeculativeRun, generated: Tensor, chain: Tensor) -> None:
+        """Give all rows of a request the caches of its ``chain`` [B] behind the ``generated`` [B] tokens."""
+        state, rows = run.p.state, torch.arange(len(chain) * self._n, device=chain.device)
+        source = (chain + self._n * torch.arange(len(chain), device=chain.device)).repeat_interleave(self._n)
+        others = rows[source != rows]
+        since, used = int(generated.min()) - 1, int(generated.max()) + self._k
+        for model, caches in ((self._target, state.target), (self._draft, state.draft)):
+            model.copy_rows(caches, others, source[others], since, used)
+
+    def _propose(self, run: SpeculativeRun, generated: Tensor) -> tuple[Tensor, list[Tensor]]:
         """K tokens a row from the draft [R, K], and the distributions that they were drawn from, K times [R, V]."""
-        p, u = run.p, run.uniforms.draft(run.cycle)
-        tokens = p.tail.repeat_interleave(self._n, 0)  # [R, 2]
+        p, u, head = run.p, run.uniforms.draft(run.cycle), run.unread
+        tokens = p.state.texts.tokens.gather(1, columns(generated - head, head, len(generated)))  # [B, head]
+        tokens = tokens.repeat_interleave(self._n, 0)
         ended: Tensor = run.no_tokens.new_zeros(len(tokens), dtype=torch.bool)
         wanted = p.wanted(run.request).repeat_interleave(self._n)
         drafted: list[Tensor] = []
         log_q: list[Tensor] = []
         for k in range(self._k):
-            count = tokens.shape[1]
-            places = run.slots.places(run.slots.draft, run.positions(k + 1 - count, count), k + 2 - count)
-            region = self._step if k else self._head
+            width = tokens.shape[1]
+            places = run.places(generated + k - width, width)
+            region = self._head if width == 2 else self._step
             uniform = packed(u[:, k])
             if self._text_processors:
                 rows, _ = region(tokens, places, p.state.draft, run.contexts[1])
@@ -217,11 +210,11 @@ class SpeculativeSession:
             tokens = token[:, None]
         return torch.stack(drafted, 1), log_q
 
-    def _verdict(self, run: SpeculativeRun, drafted: Tensor, log_q: list[Tensor]) -> Verdict:
+    def _verdict(self, run: SpeculativeRun, generated: Tensor, drafted: Tensor, log_q: list[Tensor]) -> Verdict:
         """What the target accepts of the drafts."""
         p, width = run.p, self._k + 1
-        block = torch.cat([p.tail[:, 1:].repeat_interleave(self._n, 0), drafted], 1)  # [R, K+1]
-        places = run.slots.places(run.slots.target, run.positions(0, width), 0)
+        last = pending(p.state.texts.tokens, generated).repeat_interleave(self._n, 0)
+        block, places = torch.cat([last, drafted], 1), run.places(generated - 1, width)  # [R, K+1]
         rows, _ = self._score(block, places, p.state.target, run.contexts[0])
         wanted = p.wanted(run.request)
         if self._text_processors:

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 import smc_compile
 from smc_compile import Generation, GenerationError, generate
 from smc_compile.errors import OptionError
-from smc_compile.runtime.state import slots
-from smc_compile.runtime.state.slots import Slots
+from smc_compile.runtime.state.suffix_sizes import FIRST
 
 interpreted = pytest.mark.usefixtures("interpreted")
 
@@ -53,22 +52,6 @@ def pair_of(kind: str, scale: float = 0.5, layers: int = 1) -> tuple[nn.Module, 
 
 def run(pair, ids: Tensor = PROMPTS, n=12, **options) -> Generation:
     return generate(*pair, ids, max_new_tokens=n, **{**OPTIONS, **options})
-
-
-@pytest.fixture
-def compactions(monkeypatch) -> list[int]:
-    """Suffixes have room for one cycle beyond what is wanted; the cursor after each compaction."""
-    found: list[int] = []
-    compact = Slots.compact
-
-    def counted(self: Slots, *states: list[Tensor]) -> bool:
-        done = compact(self, *states)
-        found.extend([self.cursor] * done)
-        return done
-
-    monkeypatch.setattr(slots, "SPARE", 1)
-    monkeypatch.setattr(Slots, "compact", counted)
-    return found
 
 
 # ---- the distribution ------------------------------------------------------------------------------------------------
@@ -122,12 +105,13 @@ def test_the_distribution_is_the_targets(case, chains):
 
 
 @interpreted
-def test_the_distribution_after_compactions(compactions):
-    """What stands behind eight tokens that were cut into many cycles. Chi-square at level 1e-3."""
+def test_the_distribution_after_many_rejections():
+    """What stands behind eight tokens of many cycles, where each wrote over what the one before lost. Chi-square at
+    level 1e-3."""
     target, draft = transformer_pair(2.0)
     distribution = sequence_distribution(target, PROMPT, 8, VOCAB)
     g = replicate(target, draft, PROMPT, 8, 2**12, **{**OPTIONS, "n_particles": 2})
-    assert compactions
+    assert g.stats.accepted < 1
     assert chi_square_p_value(drawn(g, distribution)[:, -3:], distribution.sum((0, 1, 2, 3, 4))) > 1e-3
 
 
@@ -145,7 +129,7 @@ def test_log_probs_are_the_targets_own():
 @interpreted
 @pytest.mark.parametrize("scale", [0.0, 0.1, 0.5, 3.0])
 @pytest.mark.parametrize("kind", ["gpt", "llama", "sliding_window"])
-def test_greedy_is_the_greedy_loop(kind, scale, compactions):
+def test_greedy_is_the_greedy_loop(kind, scale):
     pair = pair_of(kind, scale)
     options = {"attention_mask": MASK, "n": [40, 7, 1, 23], "temperature": 0}
     for eos_ids in ([], [3]):
@@ -155,7 +139,16 @@ def test_greedy_is_the_greedy_loop(kind, scale, compactions):
         assert torch.equal(g.new_lengths, loop.new_lengths)
         torch.testing.assert_close(g.log_probs, loop.log_probs, atol=1e-9, rtol=0)
         assert scale > 0.0 or g.stats.cycles < loop.stats.cycles
-    assert scale < 1.0 or compactions
+
+
+@interpreted
+@pytest.mark.parametrize("scale", [0.1, 3.0])
+def test_greedy_is_the_greedy_loop_beyond_the_first_slots(scale):
+    """The suffixes grow while the requests stand at different places."""
+    pair, options = pair_of("llama", scale), {"attention_mask": MASK, "n": [170, 135, 60, 7], "temperature": 0}
+    assert min(options["n"][:2]) > FIRST
+    loop, g = run(pair, method="autoregressive", **options), run(pair, lookahead=5, **options)
+    assert torch.equal(g.sequences, loop.sequences)
 
 
 def greedy_loop(model, ids: Tensor, n: int) -> Tensor:
@@ -286,20 +279,6 @@ def test_a_seed_reproduces_the_result_and_others_do_not_matter():
     run(pair, PROMPTS[:1], 3)  # batches may now shrink to one
     alone = run(pair, PROMPTS[:1], 20)
     assert torch.equal(run(pair, n=[20, 2, 3, 2]).sequences[0], alone.sequences[0])
-
-
-@interpreted
-def test_compaction_changes_nothing(monkeypatch, compactions):
-    pair = pair_of("llama", 2.0)
-    short = run(pair, n=40, attention_mask=MASK)
-    assert len(compactions) > 2
-    assert max(compactions) <= 39
-    monkeypatch.setattr(slots, "SPARE", 1000)
-    before = len(compactions)
-    whole = run(pair, n=40, attention_mask=MASK)
-    assert len(compactions) == before
-    assert torch.equal(short.sequences, whole.sequences)
-    assert short.stats.compactions == before
 
 
 # ---- the draft -------------------------------------------------------------------------------------------------------
