@@ -100,6 +100,9 @@ class Drafting(NamedTuple):
     caches: State
 
 
+Enough = Callable[[Drafting, int], bool]  # after so many tokens of a block
+
+
 class ModelPair(Protocol):
     """How a cycle calls draft and target (see model_pair.py)."""
 
@@ -135,6 +138,7 @@ def cycle_of(
     head: int = 2,
     settle: Settle | None = None,
     exact: bool = False,
+    enough: Enough | None = None,
 ) -> Cycle:
     """The cycle of the requests of ``run``. From the run come only what cycles share: prompts, settings, caps.
 
@@ -145,6 +149,7 @@ def cycle_of(
             the first cycle, and after an exact one.
         settle: changes log weights so that old tokens become the same in all particles (``max_lag``).
         exact: draft nothing, and let the target draw one token. The draft reads what it has not read.
+        enough: whether the rest of a block counts for no text; it is then filled up. The host is asked for each token.
     """
 
     def cycle(state: CycleState, u: Uniforms) -> tuple[CycleState, CycleInfo]:
@@ -152,7 +157,8 @@ def cycle_of(
         generated = run.standing(state.generated)
         if exact:
             u = u._replace(draft=u.draft[:, :1], target=u.target[:, :1])
-        block, log_q, proposed, draft = propose(run, models, proposal, state._replace(generated=generated), u, head)
+        at = state._replace(generated=generated)
+        block, log_q, proposed, draft = propose(run, models, proposal, at, u, head, enough)
         if exact:
             block, log_q, proposed = block[:, :1], log_q[:, :0], []
         remaining, width = run.remaining(generated), block.shape[1]
@@ -185,6 +191,7 @@ def propose(
     state: CycleState,
     u: Uniforms,
     head: int,
+    enough: Enough | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor], State]:
     """Draft K tokens a row. Returns x_0 .. x_K [R, K+1], log q of x_1 .. x_K [R, K], K times the distribution that they
     were drawn from [R, V] where that is asked for, and the draft's caches."""
@@ -192,8 +199,14 @@ def propose(
     tokens = texts.gather(1, columns(generated - head, head, len(texts)))  # [R, head]
     remaining = run.remaining(generated)
     at = Drafting(tokens, [tokens[:, -1]], state.particles.ended | state.particles.stopped, state.draft)
-    log_q, proposed = [], []
+    log_q: list[Tensor] = []
+    proposed: list[Tensor] = []
     for k in range(u.draft.shape[1]):
+        if k and enough is not None and enough(at, k):
+            missing = u.draft.shape[1] - k  # of values that nothing reads
+            at = at._replace(block=[*at.block, *[run.eos_ids.pad] * missing])
+            log_q, proposed = log_q + log_q[-1:] * missing, proposed + proposed[-1:] * missing
+            break
         width = at.tokens.shape[1]
         places = run.places(last + k + 1 - width, width)
         drawn, caches = models.draft_token(run, at, remaining, run.settings, packed(u.draft[:, k]), places)

@@ -17,11 +17,22 @@ from smc_compile.runtime.execution.incremental import RuntimeModel
 from smc_compile.runtime.execution.region import Region
 from smc_compile.runtime.execution.text_processors import TextProcessors
 from smc_compile.runtime.sessions.begin import Method, begin
-from smc_compile.runtime.sessions.cycle import Cycle, CycleInfo, Settle, Status, Uniforms, cycle_of, end_of_cycle
+from smc_compile.runtime.sessions.cycle import (
+    Cycle,
+    CycleInfo,
+    Drafting,
+    Enough,
+    Settle,
+    Status,
+    Uniforms,
+    cycle_of,
+    end_of_cycle,
+)
 from smc_compile.runtime.sessions.model_pair import FusedPair, ProcessedPair
 from smc_compile.runtime.sessions.replay import Answer, Asked, Record, Replay, replays
 from smc_compile.runtime.sessions.run import Run, cycles, drive, first_distribution, not_finite, require_distribution
 from smc_compile.runtime.state.particles import copy_texts, move_texts
+from smc_compile.runtime.state.region_types import is_eos
 from smc_compile.runtime.state.request import Request
 from smc_compile.runtime.state.settling import settle_old
 from smc_compile.runtime.state.suffix_sizes import capacity_of
@@ -111,8 +122,9 @@ class SMCSession:
         p.ess.append(ess)
         p.ancestors.append(ancestors)
 
-    def _cycle(self, run: Run, settle: Settle | None = None, exact: bool = False) -> Cycle:
-        return cycle_of(run, self._pair, self._draft_distribution, self._weigh, run.unread, settle, exact)
+    def _cycle(self, run: Run, settle: Settle | None = None, exact: bool = False, recorded: bool = False) -> Cycle:
+        enough = None if recorded or exact else enough_for(run)
+        return cycle_of(run, self._pair, self._draft_distribution, self._weigh, run.unread, settle, exact, enough)
 
     # ---- from the host -----------------------------------------------------------------------------------------------
 
@@ -177,7 +189,7 @@ class SMCSession:
         state = run.p.state
         generated = run.standing(state.generated)
         drawn = self._uniforms(run.streams.seeds, generated, state.weights.dropped, asked.cycle)
-        after, info = self._cycle(run)(state, Uniforms(*drawn))
+        after, info = self._cycle(run, recorded=True)(state, Uniforms(*drawn))
         move_texts(state.texts, info.source)
         state.write(after)
         copy_rows(info.source, info.since, state.generated.max() - 1)
@@ -191,6 +203,17 @@ class SMCSession:
         stats.resample_seconds = clock.spent("weigh") + clock.resample_seconds
         stats.rules_seconds += run.text_processors.seconds
         return result
+
+
+def enough_for(run: Run) -> Enough:
+    """Whether all texts of the requests that go on have ended, or have their last wanted token."""
+    on = [number not in run.gone for number in run.request.number]
+    most = int((run.request.new_tokens.cpu() - run.p.made)[torch.tensor(on)].max())
+
+    def enough(at: Drafting, k: int) -> bool:
+        return k >= most or bool((at.ended | is_eos(at.tokens[:, -1:], run.eos_ids)[:, 0]).all())
+
+    return enough
 
 
 def report_support(log_p: Tensor, log_q: Tensor, stats: Stats) -> None:

@@ -187,11 +187,16 @@ class SpeculativeSession:
         p, u, head = run.p, run.uniforms.draft(run.cycle), run.unread
         tokens = p.state.texts.tokens.gather(1, columns(generated - head, head, len(generated)))  # [B, head]
         tokens = tokens.repeat_interleave(self._n, 0)
-        ended: Tensor = run.no_tokens.new_zeros(len(tokens), dtype=torch.bool)
         wanted = p.wanted(run.request).repeat_interleave(self._n)
+        ended = wanted == 0
         drafted: list[Tensor] = []
         log_q: list[Tensor] = []
+        most = int(wanted.max())
         for k in range(self._k):
+            if k and (k >= most or bool(ended.all())):  # the rest becomes no text, whatever it is
+                missing = self._k - k
+                drafted, log_q = drafted + drafted[-1:] * missing, log_q + log_q[-1:] * missing
+                break
             width = tokens.shape[1]
             places = run.places(generated + k - width, width)
             region = self._head if width == 2 else self._step
@@ -202,9 +207,9 @@ class SpeculativeSession:
                 live = ~ended & (wanted > k)
                 rows = after_processors(run, self._draft_distribution, rows[:, None], so_far, live[:, None])[:, 0]
                 token, distribution = self._choose(rows, run.settings, uniform)
-                ended = ended | is_eos(token[:, None], run.eos_ids)[:, 0]
             else:
                 token, distribution = region(tokens, run.settings, uniform, places, p.state.draft, run.contexts[1])
+            ended = ended | is_eos(token[:, None], run.eos_ids)[:, 0]
             drafted.append(token)
             log_q.append(distribution)
             tokens = token[:, None]

@@ -13,7 +13,9 @@ from torch.utils import _pytree as pytree
 
 from smc_compile import generate
 from smc_compile.inputs.requests import build_request, settings_of
+from smc_compile.runtime.execution.region import Region
 from smc_compile.runtime.execution.region_bodies import Judged
+from smc_compile.runtime.sessions import smc
 from smc_compile.runtime.sessions.cycle import EndOfCycle, Status, Uniforms, end_of_cycle
 from smc_compile.runtime.state.particles import ENDLESS, Particles, Weights
 from smc_compile.runtime.state.region_types import EosIds
@@ -113,3 +115,35 @@ def test_a_cycle_may_be_run_again_from_the_same_state():
         assert all(map(torch.equal, now, then))
     for now, then in zip(state.texts, before.texts, strict=True):
         assert torch.equal(now[:, :generated], then[:, :generated])
+
+
+# ---- how far a block is drafted --------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("method", ["smc", "speculative"])
+@pytest.mark.parametrize("texts", [{"max_new_tokens": 10}, {"max_new_tokens": 60, "eos_token_id": [1, 4]}], ids=str)
+def test_a_block_is_drafted_no_further_than_its_texts_go(method, texts, monkeypatch):
+    """The last wanted token, or an end of all texts, saves calls of the draft and changes nothing."""
+    target = TinyTransformerLM(5, max_positions=80).double()
+    draft, prompts = perturbed(target), torch.tensor([[1, 0, 2], [3, 3, 1]])
+    options = {"lookahead": 6, "n_particles": 3, "seed": 6, "compiler": "eager", "validate": False, **texts}
+    calls = []
+    call = Region.__call__
+
+    def counted(self: Region, *args):
+        calls.append(self.name)
+        return call(self, *args)
+
+    monkeypatch.setattr(Region, "__call__", counted)
+    short = generate(target, draft, prompts, method=method, **options)
+    drafted = sum(name.startswith("draft_") for name in calls)
+    assert 0 < drafted < 6 * short.stats.cycles
+    if method == "smc":
+        calls.clear()
+        monkeypatch.setattr(smc, "enough_for", lambda run: lambda at, k: False)
+        whole = generate(target, draft, prompts, method=method, **options)
+        assert sum(name.startswith("draft_") for name in calls) == 6 * whole.stats.cycles
+        assert torch.equal(short.particles, whole.particles)
+        assert torch.equal(short.log_weights, whole.log_weights)
+        assert torch.equal(short.log_evidence, whole.log_evidence)
