@@ -13,10 +13,12 @@ from torch import nn
 from smc_compile.errors import OptionError
 
 RESAMPLING_METHODS = ("systematic", "stratified", "multinomial", "residual")
-METHODS = ("smc", "autoregressive", "speculative")
+METHODS = ("smc", "autoregressive", "speculative", "auto")
 INDUCTORS = ("inductor", "max-autotune")
 COMPILERS = (*INDUCTORS, "aot_eager", "eager")
 AUTO = "auto"
+PARTICLES, CHAINS, LOOKAHEAD = 8, 1, 6  # where none are given
+MAX_KL = 0.02  # nats a token, where none are given
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,12 @@ class Options:
         draft: the draft model, ``ids [B, S] -> logits [B, S, V]``, or one that follows the step protocol.
         n_particles: N, particles per request; for "speculative" the chains that are drafted and tried in turn. "auto"
             chooses for "smc" when the program is first called, by the floors below (see ``smc_compile.auto.choice``).
+            None: 8, with "speculative" 1, with "auto" what it chooses.
         lookahead: K, draft tokens per cycle; a cycle commits K+1 tokens ("speculative": 1 to K+1). "auto" chooses it.
+            None: 6, with "auto" what it chooses.
         ess_floor: for "auto": effective particles that must be left at the end of a cycle.
+        max_kl_per_token: nats a token by which the law of the texts may differ from the target's (see
+            ``Generation.kl_bound``): what ``method="auto"`` keeps to, 0.02 where it is None, and a floor for "auto" N.
         time_budget: for "auto": milliseconds that a token of a request may take, prefill apart.
         max_divergence: end a block before the token at which draft and target part by more: the total variation
             distance, averaged over the particles (see ``runtime/execution/cuts.py``). 1 never does. Models that carry
@@ -36,7 +42,9 @@ class Options:
         ess_threshold: resample when the effective sample size falls below this share of N (0 never, 1 nearly always).
         resampling_method: "systematic", "stratified", "multinomial" or "residual".
         method: "smc"; "autoregressive" for the exact cached one-token loop; "speculative" for exact rejection
-            sampling. Greedy loops under "smc" run as "speculative" with a draft, else as "autoregressive".
+            sampling; "auto" for the fastest of these that keeps to ``max_kl_per_token``, which may change between
+            "smc" and "speculative" within a text. Greedy loops under "smc" and "auto" run as "speculative" with a
+            draft, else as "autoregressive".
         draft_temperature: divides the draft's logits; None takes the temperature found in the loop.
         eos_token_id: a sequence ends after this token; later tokens repeat it. None: no end of sequence.
         seed: 64-bit seed; request b of a batch uses seed + b. None draws one from torch's generator at each call.
@@ -48,9 +56,10 @@ class Options:
     """
 
     draft: Any = None
-    n_particles: int | str = 8
-    lookahead: int | str = 6
+    n_particles: int | str = None  # type: ignore[assignment]  # never None once it is made
+    lookahead: int | str = None  # type: ignore[assignment]
     ess_floor: float | None = None
+    max_kl_per_token: float | None = None
     time_budget: float | None = None
     max_divergence: float = 1.0
     ess_threshold: float = 0.5
@@ -62,6 +71,17 @@ class Options:
     validate: bool = True
     cuda_graph: bool = True
     compiler: str = "inductor"
+
+    def __post_init__(self) -> None:
+        """Put numbers, or "auto", in the place of what was not given."""
+        usual = {
+            "n_particles": {"auto": AUTO, "speculative": CHAINS}.get(str(self.method), PARTICLES),
+            "lookahead": AUTO if self.method == AUTO else LOOKAHEAD,
+            "max_kl_per_token": MAX_KL if self.method == AUTO else None,
+        }
+        for name, value in usual.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
 
     @classmethod
     def names(cls) -> list[str]:
@@ -119,17 +139,26 @@ class Options:
         return AUTO in (self.n_particles, self.lookahead)
 
     def _check_auto(self) -> None:
-        floors = [name for name in ("ess_floor", "time_budget") if getattr(self, name) is not None]
+        floors = [n for n in ("ess_floor", "max_kl_per_token", "time_budget") if getattr(self, n) is not None]
         for name in floors:
-            _number(name, getattr(self, name), 1e-6, 1e6)
+            _number(name, getattr(self, name), 0.0 if name == "max_kl_per_token" else 1e-6, 1e6)
+        if self.method == AUTO:
+            if floors != ["max_kl_per_token"]:
+                raise OptionError(
+                    f'{floors[0]} is not for method="auto"',
+                    "it takes the fastest way that keeps to max_kl_per_token",
+                    f'leave it out, or pass method="smc" and n_particles="auto" with {floors[0]}',
+                )
+            return
         if floors and not self.is_auto:
             raise OptionError(
                 f"{floors[0]} has no effect",
                 "it bounds what is chosen, and n_particles and lookahead are both given",
                 'pass lookahead="auto" or n_particles="auto", or leave it out',
             )
-        if self.method == "speculative" and (self.n_particles == AUTO or self.ess_floor is not None):
-            name = 'n_particles="auto"' if self.n_particles == AUTO else "ess_floor"
+        poor = [name for name in floors if name != "time_budget"]
+        if self.method == "speculative" and (self.n_particles == AUTO or poor):
+            name = 'n_particles="auto"' if self.n_particles == AUTO else poor[0]
             raise OptionError(
                 f'{name} is for method="smc"',
                 "exact rejection sampling carries no weights: more chains cost time and change no distribution",
@@ -139,7 +168,8 @@ class Options:
             raise OptionError(
                 'n_particles="auto" needs to know how good the answer must be',
                 "fewer particles are always faster, and always worse",
-                "pass ess_floor=4 (effective particles at the end of a cycle) or time_budget=20 (milliseconds a token)",
+                "pass max_kl_per_token=0.02 (nats), ess_floor=4 (effective particles at the end of a cycle) or "
+                'time_budget=20 (milliseconds a token), or method="auto"',
             )
 
 

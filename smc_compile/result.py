@@ -24,6 +24,8 @@ class Stats:
     cuts: int = 0  # (request, cycle) pairs whose block was cut where target and draft part
     dropped: int = 0  # (request, cycle) pairs whose block was dropped: every particle would have had weight zero
     settled_early: int = 0  # (request, cycle) pairs in which ``max_lag`` drew an ancestor
+    switches: int = 0  # "auto": changes between SMC and exact speculation
+    exact_cycles: int = 0  # "auto": cycles of exact speculation
     accepted: float = 0.0  # speculative: drafted tokens that became text, per (request, cycle) pair; K at most
     seconds: float = 0.0
     compile_seconds: float = 0.0

@@ -21,6 +21,8 @@ RESAMPLE = 2  # ancestors
 SELECT = 3  # the particle that becomes the answer
 SETTLE = 4  # the ancestor of what may no longer change
 ACCEPT = 5  # whether a drafted token is accepted
+CHAIN = 6  # a token from the draft that may be rejected
+REST = 7  # the target's token behind the accepted ones
 
 _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # PHILOX_M4x32_0 and _1

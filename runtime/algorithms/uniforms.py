@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from smc_compile.runtime.algorithms import philox
-from smc_compile.runtime.algorithms.philox import ACCEPT, PROPOSE, RESAMPLE, SELECT, SETTLE, TARGET
+from smc_compile.runtime.algorithms.philox import ACCEPT, CHAIN, PROPOSE, RESAMPLE, REST, SELECT, SETTLE, TARGET
 from smc_compile.runtime.algorithms.tensors import packed
 
 AGAIN = 8  # added to a purpose after each block that was dropped for what was drafted; more than there are purposes
@@ -61,6 +61,10 @@ class Streams:
         """For the particle that becomes the answer: [B]."""
         return self._one(0, SELECT)
 
+    def choose(self, cycle: int) -> Tensor:
+        """For the particle that alone goes on after so many cycles, at least one: [B]."""
+        return self._one(cycle, SELECT)
+
     def _one(self, step: int, purpose: int) -> Tensor:
         return philox.uniforms(self.seeds, 1, torch.full((1,), step, device=self.seeds.device), purpose)[:, 0, 0]
 
@@ -109,9 +113,9 @@ class RejectionStreams:
 
     def __init__(self, seeds: Tensor, n: int, k: int, cycles: int) -> None:
         self._k = k
-        self._draft = uniforms(seeds, n, cycles * k, PROPOSE)  # [B, N, C*K]
+        self._draft = uniforms(seeds, n, cycles * k, CHAIN)  # [B, N, C*K]
         self._accept = uniforms(seeds, n, cycles * k, ACCEPT)
-        self._target = uniforms(seeds, 1, cycles + 1, TARGET)[:, 0]  # [B, C+1]; the first token took step 0
+        self._rest = uniforms(seeds, 1, cycles, REST)[:, 0]  # [B, C]
 
     def draft(self, cycle: int) -> Tensor:
         """For x_1 .. x_K: [R, K]."""
@@ -123,13 +127,13 @@ class RejectionStreams:
 
     def last(self, cycle: int) -> Tensor:
         """For the token after the accepted ones: [B]."""
-        return packed(self._target[:, cycle + 1])
+        return packed(self._rest[:, cycle])
 
     def take(self, keep: Tensor) -> RejectionStreams:
         """The streams of these requests."""
         taken = object.__new__(RejectionStreams)
         taken._k = self._k
-        taken._draft, taken._accept, taken._target = self._draft[keep], self._accept[keep], self._target[keep]
+        taken._draft, taken._accept, taken._rest = self._draft[keep], self._accept[keep], self._rest[keep]
         return taken
 
     def _of(self, values: Tensor, cycle: int) -> Tensor:

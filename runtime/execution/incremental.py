@@ -73,6 +73,10 @@ class RuntimeModel(Protocol):
         """Context and state of these requests and rows."""
         ...
 
+    def rows(self, state: State, rows: Tensor) -> State:
+        """The state of these rows, one of which may come several times."""
+        ...
+
 
 class CachedModel:
     """A model whose cache the compiler derived.
@@ -105,7 +109,10 @@ class CachedModel:
     def take(self, context: Any, state: State, requests: Tensor, rows: Tensor) -> tuple[Any, State]:
         prompts, tables, weights = context
         prompts = [mark_dynamic(p[requests], 2) for p in prompts]
-        return (prompts, tables, weights), [mark_dynamic(s[rows], 2) for s in state]
+        return (prompts, tables, weights), self.rows(state, rows)
+
+    def rows(self, state: State, rows: Tensor) -> State:
+        return [mark_dynamic(suffix[rows], 2) for suffix in state]
 
     def state_bytes(self, positions: int) -> int:
         return positions * sum(site.bytes_per_token for site in self._graphs.sites)
@@ -252,7 +259,10 @@ class StatefulModel:
         return state
 
     def take(self, context: Any, state: State, requests: Tensor, rows: Tensor) -> tuple[Any, State]:
-        return context, [leaf[rows] for leaf in state]
+        return context, self.rows(state, rows)
+
+    def rows(self, state: State, rows: Tensor) -> State:
+        return [leaf[rows] for leaf in state]
 
     def _body(self, all_positions: bool) -> Forward:
         def forward(tokens: Tensor, places: Places, state: State, context: Any) -> tuple[Tensor, State]:

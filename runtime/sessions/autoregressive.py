@@ -76,19 +76,19 @@ class AutoregressiveSession:
         """As ``run``, token by token: the run before the first one and after each. The caller may stop at any."""
         run = self._begin(request)
         yield run
-        for _ in cycles(run, (self._target,), self._sizes, self._next_token):
-            yield run
+        yield from cycles(run, (self._target,), self._sizes, self._next_token)
 
     def _begin(self, request: Request) -> Run:
         capacity = capacity_of(int(request.new_tokens.max()), 1)
         return begin(self._method, request, self.regions, capacity, replay=self._replay).run
 
-    def _next_token(self, run: Run) -> None:
+    def _next_token(self, run: Run) -> Run:
         run.reserve(run.p.generated, (self._target,))
         undefined, run.reported = self._replayed(run) if replays(self._replay, run.request) else self._from_host(run)
         if undefined.any():
             raise not_finite(undefined, run.request, run.p.generated)
         run.p.made = run.p.made + 1
+        return run
 
     def _token(
         self, run: Run, state: CycleState, u: Tensor, end: Callable[..., EndOfToken]

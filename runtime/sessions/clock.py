@@ -19,7 +19,7 @@ class Clock:
     def __init__(self, regions: Sequence[Region]) -> None:
         self._regions = regions
         self._start = time.perf_counter()
-        self._before = {region.name: region.seconds for region in regions}
+        self._before = [region.seconds for region in regions]
         self._compiled = sum(region.compile_seconds for region in regions)
         self._prefill = 0.0
         self.resample_seconds = 0.0
@@ -30,7 +30,7 @@ class Clock:
 
     def spent(self, *names: str) -> float:
         """Seconds in the regions of these names."""
-        return sum(r.seconds - self._before[r.name] for r in self._regions if r.name in names)
+        return sum(r.seconds - s for r, s in zip(self._regions, self._before, strict=True) if r.name in names)
 
     def fill(self, stats: Stats) -> Stats:
         """Write the seconds of the whole call, of compilation and of the prompts into ``stats``, and return it."""

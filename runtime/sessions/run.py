@@ -20,6 +20,7 @@ from smc_compile.runtime.execution.text_processors import RequestProcessors
 from smc_compile.runtime.sessions.clock import Clock
 from smc_compile.runtime.state.population import Outcome, Population, assemble, outcome
 from smc_compile.runtime.state.region_types import EosIds, Places, Settings
+from smc_compile.runtime.state.rejections import Rejections
 from smc_compile.runtime.state.request import Request
 from smc_compile.runtime.state.settling import Watcher
 from smc_compile.runtime.state.suffix_sizes import next_size
@@ -41,6 +42,7 @@ class Run:
         outcomes: what became of the others.
         reported: [B] bool, which requests have finished, where the last cycle has reported it.
         unread: how many of the last tokens the draft has not read.
+        rejections: of exact speculation, where it takes part.
         gone: numbers of the requests whose outcomes are known.
     """
 
@@ -57,6 +59,7 @@ class Run:
     watcher: Watcher | None = None
     reported: Tensor | None = None
     unread: int = 1
+    rejections: Rejections | None = None
 
     def __post_init__(self) -> None:
         self.gone: set[int] = set()
@@ -137,6 +140,7 @@ class Run:
         index = torch.tensor(keep, device=self.keys.device)
         rows = (index[:, None] * self.n + torch.arange(self.n, device=index.device)).flatten()
         self.request, self.streams = self.request.take(keep), self.streams.take(index)
+        self.rejections = self.rejections and self.rejections.take(index)
         self.p = self.p.take(index, rows)
         self.keys = mark_dynamic(self.keys[index], 1)
         state = self.p.state
@@ -158,26 +162,30 @@ class Run:
         return assemble([*self.outcomes, *now], self.asked, width, self.clock.fill(self.stats))
 
 
+Advance = Callable[[Run], Run]  # a cycle: the run that goes on, the same one or another in its place
+
+
 @with_own_run
-def cycles(run: Run, models: Sequence[RuntimeModel], sizes: set[int], advance: Callable[[Run], None]) -> Iterator[None]:
-    """Advance cycle by cycle until every request has finished. Batch sizes that have run are added to ``sizes``."""
+def cycles(run: Run, models: Sequence[RuntimeModel], sizes: set[int], advance: Advance) -> Iterator[Run]:
+    """Advance cycle by cycle until every request has finished, and yield the run after each. Batch sizes that have run
+    are added to ``sizes``."""
     begin_run()
     run.release(run.finished(), models, sizes)
     while len(run.gone) < run.asked.batch:
         run.reported = None
-        advance(run)
+        run = advance(run)
         sizes.add(run.request.batch)
         if run.watcher is not None:
             run.watcher.cycle(run.p, run.request, run.eos_ids, run.gone)
         run.release(run.finished(), models, sizes)
-        yield
+        yield run
 
 
 def drive(
     run: Run,
     models: Sequence[RuntimeModel],
     sizes: set[int],
-    advance: Callable[[Run], None],
+    advance: Advance,
     result: Callable[[Run, bool], Generation],
 ) -> Generation:
     """Advance until every request has finished. Returns the result; ``sizes`` as for ``cycles``.
@@ -185,12 +193,23 @@ def drive(
     Whatever is raised by a cycle, a model or the compiler has the result so far as ``error.partial``.
     """
     try:
-        for _ in cycles(run, models, sizes, advance):
+        for run in cycles(run, models, sizes, advance):  # noqa: B007, B020, each cycle gives the run that goes on
             pass
     except Exception as error:
         error.partial = result(run, False)  # type: ignore[attr-defined]
         raise
     return result(run, True)
+
+
+def share_out(run: Run) -> None:
+    """Write into the statistics of a run where its time went, and how much was accepted."""
+    clock, stats = run.clock, run.stats
+    stats.draft_seconds = clock.spent("draft_head", "draft_step", "draft_choose")
+    stats.score_seconds = clock.spent("score", "judge", "accept", "conclude")
+    stats.resample_seconds = clock.spent("weigh") + clock.resample_seconds
+    stats.rules_seconds += run.text_processors.seconds
+    if run.rejections is not None:
+        stats.accepted = run.rejections.accepted / max(run.rejections.live, 1)
 
 
 def first_distribution(

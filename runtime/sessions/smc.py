@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -30,7 +30,15 @@ from smc_compile.runtime.sessions.cycle import (
 )
 from smc_compile.runtime.sessions.model_pair import FusedPair, ProcessedPair
 from smc_compile.runtime.sessions.replay import Answer, Asked, Record, Replay, replays
-from smc_compile.runtime.sessions.run import Run, cycles, drive, first_distribution, not_finite, require_distribution
+from smc_compile.runtime.sessions.run import (
+    Run,
+    cycles,
+    drive,
+    first_distribution,
+    not_finite,
+    require_distribution,
+    share_out,
+)
 from smc_compile.runtime.state.particles import copy_texts, move_texts
 from smc_compile.runtime.state.region_types import is_eos
 from smc_compile.runtime.state.request import Request
@@ -80,29 +88,30 @@ class SMCSession:
     def run(self, request: Request) -> Generation:
         """Generate; raises GenerationError, with the partial result, on logits that are not finite."""
         models = (self._target, self._draft)
-        return drive(self._begin(request), models, self._sizes, self._next_cycle, self._result)
+        return drive(self.begun(request), models, self._sizes, self.advance, self._result)
 
     @torch.no_grad()
     def cycles(self, request: Request) -> Iterator[Run]:
         """As ``run``, cycle by cycle: the run before the first one and after each. The caller may stop at any."""
-        run = self._begin(request)
+        run = self.begun(request)
         yield run
-        for _ in cycles(run, (self._target, self._draft), self._sizes, self._next_cycle):
-            yield run
+        yield from cycles(run, (self._target, self._draft), self._sizes, self.advance)
 
-    def _begin(self, request: Request) -> Run:
-        new_tokens, width = int(request.new_tokens.max()), self._k + 1
-        capacity = capacity_of(new_tokens, width)
+    def begun(self, request: Request, regions: Sequence[Region] | None = None, lookahead: int | None = None) -> Run:
+        """The call before its first cycle. ``regions`` that its clock watches, and the largest ``lookahead`` of its
+        cycles: None for those of the session."""
+        new_tokens = int(request.new_tokens.max())
+        capacity = capacity_of(new_tokens, (lookahead or self._k) + 1)
         run, log_p, (_, rows) = begin(
-            self._method, request, self.regions, capacity, cycles=new_tokens, replay=self._replay
+            self._method, request, regions or self.regions, capacity, cycles=new_tokens, replay=self._replay
         )
         log_q = first_distribution(rows, run.request, self._draft_distribution, run.text_processors)
         require_distribution(log_q, None, "draft")
         report_support(log_p, log_q, run.stats)
         return run
 
-    def _next_cycle(self, run: Run) -> None:
-        """Run a cycle and keep what came of it."""
+    def advance(self, run: Run) -> Run:
+        """Run a cycle, and keep what came of it."""
         p, request, stats, number = run.p, run.request, run.stats, len(run.p.ess)
         run.reserve(p.generated + self._k, (self._target, self._draft))
         # The first cycle is never recorded: the draft reads one token at its head.
@@ -121,6 +130,7 @@ class SMCSession:
         p.made, run.reported = status.generated.clone(), status.finished > 0
         p.ess.append(ess)
         p.ancestors.append(ancestors)
+        return run
 
     def _cycle(self, run: Run, settle: Settle | None = None, exact: bool = False, recorded: bool = False) -> Cycle:
         enough = None if recorded or exact else enough_for(run)
@@ -197,11 +207,7 @@ class SMCSession:
 
     def _result(self, run: Run, whole: bool) -> Generation:
         result = run.result(whole)
-        clock, stats = run.clock, run.stats
-        stats.draft_seconds = clock.spent("draft_head", "draft_step", "draft_choose")
-        stats.score_seconds = clock.spent("score", "judge")
-        stats.resample_seconds = clock.spent("weigh") + clock.resample_seconds
-        stats.rules_seconds += run.text_processors.seconds
+        share_out(run)
         return result
 
 

@@ -12,18 +12,18 @@ from torch import Tensor
 from smc_compile.result import Generation
 from smc_compile.runtime.algorithms.next_token import NextTokenDistribution
 from smc_compile.runtime.algorithms.tensors import packed
-from smc_compile.runtime.algorithms.uniforms import RejectionStreams
 from smc_compile.runtime.execution.acceptance import Verdict, accept_drafted, conclude, draft, propose, set_out
-from smc_compile.runtime.execution.incremental import CachedModel, RuntimeModel
+from smc_compile.runtime.execution.incremental import CachedModel
 from smc_compile.runtime.execution.region import Region, compiled_apart
 from smc_compile.runtime.execution.region_bodies import run_model
 from smc_compile.runtime.execution.text_processors import TextProcessors
 from smc_compile.runtime.sessions.begin import Method, begin
 from smc_compile.runtime.sessions.ragged_texts import after_processors, stops
-from smc_compile.runtime.sessions.run import Run, drive, not_finite
+from smc_compile.runtime.sessions.run import Run, drive, not_finite, share_out
 from smc_compile.runtime.state.particles import CycleState, columns, pending, write_block
 from smc_compile.runtime.state.population import Population
 from smc_compile.runtime.state.region_types import EosIds, is_eos
+from smc_compile.runtime.state.rejections import Rejections
 from smc_compile.runtime.state.request import Request
 from smc_compile.runtime.state.suffix_sizes import capacity_of
 
@@ -41,9 +41,9 @@ class Committed(Population):
         particles = particles._replace(ended=particles.ended | ended)
         self.state = self.state._replace(particles=particles, generated=self.count + width)
         self.made = self.count.cpu()
-        self.ess.append(torch.ones_like(self.state.weights.log_evidence))
+        self.ess.append(torch.full_like(self.state.weights.log_evidence, self.copies))
         self.widths.append(width)
-        self.ancestors.append(torch.zeros_like(self.count)[:, None])
+        self.ancestors.append(torch.arange(self.copies, device=width.device).expand(len(width), -1))
 
     @property
     def count(self) -> Tensor:
@@ -70,10 +70,6 @@ class SpeculativeRun(Run):
 
     p: Committed
     chains: int  # N
-    uniforms: RejectionStreams
-    cycle: int = 0
-    accepted: int = 0  # drafted tokens committed
-    live: int = 0  # (request, cycle) pairs
 
     @property
     def n(self) -> int:
@@ -86,10 +82,6 @@ class SpeculativeRun(Run):
     def standing(self, generated: Tensor) -> Tensor:
         """[B], where each request goes on; one that ended with its first token stands where all have what is read."""
         return generated.clamp_min(self.unread)
-
-    def _take(self, keep: list[int], models: Sequence[RuntimeModel]) -> None:
-        self.uniforms = self.uniforms.take(torch.tensor(keep, device=self.keys.device))
-        super()._take(keep, models)
 
 
 class SpeculativeSession:
@@ -106,7 +98,7 @@ class SpeculativeSession:
         compiler: str,
         text_processors: TextProcessors,
     ) -> None:
-        self._target, self._draft = target, draft_model
+        self.models = self._target, self._draft = target, draft_model
         self._distribution, self._draft_distribution = distribution, draft_distribution
         self._n, self._k = 1 if distribution.kind == "greedy" else n_particles, lookahead
         self._text_processors = text_processors
@@ -137,27 +129,33 @@ class SpeculativeSession:
     @torch.no_grad()
     def run(self, request: Request) -> Generation:
         """Generate; raises GenerationError, with the partial result, when logits are not finite."""
-        return drive(self._begin(request), (self._target, self._draft), self._sizes, self._cycle, self._result)
+        return drive(self.begun(request), self.models, self._sizes, self.advance, self._result)
 
-    def _begin(self, request: Request) -> SpeculativeRun:
-        new_tokens = int(request.new_tokens.max())
-        run, *_ = begin(self._method, request, self.regions, capacity_of(new_tokens, self._k + 1))
+    def begun(
+        self, request: Request, regions: Sequence[Region] | None = None, lookahead: int | None = None
+    ) -> SpeculativeRun:
+        """The call before its first cycle. ``regions`` that its clock watches, and the largest ``lookahead`` of its
+        cycles: None for those of the session."""
+        capacity = capacity_of(int(request.new_tokens.max()), (lookahead or self._k) + 1)
+        run, *_ = begin(self._method, request, regions or self.regions, capacity)
         state = run.p.state
         ended = is_eos(run.p.tokens, run.eos_ids)[:, 0] | state.particles.stopped
         own = {f.name: getattr(run, f.name) for f in fields(Run)}
         own["p"] = Committed(
             n=1, state=state._replace(particles=state.particles._replace(ended=ended)), made=run.p.made
         )
-        uniforms = RejectionStreams(request.seeds, self._n, self._k, max(new_tokens - 1, 1))
-        return SpeculativeRun(**own, chains=self._n, uniforms=uniforms)
+        own["rejections"] = Rejections.start(request, self._n, self._k)
+        return SpeculativeRun(**own, chains=self._n)
 
-    def _cycle(self, run: Run) -> None:
+    def advance(self, run: Run) -> Run:
+        """Run a cycle, and keep what came of it."""
         assert isinstance(run, SpeculativeRun)
-        p = run.p
+        assert run.rejections is not None
+        p, rejections = run.p, run.rejections
         run.reserve(p.generated + self._k, (self._target, self._draft))
         generated = run.standing(p.count)
-        drafted, log_q = self._propose(run, generated)
-        verdict = self._verdict(run, generated, drafted, log_q)
+        drafted, log_q = self._propose(run, generated, rejections)
+        verdict = self._verdict(run, generated, drafted, log_q, rejections)
         undefined = verdict.undefined | verdict.undefined_draft
         if undefined.any():
             who = "target" if verdict.undefined.any() else "draft"
@@ -167,11 +165,12 @@ class SpeculativeSession:
         ended = stopped.any(1) | verdict.ended
         if self._n > 1:
             self._share(run, generated, verdict.chain)
-        run.accepted += int(verdict.accepted.minimum(width).sum())
-        run.live += int((width > 0).sum())
-        run.cycle += 1
+        rejections.accepted += int(verdict.accepted.minimum(width).sum())
+        rejections.live += int((width > 0).sum())
+        rejections.cycles += 1
         run.unread = 2
         p.append(verdict.tokens, verdict.log_p, width, ended)
+        return run
 
     def _share(self, run: SpeculativeRun, generated: Tensor, chain: Tensor) -> None:
         """Give all rows of a request the caches of its ``chain`` [B] behind the ``generated`` [B] tokens."""
@@ -182,9 +181,9 @@ class SpeculativeSession:
         for model, caches in ((self._target, state.target), (self._draft, state.draft)):
             model.copy_rows(caches, others, source[others], since, used)
 
-    def _propose(self, run: SpeculativeRun, generated: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _propose(self, run: SpeculativeRun, generated: Tensor, rejections: Rejections) -> tuple[Tensor, list[Tensor]]:
         """K tokens a row from the draft [R, K], and the distributions that they were drawn from, K times [R, V]."""
-        p, u, head = run.p, run.uniforms.draft(run.cycle), run.unread
+        p, u, head = run.p, rejections.uniforms.draft(rejections.cycles), run.unread
         tokens = p.state.texts.tokens.gather(1, columns(generated - head, head, len(generated)))  # [B, head]
         tokens = tokens.repeat_interleave(self._n, 0)
         wanted = p.wanted(run.request).repeat_interleave(self._n)
@@ -215,7 +214,9 @@ class SpeculativeSession:
             tokens = token[:, None]
         return torch.stack(drafted, 1), log_q
 
-    def _verdict(self, run: SpeculativeRun, generated: Tensor, drafted: Tensor, log_q: list[Tensor]) -> Verdict:
+    def _verdict(
+        self, run: SpeculativeRun, generated: Tensor, drafted: Tensor, log_q: list[Tensor], rejections: Rejections
+    ) -> Verdict:
         """What the target accepts of the drafts."""
         p, width = run.p, self._k + 1
         last = pending(p.state.texts.tokens, generated).repeat_interleave(self._n, 0)
@@ -231,20 +232,15 @@ class SpeculativeSession:
         batch, settings = len(wanted), run.request.settings
         rows, drafted = rows.view(batch, self._n, width, -1), drafted.view(batch, self._n, -1)
         walk = set_out(batch, self._n, self._distribution.scores(rows[:1, 0, 0]).shape[-1], rows.device)
-        u = run.uniforms.accept(run.cycle)
+        u = rejections.uniforms.accept(rejections.cycles)
         for k in range(self._k if self._distribution.kind != "greedy" else 0):
             q = log_q[k].view(batch, self._n, -1)
             walk = self._accept(walk, rows, q, packed(drafted[:, :, k]), settings, packed(u[:, :, k]))
-        u_last = run.uniforms.last(run.cycle)
+        u_last = rejections.uniforms.last(rejections.cycles)
         verdict: Verdict = self._conclude(walk, rows, drafted, run.request_eos_ids, wanted, settings, u_last)
         return verdict
 
     def _result(self, run: Run, whole: bool) -> Generation:
-        assert isinstance(run, SpeculativeRun)
         result = run.result(whole)
-        clock, stats = run.clock, run.stats
-        stats.accepted = run.accepted / max(run.live, 1)
-        stats.draft_seconds = clock.spent("draft_head", "draft_step", "draft_choose")
-        stats.score_seconds = clock.spent("score", "accept", "conclude")
-        stats.rules_seconds += run.text_processors.seconds
+        share_out(run)
         return result

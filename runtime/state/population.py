@@ -27,6 +27,7 @@ class Population:
     widths: list[Tensor] = field(default_factory=list)  # [B] a cycle
     ancestors: list[Tensor] = field(default_factory=list)  # [B, N] a cycle
     lag: list[Tensor] = field(default_factory=list)  # [B] a cycle
+    copies: int = 1  # equal particles that a row of texts stands for
 
     @property
     def generated(self) -> int:
@@ -78,13 +79,14 @@ def outcome(p: Population, request: Request, eos_ids: EosIds, keep: list[int], u
     """The requests at rows ``keep`` as they stand; ``u`` [B] draws the particles that become the answers."""
     index = torch.tensor(keep, device=request.ids.device)
     batch, generated = request.batch, p.generated
-    lengths = p.lengths(eos_ids).view(batch, p.n)[index]
+    lengths = p.lengths(eos_ids).view(batch, p.n)[index].repeat_interleave(p.copies, 1)
     caps = request.new_tokens[index]
     lengths = lengths.minimum(caps.minimum(p.state.generated[index])[:, None])
     counted = torch.arange(generated, device=index.device) < lengths[..., None]  # [b, N, G]
-    tokens, log_p = (value.view(batch, p.n, -1)[index, :, :generated] for value in p.state.texts)
+    texts = (value.view(batch, p.n, -1)[index, :, :generated] for value in p.state.texts)
+    tokens, log_p = (value.repeat_interleave(p.copies, 1) for value in texts)
     weights = p.state.weights
-    log_w = weights.log_w[index]
+    log_w = weights.log_w[index].repeat_interleave(p.copies, 1)
     none = log_w.new_zeros(len(keep), 0)
     return Outcome(
         number=tuple(request.number[b] for b in keep),
@@ -97,7 +99,7 @@ def outcome(p: Population, request: Request, eos_ids: EosIds, keep: list[int], u
         chosen=select(log_w, u[index]),
         ess=torch.stack(p.ess, 1)[index] if p.ess else none,
         widths=torch.stack(p.widths, 1)[index] if p.widths else none.long(),
-        ancestors=torch.stack(p.ancestors, 1)[index] if p.ancestors else none.new_zeros(len(keep), 0, p.n).long(),
+        ancestors=torch.stack(p.ancestors, 1)[index] if p.ancestors else log_w.new_zeros(*log_w.shape, 0).mT.long(),
         lag=torch.stack(p.lag, 1)[index] if p.lag else none.long(),
     )
 

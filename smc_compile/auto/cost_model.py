@@ -64,12 +64,14 @@ class CycleModel:
 
     Attributes:
         target, draft: the passes of a cycle.
+        one: the target's pass over one token, which draws it.
         dtype, device: of the weights.
         rates: of the machine.
     """
 
     target: Pass
     draft: Pass
+    one: Pass
     dtype: torch.dtype
     device: torch.device
     rates: Rates
@@ -107,6 +109,11 @@ class CycleModel:
         suffix, held = mean_slots(capacity, lookahead + 1, prompt)
         return self.seconds_at(particles, lookahead, prompt, suffix, held, batch)
 
+    def token_seconds(self, prompt: int, new_tokens: int, batch: int = 1) -> float:
+        """Seconds of a token of the one-token loop, the mean over an answer."""
+        sizes = (prompt, *mean_slots(new_tokens, 1, prompt))
+        return self.pass_seconds(self.one, batch, 1, 1, *sizes) + self.rates.cycle + self.rates.call
+
     def seconds_at(
         self, particles: int, lookahead: int, prompt: int, suffix: float, held: float, batch: int = 1
     ) -> float:
@@ -137,6 +144,7 @@ def cycle_model(target: Any, draft: Any) -> CycleModel:
     return CycleModel(
         _pass(target, every_position=True),
         _pass(draft, every_position=False),
+        _pass(target, every_position=False),
         weight.dtype,
         weight.device,
         rates(weight.dtype, weight.device),

@@ -55,8 +55,8 @@ def build_program(
             'pass draft=small_model, or method="autoregressive" for the exact one-token loop',
         )
     draft = compile_draft(options.draft, draft_distribution, options, ids, "draft")
-    if method == "speculative":
-        refuse_states(target, draft)
+    if method in ("speculative", "auto"):
+        refuse_states(method, target, draft)
     elif options.max_divergence < 1:
         refuse_cuts(target, draft)
     check_devices(target, draft)

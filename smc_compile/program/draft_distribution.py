@@ -19,15 +19,17 @@ def draft_distribution_for(
 ) -> NextTokenDistribution | Mixture:
     """What the draft follows where the target's scores pass through ``warpers``.
 
-    SMC must be able to propose every token, so a part of the proposal does not truncate. Rejection accepts most where
-    the draft truncates as the target does, and need not propose every token.
+    SMC must be able to propose every token, so a part of the proposal does not truncate.
     """
     if greedy:
         return NextTokenDistribution("greedy", warpers=tuple(warpers))
-    distribution = proposal(warpers, options.draft_temperature)
-    if options.method == "speculative" and isinstance(distribution, Mixture):
-        return replace(distribution, share=0.0)
-    return distribution
+    return proposal(warpers, options.draft_temperature)
+
+
+def rejected(distribution: NextTokenDistribution | Mixture) -> NextTokenDistribution | Mixture:
+    """What the draft follows where tokens are rejected: most are accepted where it truncates as the target does, and
+    it need not propose every token."""
+    return replace(distribution, share=0.0) if isinstance(distribution, Mixture) else distribution
 
 
 def proposal(warpers: Sequence[Warper], draft_temperature: float | None) -> NextTokenDistribution | Mixture:

@@ -13,7 +13,7 @@ def method_for(target: Model, options: Options) -> str:
     In a greedy loop there is no randomness for particles to carry. A draft speeds it up by exact speculation, and
     without one the one-token loop runs.
     """
-    if options.method != "smc" or target.distribution.kind != "greedy":
+    if options.method not in ("smc", "auto") or target.distribution.kind != "greedy":
         return options.method
     return "speculative" if options.draft is not None and not with_states(target, options) else "autoregressive"
 
@@ -24,8 +24,9 @@ def with_states(target: Model, options: Options) -> list[str]:
     return [*found, "draft"] if is_stateful(options.draft) else found
 
 
-def refuse_states(target: Model, draft: Model) -> None:
-    """Exact speculation hides rejected tokens in a cache by their position. A state has already taken them in.
+def refuse_states(method: str, target: Model, draft: Model) -> None:
+    """Exact speculation, which is "speculative" and a part of "auto", writes over rejected tokens in a cache. A state
+    has already taken them in.
 
     Raises:
         OptionError: target or draft carries a state of its own.
@@ -33,7 +34,7 @@ def refuse_states(target: Model, draft: Model) -> None:
     if found := _forgets_nothing(target, draft):
         name, why = found
         raise OptionError(
-            f'method "speculative" cannot use this {name}',
+            f'method "{method}" cannot use this {name}',
             f"{why}, and cannot be rolled back when tokens are rejected",
             'use method="smc" or "autoregressive", or a model and a loop that the compiler can make a cache for',
         )

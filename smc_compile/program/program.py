@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 from smc_compile.options import Options
 from smc_compile.program.checks import beyond_training, check_request, position_limit
+from smc_compile.program.draft_distribution import rejected
 from smc_compile.program.method import method_for
 from smc_compile.program.model import Model
 from smc_compile.result import Generation
@@ -20,13 +21,14 @@ from smc_compile.runtime.sessions.autoregressive import AutoregressiveSession
 from smc_compile.runtime.sessions.replay import Record
 from smc_compile.runtime.sessions.smc import SMCSession
 from smc_compile.runtime.sessions.speculative import SpeculativeSession
+from smc_compile.runtime.sessions.switching import SwitchingSession, Tradeoff
 from smc_compile.runtime.state.request import Request, TextProcessor
 
 log = logging.getLogger(__name__)
 
 FAR = 0.1  # nats a token: a text that may be further from the target than this is warned of
 
-Session: TypeAlias = SMCSession | AutoregressiveSession | SpeculativeSession
+Session: TypeAlias = SMCSession | AutoregressiveSession | SpeculativeSession | SwitchingSession
 
 
 @dataclass(eq=False)
@@ -39,6 +41,7 @@ class Program:
         on_host: whether each request brings text processors of its own, which run on the host.
         record: what records cycles to be replayed; None runs all of them from the host.
         warnings: what every result of the program says in ``stats.warnings``.
+        tradeoff: for "auto", by what SMC and exact speculation take turns; None before it is known.
     """
 
     target: Model
@@ -48,6 +51,7 @@ class Program:
     on_host: bool = False
     record: Record | None = None
     warnings: tuple[str, ...] = ()
+    tradeoff: Tradeoff | None = None
 
     @property
     def method(self) -> str:
@@ -87,7 +91,9 @@ class Program:
         """The same with warnings where the law of the texts may be far from the target's. All warnings are logged."""
         far, dropped = float(result.kl_bound_per_token.nanmean()), int(result.dropped.sum())
         ways = ["raise n_particles", "lower lookahead"]
-        if self.forgets:
+        if self.method == "auto":
+            ways = ["lower max_kl_per_token", 'use method="speculative", exact']
+        elif self.forgets:
             ways += ["lower max_divergence"] * (self.options.max_divergence > 0) + ['use method="speculative", exact']
         found = []
         if dropped:
@@ -133,13 +139,27 @@ class Program:
             )
         assert self.draft is not None
         if self.method == "speculative":
-            target, draft = self.target.runtime, self.draft.runtime
-            assert isinstance(target, CachedModel)
-            assert isinstance(draft, CachedModel)
-            distributions = self.target.distribution, self.draft.distribution
-            return SpeculativeSession(
-                target, draft, *distributions, int(o.n_particles), self.lookahead, o.compiler, text_processors
-            )
+            return self._exact(int(o.n_particles), self.lookahead, text_processors)
+        smc = self._smc(text_processors)
+        if self.method == "smc":
+            return smc
+        assert self.tradeoff is not None
+        exact = self._exact(1, self.tradeoff.exact_lookahead, text_processors)
+        return SwitchingSession(smc, exact, self.rows, self.lookahead, self.tradeoff)
+
+    def _exact(self, chains: int, lookahead: int, text_processors: TextProcessors) -> SpeculativeSession:
+        assert self.draft is not None
+        target, draft = self.target.runtime, self.draft.runtime
+        assert isinstance(target, CachedModel)
+        assert isinstance(draft, CachedModel)
+        distributions = self.target.distribution, rejected(self.draft.distribution)
+        return SpeculativeSession(
+            target, draft, *distributions, chains, lookahead, self.options.compiler, text_processors
+        )
+
+    def _smc(self, text_processors: TextProcessors) -> SMCSession:
+        o = self.options
+        assert self.draft is not None
         return SMCSession(
             self.target.runtime,
             self.draft.runtime,

@@ -132,7 +132,7 @@ def check_rule(sampler: RunSampler, program: Program) -> None:
             f"{target.distribution.vocab} and {target.vocab_size}: the sampler was traced with those of the target",
             'use a draft with as many rows, or method="autoregressive"',
         )
-    if program.method == "smc" and cuts_by_logits(sampler.rule, target.vocab_size or 0):
+    if program.method in ("smc", "auto") and cuts_by_logits(sampler.rule, target.vocab_size or 0):
         raise LoopError(
             "The sampler removes tokens by their logits before it has read the text.",
             f"{sampler.where} comes behind it, and what reads the text applies to the draft too: a draft that "

@@ -180,12 +180,12 @@ def test_nothing_recompiles_when_settings_seeds_ends_caps_and_lengths_change(pai
 def test_a_finished_request_leaves_when_a_smaller_batch_is_compiled(pair):
     session = run(pair, PROMPTS[:1], 3).program.session
     sizes: list[int] = []
-    cycle = type(session)._next_cycle
+    cycle = type(session).advance
     try:
-        type(session)._next_cycle = lambda self, run: (sizes.append(run.request.batch), cycle(self, run))[1]
+        type(session).advance = lambda self, run: (sizes.append(run.request.batch), cycle(self, run))[1]
         together = run(pair, n=[14, 2, 2, 2])
     finally:
-        type(session)._next_cycle = cycle
+        type(session).advance = cycle
     assert sizes == [4, 1, 1, 1, 1]
     alone = run(pair, PROMPTS[:1], 14)
     assert torch.equal(together.particles[0], alone.particles[0])

@@ -83,17 +83,17 @@ class Cycle:
 def recorded_cycles() -> Iterator[list[Cycle]]:
     """Copies of the tokens and states of every SMC session after each of its cycles."""
     cycles: list[Cycle] = []
-    next_cycle = SMCSession._next_cycle
+    next_cycle = SMCSession.advance
 
-    def recording(self: SMCSession, run: Run) -> None:
-        next_cycle(self, run)
-        p = run.p
+    def recording(self: SMCSession, run: Run) -> Run:
+        p = next_cycle(self, run).p
         moved = bool((p.ancestors[-1] != torch.arange(self._n)).any())
         states = [[leaf.clone() for leaf in state] for state in (p.state.target, p.state.draft)]
         cycles.append(Cycle(p.tokens.clone(), p.state.particles.ended.clone(), moved, *states))
+        return run
 
-    SMCSession._next_cycle = recording
+    SMCSession.advance = recording
     try:
         yield cycles
     finally:
-        SMCSession._next_cycle = next_cycle
+        SMCSession.advance = next_cycle
