@@ -153,11 +153,12 @@ def method_note(program: Program, result: Generation) -> str:
     if program.method == "speculative":
         accepted = f"{result.stats.accepted:.2f} of {program.options.lookahead} drafted tokens accepted a cycle"
         return f" (exact{', the greedy text' if greedy else ''}; {accepted})"
-    if program.method == "smc":
+    if program.method in ("smc", "auto"):
         far = float(result.kl_bound_per_token.mean())
         if math.isnan(far):
             return " (no kl_bound: see the warnings)"
-        return f" (kl_bound {far:.2g} nats a token here: on average it bounds how far answers are from the target)"
+        bound = f"kl_bound {far:.2g} nats a token here: on average it bounds how far answers are from the target"
+        return f" ({turns_note(result)}{bound})"
     if not greedy or program.options.method == "autoregressive":
         return ""
     if program.options.draft is None:
@@ -165,6 +166,18 @@ def method_note(program: Program, result: Generation) -> str:
     states = " and ".join(with_states(program.target, program.options))
     return (
         f" (the cached one-token loop without the draft: a state of its own, here of {states}, cannot be rolled back)"
+    )
+
+
+def turns_note(result: Generation) -> str:
+    """Who took how many cycles, where SMC and exact speculation take turns."""
+    stats = result.stats
+    if stats.method != "auto":
+        return ""
+    changes = f"{stats.switches} change{'s' if stats.switches != 1 else ''}"
+    return (
+        f"SMC with N={stats.n_particles}, K={stats.lookahead}, {stats.cycles - stats.exact_cycles} cycles; exact "
+        f"speculation, {stats.exact_cycles} cycles; {changes}; "
     )
 
 

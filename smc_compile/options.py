@@ -143,11 +143,11 @@ class Options:
         for name in floors:
             _number(name, getattr(self, name), 0.0 if name == "max_kl_per_token" else 1e-6, 1e6)
         if self.method == AUTO:
-            if floors != ["max_kl_per_token"]:
+            if others := [name for name in floors if name != "max_kl_per_token"]:
                 raise OptionError(
-                    f'{floors[0]} is not for method="auto"',
+                    f'{others[0]} is not for method="auto"',
                     "it takes the fastest way that keeps to max_kl_per_token",
-                    f'leave it out, or pass method="smc" and n_particles="auto" with {floors[0]}',
+                    f'leave it out, or pass method="smc" and n_particles="auto" with {others[0]}',
                 )
             return
         if floors and not self.is_auto:

@@ -31,11 +31,6 @@ def cycle_divergence(n: int, lookahead: int, spread: float) -> float:
     return math.log1p(math.expm1(lookahead * spread) / n) / 2
 
 
-def divergence_of(ess: float, n: int) -> float:
-    """The same from the effective sample size of a population: 1 + cv^2 = N / ESS."""
-    return math.log1p(max(n / max(ess, 1.0) - 1, 0.0) / n) / 2
-
-
 def expected_tokens(rate: float, lookahead: int) -> float:
     """Tokens that a cycle of rejection commits: (1 - a^(K+1)) / (1 - a) where each drafted token is accepted with
     probability a (Leviathan, Kalman and Matias, 2023)."""

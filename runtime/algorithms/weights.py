@@ -45,6 +45,21 @@ def effective_sample_size(log_w: Tensor) -> Tensor:
     return w.sum(-1).square() / torch.where(squares == 0, 1.0, squares)
 
 
+def divergence_of(log_w: Tensor) -> Tensor:
+    """An estimate of -E[log of the mean weight] in nats, float64: [..., N] -> [...]; infinite where none is left.
+
+    As ``cycle_divergence``, with the variance s of the log weights of the share f that is left: their law is taken as
+    log-normal, and 1 + cv^2 = exp(s) / f. The effective sample size would say less: no weight of N can be seen to hold
+    more than all of the mass.
+    """
+    log_w, n = log_w.to(torch.float64), log_w.shape[-1]
+    left = log_w > -math.inf
+    count = left.sum(-1)
+    mean = torch.where(left, log_w, 0.0).sum(-1) / count
+    variance = torch.where(left, log_w - mean[..., None], 0.0).square().sum(-1) / (count - 1).clamp_min(1)
+    return torch.log1p((variance.clamp_max(700.0).exp() * n / count - 1) / n) / 2
+
+
 def resample_step(
     log_w: Tensor, log_evidence: Tensor, u: Tensor, threshold: float, method: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

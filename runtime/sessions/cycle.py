@@ -26,7 +26,7 @@ from torch import Tensor
 from smc_compile.runtime.algorithms.next_token import Mixture, NextTokenDistribution
 from smc_compile.runtime.algorithms.resampling import keep_survivors
 from smc_compile.runtime.algorithms.tensors import packed
-from smc_compile.runtime.algorithms.weights import resample_step
+from smc_compile.runtime.algorithms.weights import divergence_of, resample_step
 from smc_compile.runtime.execution.region_bodies import Chosen, Judged
 from smc_compile.runtime.sessions.ragged_texts import stops
 from smc_compile.runtime.sessions.run import Run
@@ -59,6 +59,7 @@ class CycleInfo(NamedTuple):
     source: Tensor  # [R], the row whose text and caches row r goes on with; source[source[r]] == source[r]
     since: Tensor  # [R], the slot from which on the caches of these two rows may differ
     ess: Tensor  # [B], effective sample size before resampling
+    cost: Tensor  # [B], as ``divergence_of`` has it of the weights before resampling
     ancestors: Tensor  # [B, N], the particle whose text particle n goes on with
     status: Tensor  # [7, B] int64, the fields of ``Status``
     settled: Tensor | None  # [B] bool, for which requests ``settle`` drew an ancestor; None where it was not asked
@@ -179,7 +180,8 @@ def cycle_of(
             draft=draft or state.draft,
             generated=ending.generated,
         )
-        return after, CycleInfo(ending.source, ending.since, ending.ess, ending.ancestors, ending.status, settled)
+        told = (ending.ess, ending.cost, ending.ancestors, ending.status)
+        return after, CycleInfo(ending.source, ending.since, *told, settled)
 
     return cycle
 
@@ -226,6 +228,7 @@ class EndOfCycle(NamedTuple):
     source: Tensor
     since: Tensor
     ess: Tensor
+    cost: Tensor
     ancestors: Tensor
     status: Tensor
 
@@ -250,6 +253,7 @@ def end_of_cycle(threshold: float, method: str) -> Callable[..., EndOfCycle]:
         dead = (log_w == -math.inf).all(1)
         sound = ~(of_target | of_draft | dead).any()
 
+        cost = divergence_of(log_w)
         ancestors, log_w, log_evidence, ess, resampled = resample_step(
             log_w, weights.log_evidence, u, threshold, method
         )
@@ -272,7 +276,7 @@ def end_of_cycle(threshold: float, method: str) -> Callable[..., EndOfCycle]:
         made = torch.where(sound, made, generated)
         flags = [of_target, of_draft, dead, judged.dropped & sound, resampled & sound, finished & sound]
         status = torch.stack([*(flag.long() for flag in flags), made])
-        return EndOfCycle(after, weighed, made, source, since, ess, ancestors, status)
+        return EndOfCycle(after, weighed, made, source, since, ess, cost, ancestors, status)
 
     return weigh_and_resample
 

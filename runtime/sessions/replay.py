@@ -77,6 +77,7 @@ class Answer(NamedTuple):
 
     status: Tensor  # [7, B] int64, the fields of ``Status``
     ess: Tensor  # [B]
+    cost: Tensor  # [B]
     ancestors: Tensor  # [B, N]
 
     @classmethod
@@ -84,11 +85,11 @@ class Answer(NamedTuple):
         batch, device = run.request.batch, run.keys.device
         status = torch.zeros(len(Status._fields), batch, dtype=torch.int64, device=device)
         ess = torch.empty_like(run.p.state.weights.log_evidence)
-        return cls(status, ess, torch.zeros(batch, run.p.n, dtype=torch.int64, device=device))
+        return cls(status, ess, ess.clone(), torch.zeros(batch, run.p.n, dtype=torch.int64, device=device))
 
-    def write(self, status: Tensor, ess: Tensor, ancestors: Tensor) -> None:
+    def write(self, status: Tensor, ess: Tensor, cost: Tensor, ancestors: Tensor) -> None:
         """Overwrite all fields, in place."""
-        for kept, value in zip(self, (status, ess, ancestors), strict=True):
+        for kept, value in zip(self, (status, ess, cost, ancestors), strict=True):
             kept.copy_(value)
 
 

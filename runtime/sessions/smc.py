@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +45,14 @@ from smc_compile.runtime.state.region_types import is_eos
 from smc_compile.runtime.state.request import Request
 from smc_compile.runtime.state.settling import settle_old
 from smc_compile.runtime.state.suffix_sizes import capacity_of
+
+
+class Told(NamedTuple):
+    """What a cycle tells of its population, as of ``CycleInfo``."""
+
+    ess: Tensor  # [B]
+    cost: Tensor  # [B]
+    ancestors: Tensor  # [B, N]
 
 
 class SMCSession:
@@ -116,9 +125,9 @@ class SMCSession:
         run.reserve(p.generated + self._k, (self._target, self._draft))
         # The first cycle is never recorded: the draft reads one token at its head.
         recorded = run.unread == 2 and replays(self._replay, request)
-        status, ess, ancestors = self._replayed(run, number) if recorded else self._from_host(run, number)
+        status, told = self._replayed(run, number) if recorded else self._from_host(run, number)
         if (dead := status.dead > 0).any() and not status.broken.any():
-            status, ess, ancestors = self._one_token(run, number, dead)
+            status, told = self._one_token(run, number, dead)
             stats.dropped += int(dead.sum())
         if status.broken.any():
             raise not_finite(status.broken, request, p.generated, "target" if status.undefined.any() else "draft")
@@ -126,10 +135,11 @@ class SMCSession:
         stats.cuts += int((short & (status.dropped == 0) & ~dead).sum())
         stats.dropped += int(status.dropped.sum())
         stats.resamplings += int(status.resampled.sum())
-        p.widths.append((status.generated - p.made).to(ess.device))
+        p.widths.append((status.generated - p.made).to(told.ess.device))
         p.made, run.reported = status.generated.clone(), status.finished > 0
-        p.ess.append(ess)
-        p.ancestors.append(ancestors)
+        p.ess.append(told.ess)
+        p.ancestors.append(told.ancestors)
+        p.cost = told.cost
         return run
 
     def _cycle(self, run: Run, settle: Settle | None = None, exact: bool = False, recorded: bool = False) -> Cycle:
@@ -138,8 +148,8 @@ class SMCSession:
 
     # ---- from the host -----------------------------------------------------------------------------------------------
 
-    def _from_host(self, run: Run, number: int, exact: bool = False) -> tuple[Status, Tensor, Tensor]:
-        """Cycle ``number``, or one ``exact`` token in its place. Returns its status, ess [B] and ancestors [B, N].
+    def _from_host(self, run: Run, number: int, exact: bool = False) -> tuple[Status, Told]:
+        """Cycle ``number``, or one ``exact`` token in its place. Returns its status and what it tells.
 
         Only rows that change are copied, and of caches only slots that differ.
         """
@@ -148,8 +158,9 @@ class SMCSession:
         uniforms = Uniforms(*drawn, run.streams.resample(number))
         after, info = self._cycle(run, self._settle(run, number), exact)(p.state, uniforms)
         status = Status(*info.status.cpu())
+        told = Told(info.ess, info.cost, info.ancestors)
         if not status.sound:
-            return status, info.ess, info.ancestors
+            return status, told
         p.state, run.unread = after, 1 if exact else 2
         if info.settled is not None:
             run.stats.settled_early += int(info.settled.sum())
@@ -157,9 +168,9 @@ class SMCSession:
             begin = time.perf_counter()
             self._copy(run, info, int(status.generated.max()))
             run.clock.resample_seconds += time.perf_counter() - begin
-        return status, info.ess, info.ancestors
+        return status, told
 
-    def _one_token(self, run: Run, number: int, dead: Tensor) -> tuple[Status, Tensor, Tensor]:
+    def _one_token(self, run: Run, number: int, dead: Tensor) -> tuple[Status, Told]:
         """One token of the target in every row, where the requests ``dead`` [B] would have died of a block and the
         models cannot forget it. The others have drawn nothing that says so, and lose their block alone."""
         weights = run.p.state.weights
@@ -187,12 +198,12 @@ class SMCSession:
 
     # ---- recorded ----------------------------------------------------------------------------------------------------
 
-    def _replayed(self, run: Run, number: int) -> tuple[Status, Tensor, Tensor]:
+    def _replayed(self, run: Run, number: int) -> tuple[Status, Told]:
         """As ``_from_host``, in one recorded piece."""
         assert self._replay is not None
         status, answer = self._replay(run, number)
         run.stats.replayed += status.sound
-        return status, answer.ess.clone(), answer.ancestors.clone()
+        return status, Told(answer.ess.clone(), answer.cost.clone(), answer.ancestors.clone())
 
     def _on_device(self, run: Run, asked: Asked, answer: Answer, copy_rows: RowCopy) -> None:
         """What is recorded: a cycle whose next state is written over the one before."""
@@ -203,7 +214,7 @@ class SMCSession:
         move_texts(state.texts, info.source)
         state.write(after)
         copy_rows(info.source, info.since, state.generated.max() - 1)
-        answer.write(info.status, info.ess, info.ancestors)
+        answer.write(info.status, info.ess, info.cost, info.ancestors)
 
     def _result(self, run: Run, whole: bool) -> Generation:
         result = run.result(whole)

@@ -20,7 +20,6 @@ from smc_compile.result import Generation
 from smc_compile.runtime.algorithms.predictions import (
     acceptance_rate,
     cycle_divergence,
-    divergence_of,
     expected_tokens,
     spread_of,
 )
@@ -65,10 +64,11 @@ class Tradeoff:
 
 @dataclass
 class Ledger:
-    """What the requests of a call have spent, by their numbers: nats by the effective sample sizes of their cycles."""
+    """What the requests of a call have spent, by their numbers: nats that the weights of their cycles let expect."""
 
     paid: dict[int, float] = field(default_factory=dict)  # by populations that were resampled
     open: dict[int, float] = field(default_factory=dict)  # by the one that goes on
+    cycles: int = 0  # of SMC
     accepted: list[float] = field(default_factory=list)  # drafted tokens a request, of each cycle of this exact phase
 
     def spent(self, number: int) -> float:
@@ -137,15 +137,17 @@ class SwitchingSession:
     def _note(self, run: Run, ledger: Ledger) -> None:
         """Enter what the last cycle of SMC has spent."""
         even = (run.p.state.weights.log_w == 0).all(1).tolist()  # as resampling leaves them
-        for number, ess, resampled in zip(run.request.number, run.p.ess[-1].tolist(), even, strict=True):
-            spent = divergence_of(ess, self._n)
+        assert run.p.cost is not None
+        ledger.cycles += 1
+        for number, spent, resampled in zip(run.request.number, run.p.cost.tolist(), even, strict=True):
             ledger.open[number] = 0.0 if resampled else spent
             ledger.paid[number] = ledger.paid.get(number, 0.0) + spent * resampled
 
     def _overspent(self, run: Run, ledger: Ledger) -> bool:
-        allowed = self._tradeoff.max_kl * (self._tokens(run) + self._k + 1)  # a cycle is paid for when it is over
+        """Whether the next cycle cannot be paid for, where it costs what those before did."""
+        allowed = self._tradeoff.max_kl * (self._tokens(run) + self._k + 1)
         spent, seen = self._spent(run, ledger)
-        return spent > allowed or seen > allowed + FAR
+        return spent * (1 + 1 / ledger.cycles) > allowed or seen > allowed + FAR
 
     def _affordable(self, run: Run, ledger: Ledger) -> bool:
         shown = ledger.accepted[-SHOWN:]
@@ -168,7 +170,7 @@ class SwitchingSession:
         return float(run.p.made[self._going(run)].double().mean())
 
     def _spent(self, run: Run, ledger: Ledger) -> tuple[float, float]:
-        """Nats by effective sample sizes, and by the log evidence: means over the requests that go on."""
+        """Nats by the ledger, and by the log evidence: means over the requests that go on."""
         on = self._going(run)
         seen = -evidence_now(run.p.state.weights)[on]
         return sum(ledger.spent(run.request.number[b]) for b in on) / len(on), float(seen.mean())

@@ -27,6 +27,7 @@ class Population:
     widths: list[Tensor] = field(default_factory=list)  # [B] a cycle
     ancestors: list[Tensor] = field(default_factory=list)  # [B, N] a cycle
     lag: list[Tensor] = field(default_factory=list)  # [B] a cycle
+    cost: Tensor | None = None  # [B] of the last cycle, see ``CycleInfo``
     copies: int = 1  # equal particles that a row of texts stands for
 
     @property
@@ -54,7 +55,9 @@ class Population:
         by_cycle: dict[str, Any] = {
             name: [value[keep] for value in getattr(self, name)] for name in ("ess", "widths", "ancestors", "lag")
         }
-        return replace(self, state=self.state.take(keep, rows), made=self.made[keep.to(self.made.device)], **by_cycle)
+        return replace(
+            self, state=self.state.take(keep, rows), made=self.made[keep.to(self.made.device)], cost=None, **by_cycle
+        )
 
 
 @dataclass(frozen=True)
