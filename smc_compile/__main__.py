@@ -1,4 +1,4 @@
-"""The command line: ``smc-compile demo``, ``bench``, ``sweep``, ``models`` and, in a clone, ``kernels``."""
+"""The command line: ``smc-compile demo``, ``bench``, ``sweep``, ``quality``, ``models``; in a clone, ``kernels``."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ COMMANDS = (  # in the order of the help
     Command("demo", "see it write Python on the shipped pair of models, and how fast"),
     Command("bench", "measure its cost on random weights of any shape"),
     Command("sweep", "see how the cost of a cycle moves with N, K and lengths"),
+    Command("quality", "see speed against error: SMC, exact speculation and the loop"),
     Command("models", "try which decoders of the transformers library compile"),
     Command("kernels", "list the kernels that a session runs, and check them", needs="smc_compile.dev"),
 )

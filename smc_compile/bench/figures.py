@@ -33,6 +33,7 @@ def make_row(result: Result, results: Sequence[Result], ceilings: Ceilings | Non
         "method": contestant.method,
         "n_particles": contestant.n_particles,
         "lookahead": contestant.lookahead,
+        "max_divergence": contestant.max_divergence,
         "tokens": contestant.new_tokens,
         "repeats": len(runs),
         "tokens_per_second": median(speeds),

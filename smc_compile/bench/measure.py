@@ -46,6 +46,7 @@ class Contestant:
     passes: Sequence[PassCost] | None = None  # what a step reads and multiplies at least
     steps: Callable[[], int] | None = None  # of the last run, where a step is no token and ``run`` gives no Generation
     peer: bool = False  # somebody else's code: where it fails, the others go on
+    max_divergence: float | None = None  # where blocks are cut, if that is told
 
     @property
     def name(self) -> str:
@@ -54,9 +55,17 @@ class Contestant:
             if self.n_particles is not None and (self.method, self.n_particles) != ("speculative", 1)
             else "",
             f"K={self.lookahead}" if self.lookahead is not None else "",
+            cut_name(self.max_divergence),
         ]
         shape = " ".join(text for text in numbers if text)
         return NAMES.get(self.method, self.method) + (f"  {shape}" if shape else "")
+
+
+def cut_name(max_divergence: float | None) -> str:
+    """Where blocks are cut, in a table."""
+    if max_divergence is None:
+        return ""
+    return f"cut {max_divergence:g}" if max_divergence < 1 else "whole"
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,16 @@ SHORT = {"n_particles": "N", "lookahead": "K", "prompt_length": "P", "new_tokens
 COLOURS = {"draft": "#a9c4e6", "score": ALIVE, "resample": "#f3b48a", "host": DEAD, "per_cycle": ALIVE}
 PALEST, DARKEST = (0xA9, 0xC4, 0xE6), (0x1B, 0x3A, 0x66)  # of the lines of a grid
 WIDE_RANGE = 12.0  # speeds further apart than this are drawn on a logarithmic axis
+STYLE: Any = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": DEAD,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "svg.fonttype": "none",
+}
 GAP = 0.06  # between labels, of the height of a panel
 
 
@@ -51,17 +61,7 @@ def draw(rows: Sequence[Row], over: Sequence[str], path: str | Path, title: str,
     """Write the picture of a sweep over one axis or, where ``over`` names two, of the grid."""
     from matplotlib import rc_context
 
-    style: Any = {
-        "font.family": "sans-serif",
-        "font.size": 10,
-        "text.color": INK,
-        "axes.labelcolor": MUTED,
-        "axes.edgecolor": DEAD,
-        "xtick.color": MUTED,
-        "ytick.color": MUTED,
-        "svg.fonttype": "none",
-    }
-    with rc_context(style):
+    with rc_context(STYLE):
         figure = grid_figure(rows, over) if len(over) == 2 else axis_figure(rows, over[0])
         figure.text(0.02, 0.955, title, size=14, weight="bold", va="center")
         figure.text(0.02, 0.895, subtitle, size=9, color=MUTED, va="center")
