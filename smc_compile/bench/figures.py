@@ -16,6 +16,7 @@ PARTS_OF = {  # the parts that a method spends time on
     "autoregressive": ("prefill", "score", "host"),
     "speculative": ("prefill", "draft", "score", "host"),
     "smc": PARTS,
+    "auto": PARTS,
 }
 
 
@@ -46,6 +47,7 @@ def make_row(result: Result, results: Sequence[Result], ceilings: Ceilings | Non
         "mean_accepted": mean_accepted(result),
         "mean_ess": mean_ess(generations) if contestant.method == "smc" else None,
         "peak_bytes": max((run.peak_bytes for run in runs if run.peak_bytes is not None), default=None),
+        "kl_per_token": None,
         "mean_log_prob": None,
         "mean_log_prob_stderr": None,
         "compile_seconds": result.first.compile_seconds if result.first.generation else None,

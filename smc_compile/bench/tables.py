@@ -27,6 +27,7 @@ BENCH_COLUMNS: list[tuple[str, Callable[[Row], str | None]]] = [
     ("host", lambda row: percent(row["host_share"])),
     ("accep-\nted", lambda row: number(row["mean_accepted"])),
     ("mean\nESS", lambda row: number(row["mean_ess"])),
+    ("nats off\n/token", lambda row: None if row["kl_per_token"] is None else f"{row['kl_per_token']:.3f}"),
     ("peak\nGB", lambda row: None if row["peak_bytes"] is None else number(row["peak_bytes"] / 1e9)),
     ("log p\n/token", lambda row: None if row["mean_log_prob"] is None else f"{row['mean_log_prob']:.3f}"),
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from rich.console import Console
@@ -14,19 +14,27 @@ from smc_compile.bench.contestants import LogitsFunction
 from smc_compile.bench.figures import Row
 from smc_compile.bench.measure import progress_bar
 from smc_compile.generate import generate
+from smc_compile.result import Generation
 
 SCORED = ("autoregressive", "smc")
 SCORING_BATCH = 64  # requests drawn at once
-TEXT_TITLES = {"eager": "plain loop, eager", "autoregressive": "compiled loop", "smc": "SMC"}
+TEXT_TITLES = {
+    "eager": "plain loop, eager",
+    "autoregressive": "compiled loop",
+    "speculative": "exact speculation",
+    "smc": "SMC",
+}
 
 
 @dataclass(frozen=True)
 class Score:
-    """Mean log-probability of a token under the target, over independent sequences."""
+    """Mean log-probability of a token under the target, over independent sequences; ``kl`` is that of
+    ``kl_bound_per_token``, in nats."""
 
     mean: float
     stderr: float
     sequences: int
+    kl: float = 0.0
 
 
 Scores = dict[str, Score]
@@ -56,12 +64,14 @@ def score_methods(
         for index, method in enumerate(SCORED):
             task = progress.add_task(f"sampling {TEXT_TITLES[method]}", total=options.samples)
             values: list[Tensor] = []
+            bounds: list[Tensor] = []
             for size in batch_sizes(options.samples):
                 seed = options.seed + 1_000_000 * (index + 1) + sum(map(len, values))
                 drawn = sample_batch(target, draft, ids.expand(size, -1), method, seed, options)
-                values.append(sequence_log_probs(target, drawn, ids.shape[1], options.temperature))
+                values.append(sequence_log_probs(target, drawn.sequences, ids.shape[1], options.temperature))
+                bounds.append(drawn.kl_bound_per_token)
                 progress.advance(task, size)
-            scores[method] = summarise(torch.cat(values))
+            scores[method] = replace(summarise(torch.cat(values)), kl=float(torch.cat(bounds).mean()))
     return scores
 
 
@@ -73,8 +83,8 @@ def batch_sizes(samples: int) -> list[int]:
 
 def sample_batch(
     target: LogitsFunction, draft: LogitsFunction, ids: Tensor, method: str, seed: int, options: argparse.Namespace
-) -> Tensor:
-    """Independent sequences [B, P+n] after the prompts ids [B, P]."""
+) -> Generation:
+    """Independent sequences after the prompts ids [B, P]."""
     return generate(
         target,
         draft,
@@ -87,7 +97,7 @@ def sample_batch(
         method=method,
         compiler="eager",
         validate=False,
-    ).sequences
+    )
 
 
 def summarise(values: Tensor) -> Score:
@@ -96,10 +106,10 @@ def summarise(values: Tensor) -> Score:
 
 
 def add_scores(rows: Sequence[Row], scores: Scores) -> list[Row]:
-    """Rows with the mean log-probability filled in where it was measured."""
-    return [
-        {**row, "mean_log_prob": scores[row["method"]].mean, "mean_log_prob_stderr": scores[row["method"]].stderr}
-        if row["method"] in scores
-        else row
-        for row in rows
-    ]
+    """Rows with the mean log-probability and the bound filled in where they were measured; exact methods have none."""
+    told = {
+        method: {"mean_log_prob": score.mean, "mean_log_prob_stderr": score.stderr, "kl_per_token": score.kl}
+        for method, score in scores.items()
+    }
+    exact = {"kl_per_token": 0.0}
+    return [{**row, **told.get(row["method"], {} if row["method"] == "eager" else exact)} for row in rows]

@@ -1,4 +1,4 @@
-"""``smc-compile demo``: the shipped pair of models writes Python three ways."""
+"""``smc-compile demo``: the shipped pair of models writes Python four ways."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ from smc_compile.bench.measure import Result, measure
 from smc_compile.bench.report import check_json_path, write_json
 from smc_compile.bench.tables import compile_line, number, rows_table
 from smc_compile.bench.text_quality import TEXT_TITLES, Scores, add_scores, score_methods
+from smc_compile.bench.what_pays import USUAL, chosen_for, of_method, what_pays
 from smc_compile.errors import InputError, OptionError
 from smc_compile.pairs.shipped import END, load_pair
 from smc_compile.result import Generation
 
 HELP = """\
-Write Python with the shipped pair of models, three ways.
+Write Python with the shipped pair of models, four ways.
 
-The plain loop in eager mode, the same loop compiled with a cache, and SMC: their texts, their speed, where the time
-goes, and how the text of SMC scores under the target beside true samples of the target. A picture shows how the
-particles descend from each other. Takes less than two minutes, compilation included.
+The plain loop in eager mode, the same loop compiled with a cache, exact speculation, and SMC, with the N and K that
+method="auto" would take: their texts, their speed, how far each is from the target, and what pays on this machine. The
+text of SMC is scored under the target beside true samples of it. A picture shows how the particles descend from each
+other. Takes two to four minutes, compilation included.
 
   smc-compile demo
   smc-compile demo --n-particles 32 --lookahead 6
@@ -43,8 +45,8 @@ def moving_average(values, window):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``demo``."""
     parser.add_argument("--prompt", metavar="TEXT", help="text to continue (default: the head of a function)")
-    parser.add_argument("--n-particles", type=int, default=8, metavar="N", help="particles")
-    parser.add_argument("--lookahead", type=int, default=4, metavar="K", help="draft tokens a cycle")
+    parser.add_argument("--n-particles", type=int, metavar="N", help='particles (default: what "auto" takes)')
+    parser.add_argument("--lookahead", type=int, metavar="K", help="draft tokens a cycle (default: the same)")
     parser.add_argument("--max-new-tokens", type=int, default=96, metavar="T", help="tokens to generate")
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="temperature")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed")
@@ -63,6 +65,12 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     ids = torch.tensor([tokenizer.encode(arguments.prompt).ids])
     if ids.numel() == 0:
         raise InputError("The prompt is empty.", "a model needs at least one token to start from")
+    choice = chosen_for(target, draft, ids, arguments.max_new_tokens, arguments.temperature)
+    exact, smc = of_method(choice, "speculative"), of_method(choice, "smc")
+    usual = (smc.n_particles, smc.lookahead) if smc else USUAL
+    arguments.n_particles = usual[0] if arguments.n_particles is None else arguments.n_particles
+    arguments.lookahead = usual[1] if arguments.lookahead is None else arguments.lookahead
+    assert exact is not None
     contestants = contest(
         target,
         draft,
@@ -71,6 +79,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         temperature=arguments.temperature,
         shapes=[(arguments.n_particles, arguments.lookahead)],
         eager_tokens=arguments.max_new_tokens,
+        speculative=[(1, exact.lookahead)],
     )
     measured = measure(contestants, arguments.repeats, arguments.seed, console)
     if measured.interrupted:
@@ -82,7 +91,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     show_texts(results, arguments.prompt, ids.shape[1], tokenizer, console)
     console.print(rows_table(rows, [result.contestant.name for result in results], console.width))
     console.print()
-    for line in quality_lines(scores):
+    for line in [*what_pays(rows, choice, sum(w.nbytes for w in target.parameters())), "", *quality_lines(scores)]:
         console.print(line, highlight=False)
     console.print(compile_line(results), style="dim", highlight=False)
     picture = draw(results[-1].runs[0].generation, arguments, ids.shape[1], tokenizer)

@@ -40,7 +40,7 @@ it compilation.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``quality``."""
     parser.add_argument("--prompt", metavar="TEXT", help="text to continue (default: the head of a function)")
-    parser.add_argument("--n-particles", type=int, nargs="+", default=[2, 4, 8, 16], metavar="N", help="particles")
+    parser.add_argument("--n-particles", type=int, nargs="+", default=[2, 4, 8], metavar="N", help="particles")
     parser.add_argument(
         "--lookahead", type=int, nargs="+", default=[4], metavar="K", help="draft tokens a cycle; one, or one per N"
     )
