@@ -49,11 +49,9 @@ def what_pays(rows: Sequence[Row], choice: Choice, weight_bytes: int) -> list[st
         lines.append(f"SMC with these N and K is {far:.3f} nats a token off, which is more: raise N or lower K.")
     if loop >= max(exact, smc):
         lines.append(
-            f"The target's weights ({readable(weight_bytes)}) are read so fast here that drafting does not pay. It does "
-            "where a target is larger, or memory slower: see smc-compile bench."
+            f"The target's weights ({readable(weight_bytes)}) are read so fast here that drafting does not pay. It "
+            "does where a target is larger, or memory slower: see smc-compile bench."
         )
     elif exact >= smc:
-        lines.append(
-            "SMC pays more than exact speculation where N particles cost little more than one: larger targets."
-        )
+        lines.append("SMC pays more than that where N particles cost little more than one: with larger targets.")
     return lines
