@@ -26,11 +26,11 @@ from smc_compile.pairs.shipped import load_pair
 HELP = """\
 Show speed against error: how fast each way to write is, and how far its texts are from the target's law.
 
-The shipped pair of models continues a prompt: by the compiled one-token loop and by exact speculation, which have no
-error; by SMC at several N, with blocks that are cut where the models part and with whole ones; and by "auto", which
-keeps to a floor. The error is the mean of kl_bound a token over independent texts, which bounds how far their law is
-from the target's; speeds are medians of rounds in which all take turns. Takes about ten minutes on two cores, most of
-it compilation.
+The shipped pair of models, or another one, continues a prompt: by the compiled one-token loop and by exact
+speculation, which have no error; by SMC at several N, with blocks that are cut where the models part and with whole
+ones; and by "auto", which keeps to a floor. The error is the mean of kl_bound a token over
+independent texts, which bounds how far their law is from the target's; speeds are medians of rounds in which all take
+turns. Takes about ten minutes on two cores, most of it compilation.
 
   smc-compile quality --plot quality.svg
   smc-compile quality --n-particles 4 8 --lookahead 2 4 8 --max-divergence 0.2 0.35 1 --json rows.json
@@ -39,6 +39,7 @@ it compilation.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``quality``."""
+    parser.add_argument("--pair", metavar="FOLDER", help="a pair by examples/train_pair.py (default: the shipped)")
     parser.add_argument("--prompt", metavar="TEXT", help="text to continue (default: the head of a function)")
     parser.add_argument("--n-particles", type=int, nargs="+", default=[2, 4, 8], metavar="N", help="particles")
     parser.add_argument(
@@ -69,7 +70,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
             raise OptionError(
                 f"--{name.replace('_', '-')} must be at least {least}.", f"got {getattr(arguments, name)}"
             )
-    target, draft, tokenizer, _ = load_pair()
+    target, draft, tokenizer, _ = load_pair(folder=arguments.pair)
     ids = torch.tensor([tokenizer.encode(PROMPT if arguments.prompt is None else arguments.prompt).ids])
     if ids.numel() == 0:
         raise InputError("The prompt is empty.", "a model needs at least one token to start from")
@@ -89,7 +90,8 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     for line in [*lines(rows, names, arguments.max_kl_per_token), compile_line(measured.results)]:
         console.print(line, style="dim", highlight=False)
     if arguments.plot:
-        draw_quality(rows, arguments.plot, "Speed against error: the shipped pair", place(arguments))
+        title = f"Speed against error: {arguments.pair or 'the shipped pair'}"
+        draw_quality(rows, arguments.plot, title, place(arguments))
         console.print(f"plot in {arguments.plot}", style="dim", highlight=False)
     if arguments.json:
         stored = {name: value for name, value in vars(arguments).items() if name != "run"}
