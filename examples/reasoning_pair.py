@@ -104,7 +104,7 @@ def measured(target: Llama, draft: Llama, ids: Tensor, options: dict[str, Any]) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target-steps", type=int, default=1500)
-    parser.add_argument("--draft-steps", type=int, default=400)
+    parser.add_argument("--draft-steps", type=int, default=900)
     parser.add_argument("--problems", type=int, default=500)
     parser.add_argument("--n-particles", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--lookahead", type=int, default=5)

@@ -103,3 +103,18 @@ def check_device(name: str) -> None:
         raise OptionError(f"Cannot use --device {name}.", why, "leave --device out to use cpu") from error
     if kind not in ("cpu", "cuda"):
         raise OptionError(f"Cannot use --device {name}.", "it is neither cpu nor cuda", "leave --device out to use cpu")
+
+
+def pair_shapes(n_particles: list[int], lookahead: list[int]) -> list[tuple[int, int]]:
+    """(N, K) pairs; a single value on either side goes with every value on the other."""
+    if len(lookahead) == 1:
+        lookahead = lookahead * len(n_particles)
+    if len(n_particles) == 1:
+        n_particles = n_particles * len(lookahead)
+    if len(n_particles) != len(lookahead):
+        raise OptionError(
+            "--n-particles and --lookahead do not pair up.",
+            f"{len(n_particles)} values against {len(lookahead)}",
+            "give one value, or as many as the other has",
+        )
+    return list(zip(n_particles, lookahead, strict=True))

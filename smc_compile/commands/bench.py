@@ -24,8 +24,7 @@ from smc_compile.bench.setting import (
     where,
 )
 from smc_compile.bench.tables import compile_line, range_line, rows_table
-from smc_compile.commands.arguments import add_pair_arguments, check_arguments
-from smc_compile.errors import OptionError
+from smc_compile.commands.arguments import add_pair_arguments, check_arguments, pair_shapes
 from smc_compile.options import INDUCTORS
 from smc_compile.pairs.llama import Llama
 from smc_compile.pairs.nested import Tuned
@@ -129,21 +128,6 @@ def run(arguments: argparse.Namespace, console: Console, further_peers: Mapping[
         console.print(f"rows in {arguments.json}", style="dim", highlight=False)
     if measured.interrupted:
         raise KeyboardInterrupt
-
-
-def pair_shapes(n_particles: list[int], lookahead: list[int]) -> list[tuple[int, int]]:
-    """(N, K) pairs; a single value on either side goes with every value on the other."""
-    if len(lookahead) == 1:
-        lookahead = lookahead * len(n_particles)
-    if len(n_particles) == 1:
-        n_particles = n_particles * len(lookahead)
-    if len(n_particles) != len(lookahead):
-        raise OptionError(
-            "--n-particles and --lookahead do not pair up.",
-            f"{len(n_particles)} values against {len(lookahead)}",
-            "give one value, or as many as the other has",
-        )
-    return list(zip(n_particles, lookahead, strict=True))
 
 
 def prepare(

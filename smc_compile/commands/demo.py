@@ -21,7 +21,7 @@ from smc_compile.bench.tables import compile_line, number, rows_table
 from smc_compile.bench.text_quality import TEXT_TITLES, Scores, add_scores, score_methods
 from smc_compile.bench.what_pays import USUAL, chosen_for, of_method, what_pays
 from smc_compile.errors import InputError, OptionError
-from smc_compile.pairs.shipped import END, load_pair
+from smc_compile.pairs.shipped import END, PROMPT, load_pair
 from smc_compile.result import Generation
 
 HELP = """\
@@ -36,10 +36,6 @@ other. Takes two to four minutes, compilation included.
   smc-compile demo --n-particles 32 --lookahead 6
   smc-compile demo --prompt 'class Stack:'
 """
-PROMPT = '''\
-def moving_average(values, window):
-    """Return the average of each run of `window` consecutive values."""
-'''
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,18 +10,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from smc_compile.bench.error_plot import draw_quality
 from smc_compile.bench.figures import Row, make_rows
 from smc_compile.bench.measure import measure
 from smc_compile.bench.plots import check_plot_path
-from smc_compile.bench.quality import Task, best_within, errors, ways, with_errors
-from smc_compile.bench.quality_plot import draw_quality
 from smc_compile.bench.report import check_json_path, device_name, write_json
+from smc_compile.bench.speed_and_error import Task, best_within, errors, ways, with_errors
 from smc_compile.bench.tables import compile_line, number
-from smc_compile.commands.bench import pair_shapes
-from smc_compile.commands.demo import PROMPT
+from smc_compile.commands.arguments import pair_shapes
 from smc_compile.errors import InputError, OptionError
 from smc_compile.options import MAX_KL
-from smc_compile.pairs.shipped import load_pair
+from smc_compile.pairs.shipped import PROMPT, load_pair
 
 HELP = """\
 Show speed against error: how fast each way to write is, and how far its texts are from the target's law.

@@ -15,6 +15,10 @@ from smc_compile.errors import InputError
 from smc_compile.pairs.llama import Llama, LlamaConfig
 
 END = "<|end|>"
+PROMPT = '''\
+def moving_average(values, window):
+    """Return the average of each run of `window` consecutive values."""
+'''
 FILES = ("target.safetensors", "draft.safetensors", "tokenizer.json", "pair.json")
 
 
