@@ -18,7 +18,8 @@ INDUCTORS = ("inductor", "max-autotune")
 COMPILERS = (*INDUCTORS, "aot_eager", "eager")
 AUTO = "auto"
 PARTICLES, CHAINS, LOOKAHEAD = 8, 1, 6  # where none are given
-MAX_KL = 0.02  # nats a token, where none are given
+MAX_KL = 0.02  # nats a token, for "auto"
+MAX_DIVERGENCE = 0.35  # total variation, for "auto": a net for where a draft is confidently wrong
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Options:
         time_budget: for "auto": milliseconds that a token of a request may take, prefill apart.
         max_divergence: end a block before the token at which draft and target part by more: the total variation
             distance, averaged over the particles (see ``runtime/execution/cuts.py``). 1 never does. Models that carry
-            a state of their own cannot forget a token: they take 1 alone.
+            a state of their own cannot forget a token: they take 1 alone. None: 1, with ``method="auto"`` 0.35.
         ess_threshold: resample when the effective sample size falls below this share of N (0 never, 1 nearly always).
         resampling_method: "systematic", "stratified", "multinomial" or "residual".
         method: "smc"; "autoregressive" for the exact cached one-token loop; "speculative" for exact rejection
@@ -61,7 +62,7 @@ class Options:
     ess_floor: float | None = None
     max_kl_per_token: float | None = None
     time_budget: float | None = None
-    max_divergence: float = 1.0
+    max_divergence: float = None  # type: ignore[assignment]
     ess_threshold: float = 0.5
     resampling_method: str = "systematic"
     method: str = "smc"
@@ -77,6 +78,7 @@ class Options:
         usual = {
             "n_particles": {"auto": AUTO, "speculative": CHAINS}.get(str(self.method), PARTICLES),
             "lookahead": AUTO if self.method == AUTO else LOOKAHEAD,
+            "max_divergence": MAX_DIVERGENCE if self.method == AUTO else 1.0,
             "max_kl_per_token": MAX_KL if self.method == AUTO else None,
         }
         for name, value in usual.items():

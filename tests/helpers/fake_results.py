@@ -16,8 +16,8 @@ COLUMNS = {
     "tokens_per_second_max", "speedup_over_eager", "speedup_over_autoregressive", "ms_per_cycle",
     "bound_ms_per_cycle", "share_of_bound", "share_of_bandwidth", "share_of_arithmetic", "mean_accepted", "peak_bytes",
     "prefill_share", "draft_share", "score_share", "resample_share",
-    "host_share", "mean_ess", "mean_log_prob", "kl_per_token", "max_divergence", "mean_log_prob_stderr", "compile_seconds", "first_call_seconds",
-    "note",
+    "host_share", "mean_ess", "mean_log_prob", "mean_log_prob_stderr", "compile_seconds", "first_call_seconds",
+    "note", "kl_per_token", "max_divergence",
 }  # fmt: skip
 
 
