@@ -57,7 +57,8 @@ def divergence_of(log_w: Tensor) -> Tensor:
     count = left.sum(-1)
     mean = torch.where(left, log_w, 0.0).sum(-1) / count
     variance = torch.where(left, log_w - mean[..., None], 0.0).square().sum(-1) / (count - 1).clamp_min(1)
-    return torch.log1p((variance.clamp_max(700.0).exp() * n / count - 1) / n) / 2
+    cost = torch.log1p((variance.clamp_max(700.0).exp() * n / count.clamp_min(1) - 1) / n) / 2
+    return torch.where(count == 0, math.inf, cost)
 
 
 def resample_step(

@@ -93,7 +93,7 @@ def test_evidence_times_weight_is_unbiased_for_every_sequence(case: str, monkeyp
     law = sequence_distribution(
         target, PROMPT, LENGTH, VOCAB, options.get("temperature", 1.0), options.get("eos_token_id"), keep
     )
-    g = replicate(target, draft, PROMPT, LENGTH, 2**13, method="auto", **options)
+    g = replicate(target, draft, PROMPT, LENGTH, 2**12, method="auto", **options)
     assert g.stats.method == "auto"
     assert g.stats.switches >= 1
     assert 0 < g.stats.exact_cycles < g.stats.cycles
@@ -139,8 +139,9 @@ def of_seven(**options: Any) -> Generation:
     return generate(*SEVEN, ids, **given)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("turns", ["sse", "es"])
+@pytest.mark.parametrize(
+    ("setting", "turns"), [*((setting, "sse") for setting in SETTINGS), ("plain", "es"), ("a criterion", "es")]
+)
 def test_a_request_does_not_depend_on_the_others(setting: str, turns: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Given who takes which turn. Prompts of several lengths, caps of several sizes; one ends with its first token."""
     decided(monkeypatch, 3, 3, replace(CHEAP_SMC, begin_exact=turns[0] == "e"))
@@ -226,19 +227,19 @@ class EvenCosts:
         return 10.0
 
 
-@pytest.mark.parametrize("scale", [0.1, 0.3, 0.6, 1.2, 3.0])
+@pytest.mark.parametrize("scale", [0.1, 0.6, 3.0])
 def test_the_floor_is_kept_whatever_the_draft(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pairs from near to far, by what a pilot shows. 32 texts of 60 tokens: at most 3 standard errors above the
+    """Pairs from near to far, by what a pilot shows. 16 texts of 60 tokens: at most 3 standard errors above the
     floor."""
     target = TinyTransformerLM(11, max_positions=80).double()
     draft = perturbed(target, scale)
     monkeypatch.setattr(choosing, "cycle_model", lambda *_: EvenCosts())
     options = {"compiler": "eager", "validate": False, "max_new_tokens": 60, "max_kl_per_token": 0.05}
-    texts = [generate(target, draft, PROMPT[None], method="auto", seed=s, **options) for s in range(32)]
+    texts = [generate(target, draft, PROMPT[None], method="auto", seed=s, **options) for s in range(16)]
     found = torch.cat([g.kl_bound_per_token for g in texts])
     exact = sum(g.stats.exact_cycles for g in texts) / sum(g.stats.cycles for g in texts)
     print(f"scale {scale}: {found.mean():.4f} nats a token, {exact:.0%} of the cycles exact")
-    assert found.mean() < 0.05 + 3 * found.std() / 32**0.5
+    assert found.mean() < 0.05 + 3 * found.std() / 16**0.5
     if scale == 0.1:
         assert exact < 0.25
     if scale == 3.0:
