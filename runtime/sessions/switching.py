@@ -25,6 +25,7 @@ from smc_compile.runtime.algorithms.predictions import (
 )
 from smc_compile.runtime.algorithms.uniforms import Streams
 from smc_compile.runtime.algorithms.weights import log_mean_exp, select
+from smc_compile.runtime.execution.memory import require_memory
 from smc_compile.runtime.execution.region import Region, begin_run
 from smc_compile.runtime.sessions.replay import fixed
 from smc_compile.runtime.sessions.run import CACHES, Run, drive, share_out
@@ -34,6 +35,7 @@ from smc_compile.runtime.state.particles import ENDLESS, CycleState, Particles, 
 from smc_compile.runtime.state.population import Population
 from smc_compile.runtime.state.rejections import Rejections
 from smc_compile.runtime.state.request import Request
+from smc_compile.runtime.state.suffix_sizes import capacity_of
 
 SHOWN = 4  # cycles of exact speculation that show how much is accepted
 PRIOR = 2  # cycles that count beside them as the pilot has it: a few good ones alone promise too much
@@ -70,6 +72,7 @@ class Ledger:
     open: dict[int, float] = field(default_factory=dict)  # by the one that goes on
     cycles: int = 0  # of SMC
     accepted: list[float] = field(default_factory=list)  # drafted tokens a request, of each cycle of this exact phase
+    widths: list[float] = field(default_factory=list)  # tokens a request, of each cycle of this phase of SMC
 
     def spent(self, number: int) -> float:
         """Of one request."""
@@ -99,9 +102,11 @@ class SwitchingSession:
 
     @torch.no_grad()
     def run(self, request: Request) -> Generation:
-        """Generate; raises as the two do."""
+        """Generate; raises as the two do. N particles must fit into memory, whatever a call begins with."""
         ledger = Ledger()
         longest = max(self._k, self._exact_k)
+        capacity = capacity_of(int(request.new_tokens.max()), longest + 1)
+        require_memory(request, self._n, capacity, longest + 1, *self._models)
         most = int(request.new_tokens.max())
         first = self._exact if self._tradeoff.begin_exact else self._smc
         run = first.begun(request, self.regions, longest)
@@ -132,13 +137,15 @@ class SwitchingSession:
         """The run as the next cycle needs it."""
         if isinstance(run, SpeculativeRun):
             return self._to_smc(run, ledger) if self._affordable(run, ledger) else run
-        return self._to_exact(run, ledger) if run.p.ess and self._overspent(run, ledger) else run
+        leaves = run.p.ess and (self._overspent(run, ledger) or self._slow(ledger))
+        return self._to_exact(run, ledger) if leaves else run
 
     def _note(self, run: Run, ledger: Ledger) -> None:
         """Enter what the last cycle of SMC has spent."""
         even = (run.p.state.weights.log_w == 0).all(1).tolist()  # as resampling leaves them
         assert run.p.cost is not None
         ledger.cycles += 1
+        ledger.widths.append(float(run.p.widths[-1].double().mean()))
         for number, spent, resampled in zip(run.request.number, run.p.cost.tolist(), even, strict=True):
             ledger.open[number] = 0.0 if resampled else spent
             ledger.paid[number] = ledger.paid.get(number, 0.0) + spent * resampled
@@ -148,6 +155,12 @@ class SwitchingSession:
         allowed = self._tradeoff.max_kl * (self._tokens(run) + self._k + 1)
         spent, seen = self._spent(run, ledger)
         return spent * (1 + 1 / ledger.cycles) > allowed or seen > allowed + FAR
+
+    def _slow(self, ledger: Ledger) -> bool:
+        """Whether cuts leave so little of the blocks that exact speculation would be faster."""
+        shown, t = ledger.widths[-SHOWN:], self._tradeoff
+        exact = expected_tokens(t.acceptance, self._exact_k) / t.exact_seconds
+        return len(shown) == SHOWN and sum(shown) / SHOWN / t.smc_seconds < exact
 
     def _affordable(self, run: Run, ledger: Ledger) -> bool:
         shown = ledger.accepted[-SHOWN:]
@@ -189,6 +202,7 @@ class SwitchingSession:
         for number in run.request.number:
             ledger.paid[number], ledger.open[number] = ledger.spent(number), 0.0
         ledger.accepted.clear()
+        ledger.widths.clear()
         one = weights.log_w.new_zeros(len(chosen), 1)
         state = self._moved(
             p.state,

@@ -22,9 +22,10 @@ from torch import nn
 from smc_compile import Generation, explain, generate
 from smc_compile.auto import choice as choosing
 from smc_compile.auto.choice import Candidate, Choice, choice_of
-from smc_compile.errors import OptionError
+from smc_compile.errors import InputError, OptionError
 from smc_compile.program import from_model
 from smc_compile.program.lru import LRU
+from smc_compile.runtime.execution import memory
 from smc_compile.runtime.sessions import switching
 from smc_compile.runtime.sessions.run import Run
 from smc_compile.runtime.sessions.speculative import SpeculativeRun
@@ -100,7 +101,8 @@ def test_evidence_times_weight_is_unbiased_for_every_sequence(case: str, monkeyp
     assert g.stats.dropped == 0 or "top_k" in options
     assert g.particles.shape[1] == n
     assert abs(z_scores(g.log_evidence.exp(), 1.0)) < 4
-    frequent = law.flatten() > 0.003
+    # Of a draft that is mostly cut as the target is, what it cuts alone comes seldom, and with a large weight.
+    frequent = law.flatten() > (0.02 if "top_k" in options else 0.003)
     sequences = z_scores(evidence_measure(g, law)[:, frequent], law.flatten()[frequent])
     assert sequences.abs().max() < 5.5
     assert (evidence_measure(g, law)[:, law.flatten() == 0] == 0).all()
@@ -129,12 +131,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "a processor": {"logits_processor": [lambda ids, scores: scores - 0.1 * (ids[:, -1:] % 2)]},
     "a criterion": {"stopping_criteria": [lambda ids, scores=None: ids[:, -1] == ids[:, -2]]},
     "max_lag": {"max_lag": 4, "streamer": lambda *_: None},
+    "cuts": {"max_divergence": 0.2},
 }
 SEVEN = transformer_pair(7, 0.4)
 
 
 def of_seven(**options: Any) -> Generation:
-    given = {"max_new_tokens": 30, "seed": 3, "method": "auto", "compiler": "eager", "validate": False, **options}
+    usual = {"max_new_tokens": 30, "seed": 3, "method": "auto", "compiler": "eager", "validate": False}
+    given = {**usual, "max_divergence": 1.0, **options}
     ids = given.pop("ids", PROMPT[None])
     return generate(*SEVEN, ids, **given)
 
@@ -201,7 +205,7 @@ def test_recorded_cycles_give_the_same(turns: str, monkeypatch: pytest.MonkeyPat
     """Cycles of SMC are replayed, those of exact speculation are not; twice, so that a recording is used again."""
     decided(monkeypatch, 3, 2, replace(CHEAP_SMC, begin_exact=turns[0] == "e"))
     by_turns(monkeypatch, turns)
-    plain = of_seven(max_new_tokens=40)
+    plain = of_seven(max_new_tokens=40, max_divergence=0.35)
     records = Records()
     set_recorder(monkeypatch, records)
     pair = perturbed(SEVEN[0], 0.0), perturbed(SEVEN[1], 0.0)
@@ -243,7 +247,7 @@ def test_the_floor_is_kept_whatever_the_draft(scale: float, monkeypatch: pytest.
     if scale == 0.1:
         assert exact < 0.25
     if scale == 3.0:
-        assert exact > 0.5
+        assert exact > 0.5, "what is cut to a token a cycle is slower than exact speculation"
 
 
 def test_what_is_near_is_left_to_smc_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,6 +278,13 @@ def test_auto_chooses_by_what_a_pilot_shows(scale: float) -> None:
     assert report.compiled
     assert report.sections["choice"][0] == choice.report()[0]
     assert report.sections["method"][0].startswith(expected)
+
+
+def test_particles_must_fit_before_a_call_begins_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    decided(monkeypatch, 64, 4, replace(CHEAP_SMC, begin_exact=True))
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 50_000)
+    with pytest.raises(InputError, match="64 particles a request do not fit"):
+        of_seven()
 
 
 def test_a_floor_of_nothing_is_exact() -> None:
