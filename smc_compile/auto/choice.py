@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from smc_compile.auto.cost_model import CycleModel, cycle_model
-from smc_compile.errors import GenerationError, OptionError
+from smc_compile.errors import CacheError, GenerationError, OptionError
 from smc_compile.options import AUTO, Options
 from smc_compile.program.checks import check_request
 from smc_compile.program.program import Program
@@ -30,6 +30,7 @@ from smc_compile.runtime.state.request import Request
 LOOKAHEADS = (1, 2, 3, 4, 6, 8, 10, 12, 16)
 PARTICLES = (2, 4, 8, 16, 32, 64)
 PILOT_PARTICLES, PILOT_LOOKAHEAD = 32, 4
+PILOT_SEEDS = 0x632BE59BD9B4E019  # from those of the answers
 PILOT_TOKENS = {"smc": 21, "speculative": 61}  # a cycle of SMC has many particles to learn from
 
 _settled: WeakKeyDictionary[Program, Program] = WeakKeyDictionary()  # by the program whose N or K were open
@@ -156,16 +157,24 @@ def _row(c: Candidate, is_chosen: bool, more: str) -> str:
 
 
 def choose(program: Program, request: Request) -> Choice:
-    """N and K for a request's batch, prompt length and number of new tokens.
+    """Method, N and K for a request's batch, prompt length and number of new tokens.
 
     Raises:
         OptionError: a model has no graph to count, no candidate keeps to the floors, or no pilot can run.
         CacheError: a model's costs cannot be counted.
     """
+    if program.method != AUTO:
+        return _numbers(program, request)
+    try:
+        return _fastest_way(program, request)
+    except (OptionError, CacheError) as error:  # with numbers for N and K it would be the same
+        raise type(error)(error.what, error.why, 'pass method="speculative" or method="smc"') from error
+
+
+def _numbers(program: Program, request: Request) -> Choice:
+    """N and K where the method is given."""
     options = program.options
     costs = cycle_model(program.target, program.draft)
-    if program.method == AUTO:
-        return _fastest_way(program, request, costs)
     if program.method == "speculative":
         rate = _accepted(program, request, program.rows)
         candidates = [_exact(costs, request, program.rows, k, rate) for k in LOOKAHEADS]
@@ -180,13 +189,13 @@ def choose(program: Program, request: Request) -> Choice:
     return Choice(tuple(candidates), chosen, _reason(options), pilot)
 
 
-def _fastest_way(program: Program, request: Request, costs: CycleModel) -> Choice:
+def _fastest_way(program: Program, request: Request) -> Choice:
     """The one-token loop, exact speculation, or SMC with the N and K that keep to the divergence allowed.
 
     The one-token loop runs alone. The others take turns, unless SMC would not pay where twice as few drafted tokens
     were rejected.
     """
-    options = program.options
+    options, costs = program.options, cycle_model(program.target, program.draft)
     assert options.max_kl_per_token is not None
     rate, spread = _accepted(program, request, 1), _spread(program, request)
     loop = _one_token(costs, request)
@@ -334,7 +343,10 @@ def weight_variance(pilot: Generation) -> float:
 
 
 def _pilot(program: Program, request: Request, n: int) -> Generation:
-    """A few cycles of the pair on the request's own prompt, uncompiled and without resampling."""
+    """A few cycles of the pair on the request's own prompt, uncompiled and without resampling.
+
+    It draws with seeds of its own: what is chosen must not depend on what the answer will draw.
+    """
     if program.on_host:
         raise OptionError(
             "no pilot can run",
@@ -355,7 +367,12 @@ def _pilot(program: Program, request: Request, n: int) -> Generation:
         max_divergence=1.0,
     )
     short = replace(
-        request, new_tokens=torch.full_like(request.new_tokens, tokens), stop=None, max_lag=None, watch=None
+        request,
+        new_tokens=torch.full_like(request.new_tokens, tokens),
+        seeds=request.seeds + PILOT_SEEDS,  # 64 bits wrap around
+        stop=None,
+        max_lag=None,
+        watch=None,
     )
     with torch.compiler.set_stance("force_eager"):
         try:

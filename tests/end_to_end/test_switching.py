@@ -26,6 +26,7 @@ from smc_compile.errors import InputError, OptionError
 from smc_compile.program import from_model
 from smc_compile.program.lru import LRU
 from smc_compile.runtime.execution import memory
+from smc_compile.runtime.sessions import begin as session_begin
 from smc_compile.runtime.sessions import switching
 from smc_compile.runtime.sessions.run import Run
 from smc_compile.runtime.sessions.speculative import SpeculativeRun
@@ -315,6 +316,34 @@ def test_a_greedy_request_under_auto_is_exact_speculation() -> None:
 def test_floors_that_mean_nothing_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         of_seven(**options)
+
+
+def test_a_processor_with_a_state_of_its_own_allows_no_pilot() -> None:
+    class Counting:
+        calls = 0
+
+        def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return scores - float(self.calls > 3)
+
+    with pytest.raises(OptionError, match=r'no pilot can run(.|\n)*fix: pass method="speculative" or method="smc"'):
+        of_seven(logits_processor=[Counting()])
+
+
+def test_the_pilot_draws_other_numbers_than_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    begin = session_begin.begin
+
+    def noted(method: Any, request: Any, *args: Any, **more: Any) -> Any:
+        seeds.extend(request.seeds.tolist())
+        return begin(method, request, *args, **more)
+
+    for module in ("smc", "speculative", "autoregressive"):
+        monkeypatch.setattr(f"smc_compile.runtime.sessions.{module}.begin", noted)
+    monkeypatch.setattr(from_model, "programs", LRU(from_model.KEPT))
+    of_seven(seed=11)
+    assert len(seeds) == 3
+    assert [seed == 11 for seed in seeds] == [False, False, True]
 
 
 def test_a_model_with_a_state_of_its_own_is_refused() -> None:
