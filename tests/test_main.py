@@ -37,7 +37,7 @@ def test_an_installed_package_has_no_command_for_its_developers(monkeypatch, cap
     monkeypatch.setitem(sys.modules, "smc_compile.dev", None)
     monkeypatch.delitem(sys.modules, "smc_compile.commands.kernels", raising=False)
     text = help_text()
-    assert "{demo,bench,sweep,models}" in text
+    assert "{demo,bench,sweep,quality,models}" in text
     assert "kernels" not in text
     with pytest.raises(SystemExit) as stopped:
         main(["kernels"])
