@@ -201,8 +201,9 @@ def drive(
     return result(run, True)
 
 
-def share_out(run: Run) -> None:
-    """Write into the statistics of a run where its time went, and how much was accepted."""
+def result_of(run: Run, whole: bool) -> Generation:
+    """As ``Run.result``, of a run with a draft: its statistics tell where the time went, and how much was accepted."""
+    result = run.result(whole)
     clock, stats = run.clock, run.stats
     stats.draft_seconds = clock.spent("draft_head", "draft_step", "draft_choose")
     stats.score_seconds = clock.spent("score", "judge", "accept", "conclude")
@@ -210,6 +211,7 @@ def share_out(run: Run) -> None:
     stats.rules_seconds += run.text_processors.seconds
     if run.rejections is not None:
         stats.accepted = run.rejections.accepted / max(run.rejections.live, 1)
+    return result
 
 
 def first_distribution(

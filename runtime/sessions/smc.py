@@ -38,7 +38,7 @@ from smc_compile.runtime.sessions.run import (
     first_distribution,
     not_finite,
     require_distribution,
-    share_out,
+    result_of,
 )
 from smc_compile.runtime.state.particles import copy_texts, move_texts
 from smc_compile.runtime.state.region_types import is_eos
@@ -97,7 +97,7 @@ class SMCSession:
     def run(self, request: Request) -> Generation:
         """Generate; raises GenerationError, with the partial result, on logits that are not finite."""
         models = (self._target, self._draft)
-        return drive(self.begun(request), models, self._sizes, self.advance, self._result)
+        return drive(self.begun(request), models, self._sizes, self.advance, result_of)
 
     @torch.no_grad()
     def cycles(self, request: Request) -> Iterator[Run]:
@@ -215,11 +215,6 @@ class SMCSession:
         state.write(after)
         copy_rows(info.source, info.since, state.generated.max() - 1)
         answer.write(info.status, info.ess, info.cost, info.ancestors)
-
-    def _result(self, run: Run, whole: bool) -> Generation:
-        result = run.result(whole)
-        share_out(run)
-        return result
 
 
 def enough_for(run: Run) -> Enough:

@@ -19,7 +19,7 @@ from smc_compile.runtime.execution.region_bodies import run_model
 from smc_compile.runtime.execution.text_processors import TextProcessors
 from smc_compile.runtime.sessions.begin import Method, begin
 from smc_compile.runtime.sessions.ragged_texts import after_processors, stops
-from smc_compile.runtime.sessions.run import Run, drive, not_finite, share_out
+from smc_compile.runtime.sessions.run import Run, drive, not_finite, result_of
 from smc_compile.runtime.state.particles import CycleState, columns, pending, write_block
 from smc_compile.runtime.state.population import Population
 from smc_compile.runtime.state.region_types import EosIds, is_eos
@@ -129,7 +129,7 @@ class SpeculativeSession:
     @torch.no_grad()
     def run(self, request: Request) -> Generation:
         """Generate; raises GenerationError, with the partial result, when logits are not finite."""
-        return drive(self.begun(request), self.models, self._sizes, self.advance, self._result)
+        return drive(self.begun(request), self.models, self._sizes, self.advance, result_of)
 
     def begun(
         self, request: Request, regions: Sequence[Region] | None = None, lookahead: int | None = None
@@ -239,8 +239,3 @@ class SpeculativeSession:
         u_last = rejections.uniforms.last(rejections.cycles)
         verdict: Verdict = self._conclude(walk, rows, drafted, run.request_eos_ids, wanted, settings, u_last)
         return verdict
-
-    def _result(self, run: Run, whole: bool) -> Generation:
-        result = run.result(whole)
-        share_out(run)
-        return result

@@ -28,7 +28,7 @@ from smc_compile.runtime.algorithms.weights import log_mean_exp, select
 from smc_compile.runtime.execution.memory import require_memory
 from smc_compile.runtime.execution.region import Region, begin_run
 from smc_compile.runtime.sessions.replay import fixed
-from smc_compile.runtime.sessions.run import CACHES, Run, drive, share_out
+from smc_compile.runtime.sessions.run import CACHES, Run, drive, result_of
 from smc_compile.runtime.sessions.smc import SMCSession
 from smc_compile.runtime.sessions.speculative import Committed, SpeculativeRun, SpeculativeSession
 from smc_compile.runtime.state.particles import ENDLESS, CycleState, Particles, Texts, Weights
@@ -117,26 +117,25 @@ class SwitchingSession:
 
         def advance(run: Run) -> Run:
             run = self._chosen(run, ledger)
-            before = run.rejections.accepted if run.rejections else 0
-            if isinstance(run, SpeculativeRun):
-                live = int((run.p.wanted(run.request) > 0).sum())
-                run = self._exact.advance(run)
-                assert run.rejections is not None
-                ledger.accepted.append((run.rejections.accepted - before) / max(live, 1))
-                run.stats.exact_cycles += 1
-            else:
+            if not isinstance(run, SpeculativeRun):
                 run = self._smc.advance(run)
                 self._note(run, ledger)
+                return run
+            assert run.rejections is not None
+            live, before = int((run.p.wanted(run.request) > 0).sum()), run.rejections.accepted
+            self._exact.advance(run)
+            ledger.accepted.append((run.rejections.accepted - before) / max(live, 1))
+            run.stats.exact_cycles += 1
             return run
 
-        return drive(run, self._models, self._sizes, advance, self._result)
+        return drive(run, self._models, self._sizes, advance, result_of)
 
     # ---- deciding ----------------------------------------------------------------------------------------------------
 
     def _chosen(self, run: Run, ledger: Ledger) -> Run:
         """The run as the next cycle needs it."""
         if isinstance(run, SpeculativeRun):
-            return self._to_smc(run, ledger) if self._affordable(run, ledger) else run
+            return self._to_smc(run) if self._affordable(run, ledger) else run
         leaves = run.p.ess and (self._overspent(run, ledger) or self._slow(ledger))
         return self._to_exact(run, ledger) if leaves else run
 
@@ -214,7 +213,7 @@ class SwitchingSession:
         after = Committed(n=1, copies=n, state=state, made=generated.cpu(), **history(p))
         return self._continued(run, SpeculativeRun, after, chains=1)
 
-    def _to_smc(self, run: SpeculativeRun, ledger: Ledger) -> Run:
+    def _to_smc(self, run: SpeculativeRun) -> Run:
         """N particles with the text of each request."""
         p, n, weights, ended = run.p, self._n, run.p.state.weights, run.p.state.particles.ended
         batch = len(ended)
@@ -251,11 +250,6 @@ class SwitchingSession:
         after.gone = run.gone
         after.stats.switches += 1
         return after
-
-    def _result(self, run: Run, whole: bool) -> Generation:
-        result = run.result(whole)
-        share_out(run)
-        return result
 
 
 def history(p: Population) -> dict[str, list[Tensor]]:

@@ -231,7 +231,7 @@ def _fastest(candidates: Iterable[Candidate]) -> Candidate:
 
 def fastest(candidates: Sequence[Candidate], options: Options) -> Candidate:
     """The highest rate among those that keep to the floors."""
-    return min(_within(candidates, options), key=lambda c: c.seconds_per_token)
+    return _fastest(_within(candidates, options))
 
 
 def best(candidates: Sequence[Candidate], options: Options) -> Candidate:

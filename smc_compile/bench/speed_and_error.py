@@ -41,6 +41,11 @@ class Task:
             **options,
         )
 
+    def answer_uncompiled(self, requests: int, seed: int, **options: Any) -> Generation:
+        """The same by regions that run as they are."""
+        with torch.compiler.set_stance("force_eager"):
+            return self.answer(requests, seed, **options, compiler="eager", validate=False)
+
 
 @dataclass(frozen=True)
 class Error:
@@ -60,11 +65,6 @@ class Error:
     ess: float | None
     dropped: int
     texts: int
-
-
-def ways(task: Task, settings: Sequence[dict[str, Any]]) -> list[Contestant]:
-    """One contestant for each set of options of ``generate``."""
-    return [way(task, options) for options in settings]
 
 
 def way(task: Task, options: dict[str, Any]) -> Contestant:
@@ -95,13 +95,10 @@ def errors(
         for contestant, options in zip(contestants, settings, strict=True):
             task_bar = progress.add_task(f"texts of {contestant.name}", total=texts)
             drawn: list[Generation] = []
-            for size in [1] * texts if contestant.method == "auto" else batch_sizes(texts):
-                seed = SEEDS_APART + sum(len(g.sequences) for g in drawn)
-                if contestant.method == "auto":
-                    drawn.append(task.answer(1, seed, **options))
-                else:
-                    with torch.compiler.set_stance("force_eager"):
-                        drawn.append(task.answer(size, seed, **options, compiler="eager", validate=False))
+            alone = contestant.method == "auto"
+            draw = task.answer if alone else task.answer_uncompiled
+            for size in [1] * texts if alone else batch_sizes(texts):
+                drawn.append(draw(size, SEEDS_APART + sum(len(g.sequences) for g in drawn), **options))
                 progress.advance(task_bar, size)
             found[contestant.name] = error_of(task, drawn)
             progress.remove_task(task_bar)

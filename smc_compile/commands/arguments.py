@@ -6,8 +6,10 @@ import argparse
 from collections.abc import Sequence
 
 import torch
+from tokenizers import Tokenizer
+from torch import Tensor
 
-from smc_compile.errors import OptionError
+from smc_compile.errors import InputError, OptionError
 from smc_compile.pairs.presets import DEFAULT, DTYPES, PRESETS
 
 SHAPES = (  # option, what it is
@@ -103,6 +105,21 @@ def check_device(name: str) -> None:
         raise OptionError(f"Cannot use --device {name}.", why, "leave --device out to use cpu") from error
     if kind not in ("cpu", "cuda"):
         raise OptionError(f"Cannot use --device {name}.", "it is neither cpu nor cuda", "leave --device out to use cpu")
+
+
+def check_least(arguments: argparse.Namespace, **least: int) -> None:
+    """Raise OptionError for the first option that is below what is given as its ``least`` value."""
+    for name, low in least.items():
+        if getattr(arguments, name) < low:
+            raise OptionError(f"--{name.replace('_', '-')} must be at least {low}.", f"got {getattr(arguments, name)}")
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> Tensor:
+    """A prompt's tokens [1, P]. Raises InputError where there are none."""
+    ids = tokenizer.encode(prompt).ids
+    if not ids:
+        raise InputError("The prompt is empty.", "a model needs at least one token to start from")
+    return torch.tensor([ids])
 
 
 def pair_shapes(n_particles: list[int], lookahead: list[int]) -> list[tuple[int, int]]:

@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
@@ -20,7 +19,7 @@ from smc_compile.bench.report import check_json_path, write_json
 from smc_compile.bench.tables import compile_line, number, rows_table
 from smc_compile.bench.text_quality import TEXT_TITLES, Scores, add_scores, score_methods
 from smc_compile.bench.what_pays import USUAL, chosen_for, of_method, what_pays
-from smc_compile.errors import InputError, OptionError
+from smc_compile.commands.arguments import check_least, prompt_ids
 from smc_compile.pairs.shipped import END, PROMPT, load_pair
 from smc_compile.result import Generation
 
@@ -58,9 +57,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     if arguments.prompt is None:
         arguments.prompt = PROMPT
     target, draft, tokenizer, _ = load_pair()
-    ids = torch.tensor([tokenizer.encode(arguments.prompt).ids])
-    if ids.numel() == 0:
-        raise InputError("The prompt is empty.", "a model needs at least one token to start from")
+    ids = prompt_ids(tokenizer, arguments.prompt)
     choice = chosen_for(target, draft, ids, arguments.max_new_tokens, arguments.temperature)
     exact, smc = of_method(choice, "speculative"), of_method(choice, "smc")
     usual = (smc.n_particles, smc.lookahead) if smc else USUAL
@@ -100,10 +97,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
 
 def check_arguments(arguments: argparse.Namespace) -> None:
     """What the library does not check for us."""
-    for name, least in (("repeats", 1), ("samples", 2), ("max_new_tokens", 2)):
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise OptionError(f"--{name.replace('_', '-')} must be at least {least}.", f"got {value}")
+    check_least(arguments, repeats=1, samples=2, max_new_tokens=2)
     check_json_path(arguments.json)
     check_picture_path(arguments.picture)
 

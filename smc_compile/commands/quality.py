@@ -15,10 +15,9 @@ from smc_compile.bench.figures import Row, make_rows
 from smc_compile.bench.measure import measure
 from smc_compile.bench.plots import check_plot_path
 from smc_compile.bench.report import check_json_path, device_name, write_json
-from smc_compile.bench.speed_and_error import Task, best_within, errors, ways, with_errors
+from smc_compile.bench.speed_and_error import Task, best_within, errors, way, with_errors
 from smc_compile.bench.tables import compile_line, number
-from smc_compile.commands.arguments import pair_shapes
-from smc_compile.errors import InputError, OptionError
+from smc_compile.commands.arguments import check_least, pair_shapes, prompt_ids
 from smc_compile.options import MAX_KL
 from smc_compile.pairs.shipped import PROMPT, load_pair
 
@@ -64,18 +63,12 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     """Measure, print the table, draw, write."""
     check_json_path(arguments.json)
     check_plot_path(arguments.plot)
-    for name, least in (("repeats", 1), ("texts", 2), ("max_new_tokens", 2)):
-        if getattr(arguments, name) < least:
-            raise OptionError(
-                f"--{name.replace('_', '-')} must be at least {least}.", f"got {getattr(arguments, name)}"
-            )
+    check_least(arguments, repeats=1, texts=2, max_new_tokens=2)
     target, draft, tokenizer, _ = load_pair(folder=arguments.pair)
-    ids = torch.tensor([tokenizer.encode(PROMPT if arguments.prompt is None else arguments.prompt).ids])
-    if ids.numel() == 0:
-        raise InputError("The prompt is empty.", "a model needs at least one token to start from")
+    ids = prompt_ids(tokenizer, PROMPT if arguments.prompt is None else arguments.prompt)
     task = Task(target, draft, ids, arguments.max_new_tokens, arguments.temperature)
     settings = settings_of(arguments)
-    contestants = ways(task, settings)
+    contestants = [way(task, options) for options in settings]
     measured = measure(contestants, arguments.repeats, arguments.seed, console)
     if measured.interrupted:
         raise KeyboardInterrupt

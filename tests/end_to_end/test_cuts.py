@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import request_settings
 from helpers.enumeration import chi_square_p_value, sequence_distribution
 from helpers.model_parts import perturbed
 from helpers.replicates import drawn, evidence_measure, replicate, weighted_distribution, z_scores
+from helpers.request_settings import IDS, SETTINGS, of_rows
 from helpers.toys import TableLM, TinyTransformerLM
 from torch import Tensor
 
@@ -94,34 +96,19 @@ def test_a_draft_equal_to_the_target_is_never_cut() -> None:
 
 # ---- requests go on by themselves --------------------------------------------------------------------------------
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "eos": {"eos_token_id": 4},
-    "cut in the tail": {"top_k": 3, "temperature": 0.7},
-    "a processor": {"logits_processor": [lambda ids, scores: scores - 0.1 * (ids[:, -1:] % 2)]},
-    "a criterion": {"stopping_criteria": [lambda ids, scores=None: ids[:, -1] == ids[:, -2]]},
-    "max_lag": {"max_lag": 4, "streamer": lambda *_: None},
-}
-
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_request_does_not_depend_on_the_cuts_of_others(setting: str) -> None:
     """Prompts of several lengths, caps of several sizes; each request alone gives what it gives in the batch."""
-    target = TinyTransformerLM(7, max_positions=64).double()
-    draft = perturbed(target, 0.4)
-    ids = torch.randint(7, (4, 5), generator=torch.Generator().manual_seed(0))
-    mask = torch.arange(5) >= torch.tensor([0, 2, 1, 0])[:, None]
-    caps, seeds = [17, 9, 12, 17], [3, 4, 5, 6]
+    target = TinyTransformerLM(request_settings.VOCAB, max_positions=64).double()
+    draft, caps = perturbed(target, 0.4), [17, 9, 12, 17]
     options: dict[str, Any] = {
         "n_particles": 3, "lookahead": 3, "max_divergence": 0.25, "compiler": "eager", "validate": False,
         **SETTINGS[setting],
     }  # fmt: skip
 
     def of(rows: slice) -> Generation:
-        return generate(
-            target, draft, ids[rows], attention_mask=mask[rows].long(), max_new_tokens=caps[rows], seed=seeds[rows],
-            **options,
-        )  # fmt: skip
+        return generate(target, draft, IDS[rows], **of_rows(rows, caps), **options)
 
     together = of(slice(0, 4))
     assert together.stats.cuts > 0

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import request_settings
 from helpers.enumeration import chi_square_p_value, sequence_distribution
 from helpers.model_parts import perturbed
 from helpers.recorder import Records, set_recorder
 from helpers.replicates import drawn, evidence_measure, replicate, z_scores
+from helpers.request_settings import IDS, MASK, SETTINGS, of_rows
 from helpers.toys import GRUStep, TableLM, TinyTransformerLM
 from torch import nn
 
@@ -52,7 +54,7 @@ def by_turns(patch: pytest.MonkeyPatch, methods: str) -> None:
         exact = methods[len(run.p.ess) % len(methods)] == "e"
         if exact == isinstance(run, SpeculativeRun):
             return run
-        return self._to_exact(run, ledger) if exact else self._to_smc(run, ledger)
+        return self._to_exact(run, ledger) if exact else self._to_smc(run)
 
     patch.setattr(SwitchingSession, "_chosen", chosen)
 
@@ -125,16 +127,8 @@ def test_exact_turns_alone_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ---- what a user sees ------------------------------------------------------------------------------------------------
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "eos": {"eos_token_id": 4},
-    "settings": {"top_k": 3, "temperature": 0.7},
-    "a processor": {"logits_processor": [lambda ids, scores: scores - 0.1 * (ids[:, -1:] % 2)]},
-    "a criterion": {"stopping_criteria": [lambda ids, scores=None: ids[:, -1] == ids[:, -2]]},
-    "max_lag": {"max_lag": 4, "streamer": lambda *_: None},
-    "cuts": {"max_divergence": 0.2},
-}
-SEVEN = transformer_pair(7, 0.4)
+EACH = {**SETTINGS, "cuts": {"max_divergence": 0.2}}
+SEVEN = transformer_pair(request_settings.VOCAB, 0.4)
 
 
 def of_seven(**options: Any) -> Generation:
@@ -145,19 +139,16 @@ def of_seven(**options: Any) -> Generation:
 
 
 @pytest.mark.parametrize(
-    ("setting", "turns"), [*((setting, "sse") for setting in SETTINGS), ("plain", "es"), ("a criterion", "es")]
+    ("setting", "turns"), [*((setting, "sse") for setting in EACH), ("plain", "es"), ("a criterion", "es")]
 )
 def test_a_request_does_not_depend_on_the_others(setting: str, turns: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Given who takes which turn. Prompts of several lengths, caps of several sizes; one ends with its first token."""
     decided(monkeypatch, 3, 3, replace(CHEAP_SMC, begin_exact=turns[0] == "e"))
     by_turns(monkeypatch, turns)
-    ids = torch.randint(7, (4, 5), generator=torch.Generator().manual_seed(0))
-    mask = torch.arange(5) >= torch.tensor([0, 2, 1, 0])[:, None]
-    caps, seeds = [17, 9, 1, 17], [3, 4, 5, 6]
+    caps = [17, 9, 1, 17]
 
     def of(rows: slice) -> Generation:
-        given = {"ids": ids[rows], "attention_mask": mask[rows].long(), "seed": seeds[rows]}
-        return of_seven(**given, max_new_tokens=caps[rows], **SETTINGS[setting])
+        return of_seven(ids=IDS[rows], **of_rows(rows, caps), **EACH[setting])
 
     together = of(slice(0, 4))
     assert together.stats.switches > 0
@@ -167,8 +158,8 @@ def test_a_request_does_not_depend_on_the_others(setting: str, turns: str, monke
         assert torch.equal(alone.sequences[0], together.sequences[b, :width])
         assert torch.equal(alone.new_lengths[0], together.new_lengths[b])
         assert alone.log_evidence[0] == pytest.approx(together.log_evidence[b].item(), abs=1e-9)
-        own = (SEVEN[0](alone.sequences) / SETTINGS[setting].get("temperature", 1.0)).log_softmax(-1)
-        if setting in ("plain", "eos") and mask[b].all():
+        own = (SEVEN[0](alone.sequences) / EACH[setting].get("temperature", 1.0)).log_softmax(-1)
+        if setting in ("plain", "eos") and MASK[b].all():
             made = own[0, 4:-1].gather(1, alone.sequences[0, 5:, None])[: int(alone.new_lengths[0]), 0]
             torch.testing.assert_close(alone.log_probs[0, : len(made)], made, atol=1e-9, rtol=0)
 
