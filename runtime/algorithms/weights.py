@@ -50,9 +50,11 @@ def divergence_of(log_w: Tensor) -> Tensor:
 
     As ``cycle_divergence``, with the variance s of the log weights of the share f that is left: their law is taken as
     log-normal, and 1 + cv^2 = exp(s) / f. The effective sample size would say less: no weight of N can be seen to hold
-    more than all of the mass.
+    more than all of the mass. One particle has no spread, and its own -log w is all that is known.
     """
     log_w, n = log_w.to(torch.float64), log_w.shape[-1]
+    if n == 1:
+        return -log_w[..., 0]
     left = log_w > -math.inf
     count = left.sum(-1)
     mean = torch.where(left, log_w, 0.0).sum(-1) / count

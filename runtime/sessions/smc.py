@@ -17,7 +17,7 @@ from smc_compile.runtime.execution.cuts import Cuts
 from smc_compile.runtime.execution.incremental import RuntimeModel
 from smc_compile.runtime.execution.region import Region
 from smc_compile.runtime.execution.text_processors import TextProcessors
-from smc_compile.runtime.sessions.begin import Method, begin
+from smc_compile.runtime.sessions.begin import Begun, Method, begin
 from smc_compile.runtime.sessions.cycle import (
     Cycle,
     CycleInfo,
@@ -111,13 +111,16 @@ class SMCSession:
         cycles: None for those of the session."""
         new_tokens = int(request.new_tokens.max())
         capacity = capacity_of(new_tokens, (lookahead or self._k) + 1)
-        run, log_p, (_, rows) = begin(
-            self._method, request, regions or self.regions, capacity, cycles=new_tokens, replay=self._replay
-        )
+        begun = begin(self._method, request, regions or self.regions, capacity, cycles=new_tokens, replay=self._replay)
+        self.check_draft(begun)
+        return begun.run
+
+    def check_draft(self, begun: Begun) -> None:
+        """Warn where the draft cannot write what the target can; raise GenerationError where it is undefined."""
+        run, log_p, (_, rows) = begun
         log_q = first_distribution(rows, run.request, self._draft_distribution, run.text_processors)
         require_distribution(log_q, None, "draft")
         report_support(log_p, log_q, run.stats)
-        return run
 
     def advance(self, run: Run) -> Run:
         """Run a cycle, and keep what came of it."""

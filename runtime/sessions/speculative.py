@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Self
 
@@ -17,7 +17,7 @@ from smc_compile.runtime.execution.incremental import CachedModel
 from smc_compile.runtime.execution.region import Region, compiled_apart
 from smc_compile.runtime.execution.region_bodies import run_model
 from smc_compile.runtime.execution.text_processors import TextProcessors
-from smc_compile.runtime.sessions.begin import Method, begin
+from smc_compile.runtime.sessions.begin import Begun, Method, begin
 from smc_compile.runtime.sessions.ragged_texts import after_processors, stops
 from smc_compile.runtime.sessions.run import Run, drive, not_finite, result_of
 from smc_compile.runtime.state.particles import CycleState, columns, pending, write_block
@@ -132,12 +132,18 @@ class SpeculativeSession:
         return drive(self.begun(request), self.models, self._sizes, self.advance, result_of)
 
     def begun(
-        self, request: Request, regions: Sequence[Region] | None = None, lookahead: int | None = None
+        self,
+        request: Request,
+        regions: Sequence[Region] | None = None,
+        lookahead: int | None = None,
+        check: Callable[[Begun], None] = lambda _: None,
     ) -> SpeculativeRun:
         """The call before its first cycle. ``regions`` that its clock watches, and the largest ``lookahead`` of its
-        cycles: None for those of the session."""
+        cycles: None for those of the session. ``check`` sees what the models make of the prompts."""
         capacity = capacity_of(int(request.new_tokens.max()), (lookahead or self._k) + 1)
-        run, *_ = begin(self._method, request, regions or self.regions, capacity)
+        begun = begin(self._method, request, regions or self.regions, capacity)
+        check(begun)
+        run = begun.run
         state = run.p.state
         ended = is_eos(run.p.tokens, run.eos_ids)[:, 0] | state.particles.stopped
         own = {f.name: getattr(run, f.name) for f in fields(Run)}

@@ -108,9 +108,12 @@ class SwitchingSession:
         capacity = capacity_of(int(request.new_tokens.max()), longest + 1)
         require_memory(request, self._n, capacity, longest + 1, *self._models)
         most = int(request.new_tokens.max())
-        first = self._exact if self._tradeoff.begin_exact else self._smc
-        run = first.begun(request, self.regions, longest)
-        run.p.copies = self._n if self._tradeoff.begin_exact else 1
+        run: Run
+        if self._tradeoff.begin_exact:
+            run = self._exact.begun(request, self.regions, longest, self._smc.check_draft)
+            run.p.copies = self._n
+        else:
+            run = self._smc.begun(request, self.regions, longest)
         run.rejections = run.rejections or Rejections.start(request, 1, self._exact_k)
         run.streams = Streams(run.request.seeds, self._n, run.p.state.texts.tokens.shape[1], most)
         run.stats.method = "auto"

@@ -279,6 +279,26 @@ def test_particles_must_fit_before_a_call_begins_exact(monkeypatch: pytest.Monke
         of_seven()
 
 
+@pytest.mark.parametrize("begin_exact", [True, False])
+def test_a_draft_that_cannot_write_everything_is_warned_of(begin_exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where exact speculation comes first, which needs no such draft."""
+    target, draft = TableLM(VOCAB).double(), TableLM(VOCAB).double()
+    with torch.no_grad():
+        draft.table[:, 1] = -torch.inf
+    decided(monkeypatch, 4, 2, replace(CHEAP_SMC, begin_exact=begin_exact))
+    g = generate(target, draft, PROMPT[None], max_new_tokens=9, method="auto", compiler="eager", validate=False)
+    assert any("never drafted" in warning for warning in g.stats.warnings)
+
+
+def test_one_particle_spends_what_its_weight_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No spread of weights tells what one particle costs. A draft that is far off is left at once."""
+    decided(monkeypatch, 1, 4, CHEAP_SMC)
+    target, far = (TinyTransformerLM(11, max_positions=80, seed=seed).double() for seed in (0, 1))
+    options = {"max_new_tokens": 40, "method": "auto", "max_divergence": 1.0, "compiler": "eager", "validate": False}
+    texts = [generate(target, far, PROMPT[None], seed=seed, **options).stats for seed in range(8)]
+    assert sum(stats.exact_cycles for stats in texts) > 0.8 * sum(stats.cycles for stats in texts)
+
+
 def test_a_floor_of_nothing_is_exact() -> None:
     g = of_seven(max_kl_per_token=0.0)
     assert g.stats.method in ("speculative", "autoregressive")
