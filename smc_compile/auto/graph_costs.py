@@ -20,6 +20,7 @@ import numpy as np
 import sympy
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from smc_compile.errors import CacheError
@@ -158,8 +159,8 @@ class _WithoutData(fx.Interpreter):
     """Runs a graph on the device "meta", whatever devices it names."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        moved = {name: META if isinstance(value, torch.device) else value for name, value in kwargs.items()}
-        return super().call_function(target, args, moved)
+        args, kwargs = pytree.tree_map_only(torch.device, lambda _: META, (args, kwargs))
+        return super().call_function(target, args, kwargs)
 
     def fetch_attr(self, target: str) -> Any:
         value = super().fetch_attr(target)

@@ -7,8 +7,10 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from helpers.even_costs import EvenCosts
 
 from smc_compile.__main__ import main
+from smc_compile.auto import choice
 from smc_compile.bench import contestants, text_quality
 from smc_compile.commands import demo
 from smc_compile.generate import generate
@@ -16,7 +18,8 @@ from smc_compile.generate import generate
 
 @pytest.fixture
 def uncompiled(monkeypatch):
-    """Regions run as they are: what the command does with the figures is tested, not Inductor."""
+    """Regions run as they are, and costs are given: neither Inductor nor the machine is tested."""
+    monkeypatch.setattr(choice, "cycle_model", lambda *_: EvenCosts())
     monkeypatch.setattr(contestants, "generate", lambda *a, **options: generate(*a, **{**options, "compiler": "eager"}))
 
 

@@ -10,8 +10,10 @@ from importlib.resources import files
 
 import pytest
 import torch
+from helpers.even_costs import EvenCosts
 
 from smc_compile.__main__ import main
+from smc_compile.auto import choice
 from smc_compile.bench import speed_and_error
 from smc_compile.bench.error_plot import draw_quality
 from smc_compile.bench.speed_and_error import best_within
@@ -21,8 +23,9 @@ from smc_compile.pairs.shipped import load_pair
 
 @pytest.fixture
 def uncompiled(monkeypatch):
-    """Regions run as they are: what the command does with the figures is tested, not Inductor."""
+    """Regions run as they are, and costs are given: neither Inductor nor the machine is tested."""
     eager = {"compiler": "eager", "validate": False}
+    monkeypatch.setattr(choice, "cycle_model", lambda *_: EvenCosts())
     monkeypatch.setattr(speed_and_error, "generate", lambda *a, **options: generate(*a, **{**options, **eager}))
 
 

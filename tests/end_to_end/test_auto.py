@@ -74,6 +74,35 @@ def test_a_speculative_lookahead_follows_the_acceptance():
     assert rates[1] < 0.9
 
 
+@interpreted
+def test_a_model_whose_graph_names_its_device_is_counted():
+    """As rotary tables of transformers do."""
+
+    class Named(nn.Module):
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            self.model = TinyTransformerLM(seed=seed)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.model(ids) * torch.arange(1, 2).to(torch.device("cpu"), torch.float32)
+
+    stats = generate(Named(0), Named(1), IDS, max_new_tokens=12, lookahead="auto", **OPTIONS).stats
+    assert stats.lookahead in LOOKAHEADS
+
+
+@interpreted
+@pytest.mark.parametrize("given", [{"lookahead": "auto"}, {"method": "auto"}], ids=str)
+def test_a_model_of_transformers_is_counted(given):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    result = generate(model, perturbed(model), IDS, max_new_tokens=9, **OPTIONS, **given)
+    assert choice_of(result.program) is not None
+
+
 def test_a_loop_without_a_draft_has_nothing_to_choose():
     stats = generate(MODEL, None, IDS, max_new_tokens=4, method="autoregressive", lookahead="auto", **OPTIONS).stats
     assert (stats.n_particles, stats.lookahead) == (1, 0)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers import request_settings
 from helpers.enumeration import chi_square_p_value, sequence_distribution
+from helpers.even_costs import EvenCosts
 from helpers.model_parts import perturbed
 from helpers.recorder import Records, set_recorder
 from helpers.replicates import drawn, evidence_measure, replicate, z_scores
@@ -211,16 +212,6 @@ def test_recorded_cycles_give_the_same(turns: str, monkeypatch: pytest.MonkeyPat
 
 
 # ---- deciding --------------------------------------------------------------------------------------------------------
-
-
-class EvenCosts:
-    """Every cycle costs the same, and a token of the one-token loop far more."""
-
-    def cycle_seconds(self, *_: Any) -> float:
-        return 1.0
-
-    def token_seconds(self, *_: Any) -> float:
-        return 10.0
 
 
 @pytest.mark.parametrize("scale", [0.1, 0.6, 3.0])
