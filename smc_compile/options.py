@@ -18,7 +18,9 @@ INDUCTORS = ("inductor", "max-autotune")
 COMPILERS = (*INDUCTORS, "aot_eager", "eager")
 AUTO = "auto"
 PARTICLES, CHAINS, LOOKAHEAD = 8, 1, 6  # where none are given
+ESS_THRESHOLD = 0.75
 MAX_KL = 0.02  # nats a token, for "auto"
+OF_A_METHOD = ("n_particles", "lookahead", "ess_floor", "time_budget")  # who gives one of them has chosen SMC
 MAX_DIVERGENCE = 0.35  # total variation, for "auto": a net for where a draft is confidently wrong
 
 
@@ -45,8 +47,8 @@ class Options:
         method: "smc"; "autoregressive" for the exact cached one-token loop; "speculative" for exact rejection
             sampling; "auto" for the fastest of these that keeps to ``max_kl_per_token``, which may change between
             "smc" and "speculative" within a text. Greedy loops under "smc" and "auto" run as "speculative" with a
-            draft, else as "autoregressive".
-        draft_temperature: divides the draft's logits; None takes the temperature found in the loop.
+            draft, else as "autoregressive". None: "smc" where n_particles, lookahead, ess_floor or time_budget is
+            given, else "auto", or "smc" for models that cannot forget a token (``smc_compile.program.method``).
         eos_token_id: a sequence ends after this token; later tokens repeat it. None: no end of sequence.
         seed: 64-bit seed; request b of a batch uses seed + b. None draws one from torch's generator at each call.
         validate: compare the cached model with the original when compiling.
@@ -63,10 +65,9 @@ class Options:
     max_kl_per_token: float | None = None
     time_budget: float | None = None
     max_divergence: float = None  # type: ignore[assignment]
-    ess_threshold: float = 0.5
+    ess_threshold: float = ESS_THRESHOLD
     resampling_method: str = "systematic"
-    method: str = "smc"
-    draft_temperature: float | None = None
+    method: str = None  # type: ignore[assignment]
     eos_token_id: int | None = None
     seed: int | None = None
     validate: bool = True
@@ -74,7 +75,11 @@ class Options:
     compiler: str = "inductor"
 
     def __post_init__(self) -> None:
-        """Put numbers, or "auto", in the place of what was not given."""
+        """Put numbers, or "auto", in the place of what was not given; all of it waits where the method is open."""
+        if self.method is None:
+            if all(getattr(self, name) is None for name in OF_A_METHOD):
+                return
+            object.__setattr__(self, "method", "smc")
         usual = {
             "n_particles": {"auto": AUTO, "speculative": CHAINS}.get(str(self.method), PARTICLES),
             "lookahead": AUTO if self.method == AUTO else LOOKAHEAD,
@@ -109,15 +114,15 @@ class Options:
 
     def _check(self) -> None:
         for name in ("n_particles", "lookahead"):
-            if getattr(self, name) != AUTO:
+            if getattr(self, name) not in (AUTO, None):
                 _integer(name, getattr(self, name), 1, f'pass {name}=8 or {name}="{AUTO}"')
-        _number("max_divergence", self.max_divergence, 0.0, 1.0)
+        if self.max_divergence is not None:
+            _number("max_divergence", self.max_divergence, 0.0, 1.0)
         _number("ess_threshold", self.ess_threshold, 0.0, 1.0)
         _choice("resampling_method", self.resampling_method, RESAMPLING_METHODS)
-        _choice("method", self.method, METHODS)
+        if self.method is not None:
+            _choice("method", self.method, METHODS)
         _choice("compiler", self.compiler, COMPILERS)
-        if self.draft_temperature is not None:
-            _number("draft_temperature", self.draft_temperature, 1e-6, 1e6)
         self._check_auto()
         if self.eos_token_id is not None:
             _integer("eos_token_id", self.eos_token_id, 0)
@@ -144,7 +149,7 @@ class Options:
         floors = [n for n in ("ess_floor", "max_kl_per_token", "time_budget") if getattr(self, n) is not None]
         for name in floors:
             _number(name, getattr(self, name), 0.0 if name == "max_kl_per_token" else 1e-6, 1e6)
-        if self.method == AUTO:
+        if self.method in (AUTO, None):
             if others := [name for name in floors if name != "max_kl_per_token"]:
                 raise OptionError(
                     f'{others[0]} is not for method="auto"',

@@ -41,14 +41,14 @@ class TextSampler:
         behind: ``(scores [B, V], *weights) -> rows [B, V]``, of which the ``Sampler`` tells the kind; None where they
             are the scores.
         probs: whether the scores are probabilities, and no logits.
-        temperatures: what divides the logits in ``reading`` and in ``behind``; 1.0 where nothing does.
+        temperature: what divides the scores in ``behind``; 1.0 where nothing does.
         where: the op that reads the text, and its line.
     """
 
     reading: RowCode
     behind: RowCode | None
     probs: bool
-    temperatures: tuple[float, float]
+    temperature: float
     where: str
 
 
@@ -79,12 +79,9 @@ def split_sampler(lm: CausalLM, sampler: Sampler) -> tuple[CausalLM, TextSampler
     probs = sampler.kind != "greedy" and (
         sampler.kind == "probs" if behind is None else _is_probs(scores, backwards(scores, [lm.ids, logits]))
     )
-    temperatures = (
-        _temperature_in(reading, "probs" if probs else "logits"),
-        _temperature_in(behind, sampler.kind) if behind is not None else 1.0,
-    )
+    temperature = _temperature_in(behind, sampler.kind) if behind is not None else 1.0
     counters["smc_compile"]["text_sampler"] += 1
-    return model, TextSampler(reading, behind, probs, temperatures, describe(reader))
+    return model, TextSampler(reading, behind, probs, temperature, describe(reader))
 
 
 def check_groups(code: RowCode, weights: Sequence[Tensor], texts: bool) -> None:

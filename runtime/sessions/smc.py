@@ -238,5 +238,5 @@ def report_support(log_p: Tensor, log_q: Tensor, stats: Stats) -> None:
         stats.warnings.append(
             f"the draft gives probability 0 to tokens that hold {missing:.2%} of the target's mass at the prompt: "
             "they are never drafted, so the distribution is biased; "
-            "raise draft_temperature or use a draft with full support"
+            "use a draft with full support"
         )

@@ -1,9 +1,9 @@
-"""What this machine takes for the pieces of a pass, measured once in a process: in about a second and a half."""
+"""What this machine takes for the pieces of a pass, measured once: in about a second and a half."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from statistics import median
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from smc_compile.auto.kept_rates import Numbers, kept
 from smc_compile.auto.timers import never_less, timed, typical_seconds
 from smc_compile.inputs.requests import build_request, request_seeds
 from smc_compile.kernels.cpp_kernel import cpp_kernel
@@ -85,12 +86,24 @@ def beyond(rows: float) -> float:
 
 
 def rates(dtype: torch.dtype, device: torch.device) -> Rates:
-    """Those of this process: measured when first asked for."""
+    """Those of this machine: measured when first asked for, and kept."""
     return _rates(dtype, device, torch.get_num_threads())
 
 
 @cache
 def _rates(dtype: torch.dtype, device: torch.device, threads: int) -> Rates:
+    shape = [f"{f.name}: {f.type}" for f in fields(Rates)]  # of another version's file
+    name = f"{dtype} {device.type} {threads} threads, at {ROWS} rows: {shape}"
+    numbers = kept(name, device, lambda: _as_numbers(measured_rates(dtype, device)))
+    return Rates(**{k: tuple(v) if isinstance(v, list) else v for k, v in numbers.items()})  # type: ignore[arg-type]
+
+
+def _as_numbers(found: Rates) -> Numbers:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(found).items()}
+
+
+def measured_rates(dtype: torch.dtype, device: torch.device) -> Rates:
+    """Those that are measured now."""
     streamed = STREAMED // (SIDE**2 * dtype.itemsize) * (4 if device.type == "cuda" else 1)
     with torch.no_grad():
         return Rates(

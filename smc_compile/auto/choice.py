@@ -12,8 +12,8 @@ from weakref import WeakKeyDictionary
 import torch
 
 from smc_compile.auto.cost_model import CycleModel, cycle_model
-from smc_compile.errors import CacheError, GenerationError, OptionError
-from smc_compile.options import AUTO, Options
+from smc_compile.errors import CacheError, GenerationError, OptionError, SMCError
+from smc_compile.options import AUTO, LOOKAHEAD, Options
 from smc_compile.program.checks import check_request
 from smc_compile.program.program import Program
 from smc_compile.result import Generation
@@ -50,7 +50,10 @@ def settled(program: Program, request: Request) -> Program:
     if program not in _settled:
         check_request(request, program.target, program.draft)
         choice = choose(program, request)
-        _settled[program] = replace(program, options=choice.applied(program.options), tradeoff=choice.tradeoff)
+        warnings = (*program.warnings, *([choice.reason] if choice.blind else []))
+        _settled[program] = replace(
+            program, options=choice.applied(program.options), tradeoff=choice.tradeoff, warnings=warnings
+        )
         _choices[_settled[program]] = choice
     return _settled[program]
 
@@ -101,6 +104,7 @@ class Choice:
         pilot: what the pilot run found; empty where none ran.
         tradeoff: by what SMC and exact speculation take turns; None where one method alone runs.
         population: N and K of SMC, where that is not what a call begins with.
+        blind: whether nothing could be predicted, so that ``reason`` is worth a warning.
     """
 
     candidates: tuple[Candidate, ...]
@@ -109,6 +113,7 @@ class Choice:
     pilot: str = ""
     tradeoff: Tradeoff | None = None
     population: Candidate | None = None
+    blind: bool = False
 
     def applied(self, options: Options) -> Options:
         """The options with what was chosen; the floors have done their work."""
@@ -133,6 +138,8 @@ class Choice:
         what = {"smc": numbers, "speculative": f"exact speculation, K={chosen.lookahead}"}
         lines = [f"{what.get(chosen.method, 'the one-token loop')}: {self.reason}"]
         lines += [self.pilot] if self.pilot else []
+        if self.blind:
+            return lines
         shown = self._shown()
         more = "     ESS" if any(c.ess for c in shown) else ""
         more += "  nats/token" if any(c.kl is not None for c in shown) else ""
@@ -160,15 +167,24 @@ def choose(program: Program, request: Request) -> Choice:
     """Method, N and K for a request's batch, prompt length and number of new tokens.
 
     Raises:
-        OptionError: a model has no graph to count, no candidate keeps to the floors, or no pilot can run.
-        CacheError: a model's costs cannot be counted.
+        OptionError: a model has no graph to count, no candidate keeps to the floors, or no pilot can run; but under
+            ``method="auto"`` exact speculation, which has no error, runs then.
+        CacheError: a model's costs cannot be counted; the same.
     """
-    if program.method != AUTO:
+    if program.options.method != AUTO:
         return _numbers(program, request)
     try:
-        return _fastest_way(program, request)
-    except (OptionError, CacheError) as error:  # with numbers for N and K it would be the same
-        raise type(error)(error.what, error.why, 'pass method="speculative" or method="smc"') from error
+        return _fastest_way(program, request) if program.method == AUTO else _numbers(program, request)
+    except (OptionError, CacheError) as error:
+        return _exact_blindly(program.options, error)
+
+
+def _exact_blindly(options: Options, error: SMCError) -> Choice:
+    """What "auto" takes where it cannot compare: the method without an error."""
+    k = LOOKAHEAD if options.lookahead == AUTO else int(options.lookahead)
+    exact = Candidate(1, k, math.nan, math.nan, math.nan, method="speculative")
+    reason = f'method="auto" takes exact speculation with K={k} and compares nothing: {error.what}: {error.why}'
+    return Choice((), exact, reason, blind=True)
 
 
 def _numbers(program: Program, request: Request) -> Choice:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,14 +37,15 @@ def contest(
     speculative: Sequence[tuple[int, int]] = (),
     sizes: tuple[ModelSize, ModelSize] | None = None,
     compiler: str = "inductor",
+    auto: bool = False,
 ) -> list[Contestant]:
     """The plain loop (unless ``eager_tokens`` is None), the compiled loop, exact speculation with N chains of K tokens
-    at each (N, K) of ``speculative``, and SMC at each of ``shapes``.
+    at each (N, K) of ``speculative``, SMC at each of ``shapes``, and what is chosen without options (``auto``).
 
     ``sizes`` of target and draft give each the least that a step can cost; ``compiler`` is the option of that name.
     """
 
-    def compiled(method: str, n_particles: int, lookahead: int) -> Callable[[int], Generation]:
+    def compiled(method: str, **numbers: Any) -> Callable[[int], Generation]:
         def run(seed: int) -> Generation:
             return generate(
                 target,
@@ -51,11 +53,10 @@ def contest(
                 ids,
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
-                n_particles=n_particles,
-                lookahead=lookahead,
                 seed=seed,
                 method=method,
                 compiler=compiler,
+                **numbers,
             )
 
         return run
@@ -64,12 +65,14 @@ def contest(
         return cycle_passes(*sizes, n, k, ids.shape[1], max_new_tokens) if sizes and min(n, k) > 0 else None
 
     tokens = loop_passes(sizes[0], ids.shape[1], max_new_tokens) if sizes else None
-    loop = Contestant("autoregressive", compiled("autoregressive", *shapes[0]), max_new_tokens, passes=tokens)
+    loop = Contestant("autoregressive", compiled("autoregressive"), max_new_tokens, passes=tokens)
     drafted = [
-        Contestant(method, compiled(method, n, k), max_new_tokens, n, k, passes=cycles(n, k))
+        Contestant(method, compiled(method, n_particles=n, lookahead=k), max_new_tokens, n, k, passes=cycles(n, k))
         for method, pairs in (("speculative", speculative), ("smc", shapes))
         for n, k in pairs
     ]
+    if auto:
+        drafted.append(Contestant("auto", compiled("auto"), max_new_tokens))
     if eager_tokens is None:
         return [loop, *drafted]
     return [eager_loop(target, ids, temperature, eager_tokens, max_new_tokens), loop, *drafted]

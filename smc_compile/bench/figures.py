@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
+import torch
+
 from smc_compile.bench.ceilings import Ceilings, arithmetic_share, bandwidth_share, least_seconds
 from smc_compile.bench.measure import Result, TimedCall
 from smc_compile.result import Generation
@@ -47,7 +49,7 @@ def make_row(result: Result, results: Sequence[Result], ceilings: Ceilings | Non
         "mean_accepted": mean_accepted(result),
         "mean_ess": mean_ess(generations) if contestant.method == "smc" else None,
         "peak_bytes": max((run.peak_bytes for run in runs if run.peak_bytes is not None), default=None),
-        "kl_per_token": None,
+        "kl_per_token": mean_kl(generations),
         "mean_log_prob": None,
         "mean_log_prob_stderr": None,
         "compile_seconds": result.first.compile_seconds if result.first.generation else None,
@@ -112,6 +114,13 @@ def mean_accepted(result: Result) -> float | None:
     if result.contestant.method == "assisted":  # a step gives one token more than it accepts
         return median(result.contestant.new_tokens / run.steps - 1 for run in result.runs)
     return None
+
+
+def mean_kl(generations: Sequence[Generation]) -> float | None:
+    """Nats a token by which the law of the timed texts may be off: the mean of ``kl_bound_per_token``."""
+    if not generations:
+        return None
+    return float(torch.cat([g.kl_bound_per_token for g in generations]).double().mean()) + 0.0  # no -0.0
 
 
 def mean_ess(generations: Sequence[Generation]) -> float | None:

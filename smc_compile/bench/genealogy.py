@@ -17,6 +17,7 @@ from xml.sax.saxutils import escape
 import torch
 
 from smc_compile.errors import InputError, OptionError
+from smc_compile.options import ESS_THRESHOLD
 from smc_compile.result import Generation
 
 DEAD, ALIVE, RETURNED = "#d3d7de", "#3d6fb4", "#e8590c"
@@ -126,7 +127,7 @@ def draw_ancestry(
     request: int = 0,
     tokens: list[str] | None = None,
     *,
-    ess_threshold: float = 0.5,
+    ess_threshold: float = ESS_THRESHOLD,
 ) -> Path:
     """Write the genealogy of one request's particles to ``path`` as SVG.
 
@@ -197,7 +198,7 @@ class Canvas:
         return self.ess_top + ESS_HEIGHT * (1 - max(0.0, min(1.0, value / self.n_particles)))
 
 
-def render(genealogy: Genealogy, texts: Sequence[str] = (), ess_threshold: float = 0.5) -> str:
+def render(genealogy: Genealogy, texts: Sequence[str] = (), ess_threshold: float = ESS_THRESHOLD) -> str:
     """The whole picture as one SVG document."""
     g = genealogy
     column = min(110.0, max(30.0, 960.0 / g.n_cycles))

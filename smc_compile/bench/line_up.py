@@ -44,6 +44,7 @@ def all_contestants(
         speculative=[] if arguments.skip_speculative else [(n, k) for k in lengths for n in arguments.chains],
         sizes=sizes,
         compiler=arguments.compiler,
+        auto=not arguments.skip_auto,
     )
     peers, missing = build_peers(peer_builders(target, draft, ids, arguments, sizes[0], further_peers), console)
     first = 0 if arguments.skip_eager else 1

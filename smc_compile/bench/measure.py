@@ -32,7 +32,7 @@ UNCOMPILED = ("eager", "transformers", "assisted")
 class Contestant:
     """One way to generate: ``run(seed)`` gives the sequences [B, P+n], or a Generation that holds them.
 
-    ``method`` is "eager", "autoregressive", "speculative", "smc", or the name of a peer ("transformers", "assisted").
+    ``method`` is "eager", "autoregressive", "speculative", "smc", "auto", or the name of a peer ("transformers", ...).
     """
 
     method: str

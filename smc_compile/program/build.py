@@ -11,7 +11,7 @@ from torch import Tensor
 from smc_compile.errors import OptionError
 from smc_compile.options import Options
 from smc_compile.program.checks import check_devices, cut_off, shared_vocabulary
-from smc_compile.program.method import method_for, refuse_cuts, refuse_states
+from smc_compile.program.method import method_for, refuse_cuts, refuse_states, with_method
 from smc_compile.program.model import Model, compile_model
 from smc_compile.program.program import Program
 from smc_compile.runtime.algorithms.next_token import Mixture, NextTokenDistribution
@@ -47,6 +47,7 @@ def build_program(
     """
     method = method_for(target, options)
     if method == "autoregressive":
+        options = with_method(options, target)
         return Program(target, None, options, record=recorder_for(options, target), **text_processors)
     if options.draft is None:
         raise OptionError(
@@ -55,6 +56,8 @@ def build_program(
             'pass draft=small_model, or method="autoregressive" for the exact one-token loop',
         )
     draft = compile_draft(options.draft, draft_distribution, options, ids, "draft")
+    options = with_method(options, target, draft)
+    method = method_for(target, options)
     if method in ("speculative", "auto"):
         refuse_states(method, target, draft)
     elif options.max_divergence < 1:

@@ -162,8 +162,9 @@ def _compile(
         distribution, draft_distribution = sampler.distribution, sampler.draft_distribution
     else:
         distribution = NextTokenDistribution(kind)
-        temperature = options.draft_temperature or traced.sampler.temperature
-        draft_distribution = NextTokenDistribution("greedy" if kind == "greedy" else "logits", temperature)
+        draft_distribution = NextTokenDistribution(
+            "greedy" if kind == "greedy" else "logits", traced.sampler.temperature
+        )
     target = with_cache(traced, lambda: [*traced.owned(), *current], options, "target", distribution)
     compile_draft: CompileDraft = compile_called if needs_more(options.draft) else compile_model
     if window is not None:
@@ -183,4 +184,4 @@ def _text_sampler(traced: Traced, weights: Sequence[Tensor], options: Options, w
     if traced.text is None or traced.sampler is None:
         return None
     given, vocabulary = [*traced.owned(), *weights], traced.cached.vocab_size
-    return sampler_to_run(traced.text, traced.sampler.kind, given, vocabulary, options.draft_temperature, window)
+    return sampler_to_run(traced.text, traced.sampler.kind, given, vocabulary, window)

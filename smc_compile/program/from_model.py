@@ -57,7 +57,7 @@ def program_for(model: Any, processors: Processors, greedy: bool, options: Optio
 
 def _compile(model: Any, processors: Processors, greedy: bool, options: Options, ids: Tensor) -> Program:
     distribution = NextTokenDistribution("greedy" if greedy else "logits", warpers=processors.warpers)
-    draft_distribution = draft_distribution_for(processors.warpers, greedy, options)
+    draft_distribution = draft_distribution_for(processors.warpers, greedy)
     target = compile_model(model, distribution, options, ids, "target")
     on_host = bool(processors.on_host)
     return build_program(target, options, draft_distribution, ids, text_processors=processors.traced, on_host=on_host)

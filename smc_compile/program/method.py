@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from smc_compile.errors import OptionError
-from smc_compile.options import Options, is_stateful
+from smc_compile.options import AUTO, Options, is_stateful
 from smc_compile.program.model import Model
 
 
@@ -13,9 +15,19 @@ def method_for(target: Model, options: Options) -> str:
     In a greedy loop there is no randomness for particles to carry. A draft speeds it up by exact speculation, and
     without one the one-token loop runs.
     """
-    if options.method not in ("smc", "auto") or target.distribution.kind != "greedy":
-        return options.method
+    method = options.method or AUTO
+    if method not in ("smc", AUTO) or target.distribution.kind != "greedy":
+        return method
     return "speculative" if options.draft is not None and not with_states(target, options) else "autoregressive"
+
+
+def with_method(options: Options, *models: Model) -> Options:
+    """The options with a method where none was asked for: "auto", which needs models that can forget tokens, else
+    "smc", which any pair can follow."""
+    if options.method is not None:
+        return options
+    alone = options.max_kl_per_token is None and _forgets_nothing(*models) is not None
+    return replace(options, method="smc" if alone else AUTO)
 
 
 def with_states(target: Model, options: Options) -> list[str]:
@@ -55,9 +67,9 @@ def refuse_cuts(target: Model, draft: Model) -> None:
         )
 
 
-def _forgets_nothing(target: Model, draft: Model) -> tuple[str, str] | None:
-    """Which of the two cannot forget a token, if one cannot, and why."""
-    for name, model in (("target", target), ("draft", draft)):
+def _forgets_nothing(*models: Model) -> tuple[str, str] | None:
+    """Which of target and draft cannot forget a token, if one cannot, and why."""
+    for name, model in zip(("target", "draft"), models, strict=False):
         if model.runtime.forgets:
             continue
         if model.window is not None:

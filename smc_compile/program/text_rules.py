@@ -97,7 +97,6 @@ def sampler_to_run(
     kind: str,
     weights: Sequence[Tensor],
     vocabulary: int,
-    draft_temperature: float | None,
     window: int | None,
 ) -> RunSampler:
     """The sampler of a loop whose rows are of a ``kind``, as ``Sampler`` has it; ``weights`` are all of its model."""
@@ -108,9 +107,7 @@ def sampler_to_run(
         warper = BehindText(text.behind, text.probs, kind == "probs", text.behind.of(weights))
     warpers: tuple[Warper, ...] = () if warper is None else (warper,)
     distribution = NextTokenDistribution("greedy" if greedy else "logits", warpers=warpers)
-    reading, behind = text.temperatures
-    temperature = draft_temperature / reading if draft_temperature is not None else behind
-    draft = distribution if greedy else NextTokenDistribution("logits", temperature)
+    draft = distribution if greedy else NextTokenDistribution("logits", text.temperature)
     device = next((weight.device for weight in weights), torch.device("cpu"))
     return RunSampler(rule, warper, compiles((rule,), vocabulary, device), distribution, draft, text.where)
 

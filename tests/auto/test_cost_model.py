@@ -46,7 +46,7 @@ def program_of(model: torch.nn.Module, draft: torch.nn.Module) -> Program:
     warpers = (SETTINGS["temperature"][0],)
     options = Options.parse({"draft": draft, "compiler": "eager", "validate": False})
     target = compile_model(model, NextTokenDistribution("logits", warpers=warpers), options, IDS, "target")
-    return build_program(target, options, draft_distribution_for(warpers, False, options), IDS)
+    return build_program(target, options, draft_distribution_for(warpers, False), IDS)
 
 
 def test_a_cycle_is_a_head_of_two_tokens_steps_of_one_and_a_score():

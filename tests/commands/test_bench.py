@@ -144,6 +144,7 @@ def test_bench_writes_its_rows(tmp_path, capsys, uncompiled):
         ("speculative", 1, 3),
         ("smc", 4, 3),
         ("smc", 2, 3),
+        ("auto", None, None),
     ]
     assert rows[2]["lookahead"] in (2, 3)
     for row in rows:
@@ -151,10 +152,12 @@ def test_bench_writes_its_rows(tmp_path, capsys, uncompiled):
         assert row["tokens_per_second"] > 0
         assert row["tokens_per_second_min"] <= row["tokens_per_second"] <= row["tokens_per_second_max"]
         for share in ("share_of_bound", "share_of_bandwidth", "share_of_arithmetic"):
-            assert (row[share] is not None) == (row["method"] not in ("eager", "assisted"))
+            assert (row[share] is not None) == (row["method"] not in ("eager", "assisted", "auto"))
         assert (row["mean_accepted"] is not None) == (row["method"] in ("assisted", "speculative"))
     assert 0 < rows[4]["mean_accepted"] <= 3
-    for row in rows[5:]:
+    assert [row["kl_per_token"] for row in rows[:5]] == [None, None, None, 0.0, 0.0]
+    for row in rows[5:7]:
+        assert row["kl_per_token"] != 0.0
         assert 1 <= row["mean_ess"] <= row["n_particles"]
         assert sum(row[f"{part}_share"] for part in PARTS) == pytest.approx(1, abs=0.2)
     output = capsys.readouterr().out
@@ -165,7 +168,7 @@ def test_bench_writes_its_rows(tmp_path, capsys, uncompiled):
 
 def test_bench_can_skip_the_loops_of_others(tmp_path, uncompiled):
     path = tmp_path / "rows.json"
-    skipped = ["--skip-eager", "--skip-transformers", "--skip-speculative", "--acceptance", "none"]
+    skipped = ["--skip-eager", "--skip-transformers", "--skip-speculative", "--skip-auto", "--acceptance", "none"]
     assert main([*TINY, "--n-particles", "2", *skipped, "--json", str(path)]) == 0
     report = json.loads(path.read_text())
     assert [row["method"] for row in report["rows"]] == ["autoregressive", "smc"]
@@ -176,7 +179,7 @@ def test_bench_can_skip_the_loops_of_others(tmp_path, uncompiled):
 def test_peers_that_are_not_there_are_named_and_the_rest_runs(monkeypatch, tmp_path, capsys, uncompiled):
     monkeypatch.setattr(peer_transformers, "has_library", lambda: False)
     path = tmp_path / "rows.json"
-    options = ["--n-particles", "2", "--skip-eager", "--skip-speculative"]
+    options = ["--n-particles", "2", "--skip-eager", "--skip-speculative", "--skip-auto"]
     assert main([*TINY, *options, "--json", str(path)]) == 0
     report = json.loads(path.read_text())
     assert [row["method"] for row in report["rows"]] == ["autoregressive", "smc"]

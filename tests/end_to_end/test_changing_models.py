@@ -193,7 +193,7 @@ def test_a_draft_that_changes_is_seen(method: str) -> None:
     again = smc_compile.generate(model, draft, PROMPT, compiler="eager", validate=False, **options)
     assert torch.equal(again.sequences, alike.sequences)
     if method == "smc":
-        assert alike.log_weights.abs().max() < 1e-9 < other.log_weights.abs().max()
+        assert alike.log_evidence.abs().max() < 1e-9 < other.log_evidence.abs().max()
     else:
         assert other.stats.accepted < alike.stats.accepted == 3
 

@@ -46,7 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
     "never resampled": {"ess_threshold": 0.0, "max_divergence": 0.15},
     "eos": {"eos_token_id": 1, "max_divergence": 0.15},
     "eos, long blocks": {"eos_token_id": 2, "max_divergence": 0.1, "lookahead": 7},
-    "temperatures": {"temperature": 0.7, "draft_temperature": 1.3, "max_divergence": 0.15},
+    "temperature": {"temperature": 0.7, "max_divergence": 0.15},
     "transformer": {"pair": "transformer", "max_divergence": 0.1, "lookahead": 3},
     "transformer, eos": {"pair": "transformer", "max_divergence": 0.1, "eos_token_id": 0},
 }

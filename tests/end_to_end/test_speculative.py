@@ -64,7 +64,7 @@ def top_2(logits: Tensor) -> Tensor:
 CASES = {
     "K=1": {"lookahead": 1},
     "K=3, the cap in the middle of a block": {"lookahead": 3},
-    "temperatures": {"temperature": 0.7, "draft_temperature": 1.3, "lookahead": 2},
+    "temperature": {"temperature": 0.7, "lookahead": 2},
     "end": {"eos_token_id": 1, "lookahead": 3},
     "end, K=1": {"eos_token_id": 2, "lookahead": 1},
     "top-k": {"top_k": 2, "lookahead": 2},

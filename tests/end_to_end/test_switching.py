@@ -130,17 +130,20 @@ def test_exact_turns_alone_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
 
 EACH = {**SETTINGS, "cuts": {"max_divergence": 0.2}}
 SEVEN = transformer_pair(request_settings.VOCAB, 0.4)
+USUAL: dict[str, Any] = {
+    "max_new_tokens": 30, "seed": 3, "method": "auto", "compiler": "eager", "validate": False,
+}  # fmt: skip
 
 
 def of_seven(**options: Any) -> Generation:
-    usual = {"max_new_tokens": 30, "seed": 3, "method": "auto", "compiler": "eager", "validate": False}
-    given = {**usual, "max_divergence": 1.0, **options}
+    given = {**USUAL, "max_divergence": 1.0, **options}
     ids = given.pop("ids", PROMPT[None])
     return generate(*SEVEN, ids, **given)
 
 
 @pytest.mark.parametrize(
-    ("setting", "turns"), [*((setting, "sse") for setting in EACH), ("plain", "es"), ("a criterion", "es")]
+    ("setting", "turns"),
+    [*((setting, "se" if setting == "eos" else "sse") for setting in EACH), ("plain", "es"), ("a criterion", "es")],
 )
 def test_a_request_does_not_depend_on_the_others(setting: str, turns: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Given who takes which turn. Prompts of several lengths, caps of several sizes; one ends with its first token."""
@@ -320,7 +323,9 @@ def test_floors_that_mean_nothing_are_refused(options: dict[str, Any], message: 
         of_seven(**options)
 
 
-def test_a_processor_with_a_state_of_its_own_allows_no_pilot() -> None:
+def test_where_nothing_can_be_compared_exact_speculation_runs_and_says_so() -> None:
+    """A pilot would change the state of this processor."""
+
     class Counting:
         calls = 0
 
@@ -328,8 +333,13 @@ def test_a_processor_with_a_state_of_its_own_allows_no_pilot() -> None:
             self.calls += 1
             return scores - float(self.calls > 3)
 
-    with pytest.raises(OptionError, match=r'no pilot can run(.|\n)*fix: pass method="speculative" or method="smc"'):
-        of_seven(logits_processor=[Counting()])
+    g = of_seven(logits_processor=[Counting()])
+    assert (g.stats.method, g.stats.lookahead) == ("speculative", 6)
+    assert any("takes exact speculation with K=6 and compares nothing: no pilot" in w for w in g.stats.warnings)
+    assert torch.equal(
+        g.sequences, of_seven(method="speculative", lookahead=6, logits_processor=[Counting()]).sequences
+    )
+    assert "compares nothing" in str(explain(generate, *SEVEN, PROMPT[None], **USUAL, logits_processor=[Counting()]))
 
 
 def test_the_pilot_draws_other_numbers_than_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,7 +96,7 @@ def test_rows_of_a_head_are_interleaved():
 TINY = (
     "--layers 1 --dim 16 --heads 2 --kv-heads 1 --hidden 24 --vocab 50 --draft-layers 1 --draft-dim 16 --draft-heads 2 "
     "--draft-kv-heads 1 --draft-hidden 24 --acceptance none --dtype float32 --prompt-length 6 --new-tokens 6 "
-    "--lookahead 1 --n-particles 2 --repeats 1 --skip-transformers --skip-speculative"
+    "--lookahead 1 --n-particles 2 --repeats 1 --skip-transformers --skip-speculative --skip-auto"
 )
 
 

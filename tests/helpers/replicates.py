@@ -58,12 +58,12 @@ def z_scores(samples: Tensor, expected: Tensor | float) -> Tensor:
     return (samples.mean(0) - expected) / (samples.std(0) / len(samples) ** 0.5)
 
 
-def draft_chain(target: Callable, draft: Callable, prompt: Tensor, lookahead: int, scale: float = 1.0) -> Callable:
-    """The model that one particle follows: K tokens of the draft (logits times `scale`) after each of the target."""
+def draft_chain(target: Callable, draft: Callable, prompt: Tensor, lookahead: int) -> Callable:
+    """The model that one particle follows: K tokens of the draft after each of the target."""
 
     def logits(ids: Tensor) -> Tensor:
         from_target = (ids.shape[1] - len(prompt)) % (lookahead + 1) == 0
-        return target(ids) if from_target else draft(ids) * scale
+        return target(ids) if from_target else draft(ids)
 
     return logits
 

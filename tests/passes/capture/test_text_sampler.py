@@ -55,7 +55,7 @@ def test_the_parts_are_the_whole():
         return kept.masked_fill(kept < kept.topk(3).values[:, -1:], -torch.inf)
 
     lm, text, weights = split(lambda ids, logits: drawn(rows(ids, logits)))
-    assert (text.probs, text.temperatures) == (False, (2.0, 0.7))
+    assert (text.probs, text.temperature) == (False, 0.7)
     assert "scatter" in text.where or "gather" in text.where
     ids = torch.randint(V, (5, 9), generator=torch.Generator().manual_seed(0))
     logits = lm.graph_module(*lm.arguments(ids[:2], weights))[0]
@@ -69,7 +69,7 @@ def test_probabilities_are_known_as_such():
     _, text, _ = split(lambda ids, x: torch.multinomial(torch.softmax(x[:, -1] / 0.7, -1).scatter(1, ids, 0.1), 1))
     assert text.probs
     assert text.behind is None
-    assert text.temperatures == (0.7, 1.0)
+    assert text.temperature == 1.0
 
 
 def test_a_sampler_that_reads_no_text_is_not_split():
