@@ -99,7 +99,11 @@ def _explain_generate(args: tuple[Any, ...], options: dict[str, Any]) -> Explana
     distribution = program.target.distribution
     warpers = [getattr(warper, "name", warper.__name__) for warper in distribution.warpers]
     sampler = "argmax" if distribution.kind == "greedy" else f"softmax of logits after {', '.join(warpers)}"
-    found = {"sampler": [sampler, *proposal_line(program)], "rules on the text": result.stats.rules}
+    found = {
+        "sampler": [sampler, *proposal_line(program)],
+        "potential": result.stats.tables,
+        "rules on the text": result.stats.rules,
+    }
     return Explanation(True, None, _sections(found, program, result, time.perf_counter() - start))
 
 
@@ -155,6 +159,9 @@ def method_note(program: Program, result: Generation) -> str:
         return f" (exact{', the greedy text' if greedy else ''}; {accepted})"
     if program.method in ("smc", "auto"):
         far = float(result.kl_bound_per_token.mean())
+        if result.stats.potentials:
+            evidence = ", ".join(f"{e:.2f}" for e in result.log_evidence[:4].tolist())
+            return f" (log_evidence {evidence}: the log of the mass that the model gives to texts that fit)"
         if math.isnan(far):
             return " (no kl_bound: see the warnings)"
         bound = f"kl_bound {far:.2g} nats a token here: on average it bounds how far answers are from the target"

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from smc_compile.auto.choice import settled
+from smc_compile.control.conditions import Conditions
 from smc_compile.errors import OptionError
 from smc_compile.inputs.processors import sort_processors
 from smc_compile.inputs.prompts import prompts_of
@@ -49,6 +50,8 @@ def generate(
     stream: str = "settled",
     max_lag: int | None = None,
     generation_config: Any = None,
+    potential: Any = None,
+    at_limit: str = "complete",
     **options: Any,
 ) -> Generation:
     """Sample new tokens after each prompt from the model's next-token distribution: with SMC, or exactly (``method``).
@@ -77,6 +80,9 @@ def generate(
         streamer, stream: see ``smc_compile.inputs.streaming.watch_for``.
         max_lag: with a streamer, settle what is older than so many tokens by drawing one of the particles' pasts: exact
             in expectation, at the price of the other particles.
+        potential: what the texts are conditioned on (see ``smc_compile.control``), each; it needs a ``tokenizer`` and
+            an end token.
+        at_limit: "complete": a text that fits must be whole within ``max_new_tokens``. "cut": it may be cut off there.
         generation_config: of transformers; the model's own ``generate`` then prepares the request, and the sampler's
             settings are those of the config.
         **options: see ``smc_compile.options.Options``.
@@ -91,6 +97,12 @@ def generate(
         GenerationError: when generation breaks in the middle; ``error.partial`` holds the result so far.
     """
     check_model(model)
+    if potential is not None and generation_config is not None:
+        raise OptionError(
+            "a potential cannot be given beside generation_config",
+            "the library would prepare the request without it",
+            "call smc_compile.generate with max_new_tokens, temperature, eos_token_id, ... themselves",
+        )
     if generation_config is not None:
         beside = {
             name: value for name, value in locals().items() if name not in ("model", "generation_config", "options")
@@ -102,6 +114,9 @@ def generate(
     stopping = Stopping(max_new_tokens, eos_token_id, pad_token_id, stop_strings, tokenizer, stopping_criteria)
     streaming = Streaming(streamer, stream, max_lag)
     ids, greedy = prompts.ids, not settings
+    conditions = Conditions(potential, tokenizer, at_limit)
+    if conditions:
+        parsed = conditions.method(parsed, greedy)
     vocab = vocabulary(model, logits_processor, parsed, ids)
     processors = sort_processors(logits_processor, list(settings), vocab, device=ids.device)
     request = build_request(
@@ -114,6 +129,8 @@ def generate(
         **streaming.of(ids),
     )
     program = program_for(model, processors, greedy, parsed, ids)
+    if conditions:
+        request = conditions.of(request, prompts.each(potential), program.vocabulary, program.forgets)
     return settled(program, request).answer(request)
 
 

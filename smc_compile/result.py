@@ -35,6 +35,8 @@ class Stats:
     resample_seconds: float = 0.0
     rules_seconds: float = 0.0  # text processors and stopping criteria
     warnings: list[str] = field(default_factory=list)
+    potentials: list[str] = field(default_factory=list)  # names of what the texts are conditioned on, one a request
+    tables: list[str] = field(default_factory=list)  # of these, and how large they are
     rules: list[str] = field(default_factory=list)  # text processors, and where each runs
 
     @property
@@ -55,8 +57,9 @@ class Generation:
         sequences: [B, P+n] int64, one particle per request drawn in proportion to its weight.
         particles: [B, N, P+n] int64.
         log_weights: [B, N], unnormalised, since the last resampling.
-        log_evidence: [B], log of an estimate of the evidence, which is 1: unbiased but where a block was ``dropped``,
-            which overestimates.
+        log_evidence: [B], log of an estimate of the evidence: unbiased but where a block was ``dropped``, which
+            overestimates. The evidence is 1, or with a potential the mass that the target gives to texts that fit;
+            -inf where every particle has died.
         dropped: [B] int64, blocks of which every particle would have died; nothing of them was kept.
         ess: [B, C], effective sample size at the end of each cycle, before resampling; NaN in the cycles after a
             request finished.
@@ -104,14 +107,44 @@ class Generation:
         on all its random numbers; with the target in the place of one particle's text it is P, and dP / dQ is the
         estimated evidence Z. So KL(Q || P) = -E[log Z], and the text alone cannot be further off (Andrieu, Doucet and
         Holenstein, "Particle Markov chain Monte Carlo methods", 2010, has P). One run's value scatters, and may be
-        negative. The exact methods have 0. It is NaN where a block was ``dropped``: nothing bounds the divergence then.
+        negative. The exact methods have 0. It is NaN where a block was ``dropped``, and with
+        a potential, whose evidence nobody knows: nothing bounds the divergence then.
         """
-        return torch.where(self.dropped > 0, torch.nan, -self.log_evidence)
+        unknown = (self.dropped > 0) | bool(self.stats.potentials)
+        return torch.where(unknown, torch.nan, -self.log_evidence)
 
     @property
     def kl_bound_per_token(self) -> Tensor:
         """[B], ``kl_bound`` over the mean number of new tokens of the particles."""
         return self.kl_bound / self.particle_lengths.double().mean(1).clamp_min(1)
+
+    @property
+    def log_ml(self) -> Tensor:
+        """[B], ``log_evidence`` under genlm-control's name."""
+        return self.log_evidence
+
+    def posterior(self, request: int = 0) -> dict[tuple[int, ...], float]:
+        """What the particles of a request say of its law: new tokens, with the end, to probability, largest first.
+
+        Empty where every particle has died.
+        """
+        width = self.particles.shape[2] - self.particle_log_probs.shape[2]
+        found: dict[tuple[int, ...], float] = {}
+        if self.log_evidence[request] == -torch.inf:
+            return found
+        weights, lengths = self.log_weights[request].softmax(-1).tolist(), self.particle_lengths[request].tolist()
+        for particle, length, weight in zip(self.particles[request], lengths, weights, strict=True):
+            text = tuple(particle[width : width + length].tolist())
+            found[text] = found.get(text, 0.0) + weight
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+    def decoded_posterior(self, tokenizer: Any, request: int = 0) -> dict[str, float]:
+        """``posterior`` by text, as ``tokenizer.decode`` has it: spellings of one text count together."""
+        found: dict[str, float] = {}
+        for tokens, weight in self.posterior(request).items():
+            text = tokenizer.decode(list(tokens))
+            found[text] = found.get(text, 0.0) + weight
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_program"}

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from smc_compile.runtime.algorithms.automata import Steering, after_token, after_tokens, allowed, restricted
 from smc_compile.runtime.algorithms.next_token import Mixture, NextTokenDistribution, broken, pick
 from smc_compile.runtime.algorithms.sampling import sample_inverse_cdf
 from smc_compile.runtime.execution.cuts import Cuts, tokens_kept
@@ -43,6 +44,7 @@ class Chosen(NamedTuple):
     ended: Tensor  # bool: the text ends before it
     undefined: Tensor  # bool: NaN in the distribution of a row that has not ended
     log_probs: Tensor | None  # [R, V], that it was drawn from; where asked for
+    state: Tensor | None = None  # of the automaton behind it, where there is one
 
 
 def choose(distribution: NextTokenDistribution | Mixture, whole: bool = False) -> Callable[..., Chosen]:
@@ -50,12 +52,24 @@ def choose(distribution: NextTokenDistribution | Mixture, whole: bool = False) -
     greedy = distribution.kind == "greedy"
 
     def choose_token(
-        rows: Tensor, tokens: Tensor, ended: Tensor, eos_ids: EosIds, settings: Settings, u: Tensor
+        rows: Tensor,
+        tokens: Tensor,
+        ended: Tensor,
+        eos_ids: EosIds,
+        settings: Settings,
+        u: Tensor,
+        steering: Steering | None = None,
     ) -> Chosen:
         log_p = distribution.log_probs(rows, {name: value[:, None] for name, value in settings.items()})
         ended = ended | is_eos(tokens[:, -1:], eos_ids)[:, 0]
+        undefined = broken(log_p) & ~ended
+        if steering is not None:
+            log_p, _ = restricted(log_p, allowed(*steering))
         token = torch.where(ended, eos_ids.pad, draw(log_p, u, greedy))
-        return Chosen(token, pick(log_p, token), ended, broken(log_p) & ~ended, log_p if whole else None)
+        state = None
+        if steering is not None:
+            state = torch.where(ended, steering.state, after_token(steering.automaton, steering.state, token))
+        return Chosen(token, pick(log_p, token), ended, undefined, log_p if whole else None, state)
 
     return choose_token
 
@@ -72,9 +86,10 @@ def step(forward: Forward, chosen: Callable[..., Chosen]) -> Callable[..., tuple
         places: Places,
         state: State,
         context: Any,
+        steering: Steering | None,
     ) -> tuple[Chosen, State]:
         rows, state = forward(tokens, places, state, context)  # rows: [R, V]
-        return chosen(rows, tokens, ended, eos_ids, settings, u), state
+        return chosen(rows, tokens, ended, eos_ids, settings, u, steering), state
 
     return next_token
 
@@ -92,13 +107,15 @@ class Judged(NamedTuple):
     undefined: Tensor  # [R] bool: NaN in the distribution of a token that counts
     width: Tensor  # [B], tokens that the block adds
     dropped: Tensor  # [B] bool: no drafted token is kept, since every particle would have weight zero
+    state: Tensor | None = None  # [R], of the automaton behind the block, where there is one
 
 
 def judge(distribution: NextTokenDistribution, cuts: Cuts = WHOLE) -> Callable[..., Judged]:
     """From the target's logits [R*(K+1), V] over a block: what is kept of it, weight increments and the next token.
 
     A token counts unless it comes after the end of a sequence or after the last wanted one. The others add nothing to
-    the weights; neither does the last token, since it is drawn from the target itself.
+    the weights; neither does the last token, since it is drawn from the target itself. With an automaton it is drawn
+    from the target restricted to what may follow, and adds the log of the mass that this holds.
     """
 
     def judge_block(
@@ -113,6 +130,7 @@ def judge(distribution: NextTokenDistribution, cuts: Cuts = WHOLE) -> Callable[.
         remaining: Tensor,  # [R], tokens still wanted after x_0
         settings: Settings,
         u: Tensor,  # [R, K+1], for the target's token behind 0 .. K drafted ones
+        steering: Steering | None = None,  # at x_0
     ) -> Judged:
         (r, width), (batch, n) = block.shape, log_w.shape
         spread = {name: value[:, None].expand(r, width).reshape(-1, 1) for name, value in settings.items()}
@@ -121,11 +139,17 @@ def judge(distribution: NextTokenDistribution, cuts: Cuts = WHOLE) -> Callable[.
         place = torch.arange(width, device=block.device)
         counts = ~over & (place < remaining[:, None])  # [R, K+1], of the token behind x_k
         of_drafted = pick(log_p[:, :-1], block[:, 1:]).double()
-        steps = torch.where(counts[:, :-1], of_drafted - log_q.double(), 0.0)  # [R, K]
+        of_allowed, law = of_drafted, log_p
+        if steering is not None:
+            states = after_tokens(steering.automaton, steering.state, block[:, 1:])  # [R, K+1]
+            may = allowed(steering.automaton, states, steering.left[:, None] - place)  # [R, K+1, V]
+            of_allowed = torch.where(pick(may[:, :-1], block[:, 1:]), of_drafted, -math.inf)
+            law = restricted(log_p, may)[0] if cuts.any else log_p
+        steps = torch.where(counts[:, :-1], of_allowed - log_q.double(), 0.0)  # [R, K]
 
         kept = torch.full((batch,), width - 1, device=block.device)
         if cuts.any:
-            kept = tokens_kept(log_p, proposed, counts[:, :-1], steps, log_w, cuts.max_divergence)
+            kept = tokens_kept(law, proposed, counts[:, :-1], steps, log_w, cuts.max_divergence)
         increments = torch.where(place[:-1] < kept.repeat_interleave(n)[:, None], steps, 0.0).sum(1)
         dropped = torch.zeros_like(kept, dtype=torch.bool)
         if cuts.forgets:
@@ -137,14 +161,22 @@ def judge(distribution: NextTokenDistribution, cuts: Cuts = WHOLE) -> Callable[.
         log_last = log_p[:, -1]
         if cuts.forgets:
             log_last = log_p.gather(1, at[:, :, None].expand(-1, -1, log_p.shape[-1]))[:, 0]
-        last = draw(log_last, u.gather(1, at)[:, 0], False)[:, None]  # [R, 1]
+        log_drawn, state = log_last, None
+        if steering is not None:
+            log_drawn, mass = restricted(log_last, may.gather(1, at[:, :, None].expand(-1, -1, may.shape[-1]))[:, 0])
+            counted = counts.gather(1, at)[:, 0]
+            increments = increments + torch.where(counted, mass.double(), 0.0)
+        last = draw(log_drawn, u.gather(1, at)[:, 0], False)[:, None]  # [R, 1]
+        if steering is not None:
+            state = states.gather(1, at)[:, 0]
+            state = torch.where(counted, after_token(steering.automaton, state, last[:, 0]), state)
         drafted = torch.cat([block[:, 1:], last], 1)
         tokens = torch.where(over, eos_ids.pad[:, None], torch.where(place == at, last, drafted))
         of_last = pick(log_last, last[:, 0]).double()[:, None]
         of_tokens = torch.where(place == at, of_last, torch.cat([of_drafted, of_last], 1))
         live = counts & (place <= at)
         undefined = (broken(log_p) & live).any(1)
-        return Judged(increments, tokens, torch.where(live, of_tokens, 0.0), over, undefined, kept + 1, dropped)
+        return Judged(increments, tokens, torch.where(live, of_tokens, 0.0), over, undefined, kept + 1, dropped, state)
 
     return judge_block
 
@@ -166,8 +198,10 @@ def score(forward: Forward, judged: Callable[..., Judged]) -> Callable[..., tupl
         places: Places,
         state: State,
         context: Any,
+        steering: Steering | None,
     ) -> tuple[Judged, State]:
         rows, state = forward(block, places, state, context)  # rows: [R*(K+1), V]
-        return judged(rows, block, log_q, proposed, log_w, ended, stops, eos_ids, remaining, settings, u), state
+        given = (block, log_q, proposed, log_w, ended, stops, eos_ids, remaining, settings, u)
+        return judged(rows, *given, steering), state
 
     return score_block

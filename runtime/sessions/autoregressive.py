@@ -99,7 +99,8 @@ class AutoregressiveSession:
         """
         generated, particles = state.generated, state.particles
         tokens = pending(state.texts.tokens, generated)
-        (token, log_p, over, bad, _), caches = self._drawn(run, state, tokens, u)
+        drawn, caches = self._drawn(run, state, tokens, u)
+        token, log_p, over, bad = drawn[:4]
         write_block(state.texts, token[:, None], torch.where(over, 0.0, log_p.double())[:, None], generated)
         stopped = stops(run, token[:, None], torch.ones_like(generated))[:, 0]
         after = end(over, bad, stopped, particles, token, run.eos_ids, run.request.new_tokens, generated)
@@ -111,12 +112,12 @@ class AutoregressiveSession:
         places, given = run.places(state.generated - 1, 1), (tokens, ended, run.eos_ids, run.settings, u)
         if not self._text_processors:
             drawn: tuple[Chosen, State]
-            drawn = self._step(*given, places, state.target, run.contexts[0])
+            drawn = self._step(*given, places, state.target, run.contexts[0], None)
             return drawn
         rows, caches = self._step(tokens, places, state.target, run.contexts[0])
         live = ~(ended | is_eos(tokens, run.eos_ids)[:, 0]) & (run.remaining(state.generated) > 0)
         rows = after_processors(run, self._distribution, rows[:, None], run.no_tokens, live[:, None])[:, 0]
-        return self._choose(rows, *given), caches
+        return self._choose(rows, *given, None), caches
 
     def _from_host(self, run: Run) -> tuple[Tensor, Tensor]:
         """One token. Returns which distributions are undefined [B], and which requests have finished [B]."""
@@ -175,6 +176,6 @@ def end_of_token(
     """Commit a token."""
     undefined = bad & (new_tokens > generated)
     length, ended = ends_within(particles.length, particles.ended, over[:, None], generated, torch.ones_like(generated))
-    after = Particles(*where_sound(~undefined.any(), Particles(ended, stopped, length), particles))
+    after = Particles(*where_sound(~undefined.any(), Particles(ended, stopped, length, particles.automaton), particles))
     lengths = ends_at_pending(after, token[:, None], eos_ids, generated + 1)
     return EndOfToken(after, generated + 1, undefined, all_finished(lengths, 1, generated + 1, new_tokens))

@@ -31,6 +31,7 @@ from smc_compile.runtime.execution.region_bodies import Chosen, Judged
 from smc_compile.runtime.sessions.ragged_texts import stops
 from smc_compile.runtime.sessions.run import Run
 from smc_compile.runtime.state.particles import (
+    ENDLESS,
     CycleState,
     Particles,
     Weights,
@@ -99,6 +100,7 @@ class Drafting(NamedTuple):
     block: list[Tensor]  # x_0 .. x_k, [R] each
     ended: Tensor  # [R] bool, the text ends before the last of ``tokens``
     caches: State
+    state: Tensor  # [R], of the automaton behind the last of ``tokens``
 
 
 Enough = Callable[[Drafting, int], bool]  # after so many tokens of a block
@@ -126,6 +128,7 @@ class ModelPair(Protocol):
         u: Tensor,  # [R, K+1]
         places: Places,
         caches: State,
+        automaton: Tensor,  # [R], its state at x_0
     ) -> tuple[Judged, State]:
         """What the target makes of a block, and its caches; an empty list where they change in place."""
         ...
@@ -165,7 +168,9 @@ def cycle_of(
         remaining, width = run.remaining(generated), block.shape[1]
         over = torch.cat([particles.stopped[:, None], stops(run, block[:, 1:], torch.full_like(caps, width - 1))], 1)
         places, before = run.places(generated - 1, width), (proposed, weights.log_w, particles.ended)
-        judged, target = models.judge(run, block, log_q, *before, over, remaining, u.target, places, state.target)
+        judged, target = models.judge(
+            run, block, log_q, *before, over, remaining, u.target, places, state.target, particles.automaton
+        )
         write_block(state.texts, judged.tokens, judged.log_p, generated)
         stopped = stops(run, judged.tokens, judged.width, only_last=True).any(1)
         log_w, settled = weights.log_w + judged.increments.view_as(weights.log_w), None
@@ -200,7 +205,9 @@ def propose(
     generated, last, texts = state.generated, state.generated - 1, state.texts.tokens
     tokens = texts.gather(1, columns(generated - head, head, len(texts)))  # [R, head]
     remaining = run.remaining(generated)
-    at = Drafting(tokens, [tokens[:, -1]], state.particles.ended | state.particles.stopped, state.draft)
+    at = Drafting(
+        tokens, [tokens[:, -1]], state.particles.ended | state.particles.stopped, state.draft, state.particles.automaton
+    )
     log_q: list[Tensor] = []
     proposed: list[Tensor] = []
     for k in range(u.draft.shape[1]):
@@ -215,7 +222,13 @@ def propose(
         log_q.append(drawn.log_p)
         if drawn.log_probs is not None:
             proposed.append(drawn.log_probs)
-        at = Drafting(drawn.token[:, None], [*at.block, drawn.token], drawn.ended, caches or at.caches)
+        at = Drafting(
+            drawn.token[:, None],
+            [*at.block, drawn.token],
+            drawn.ended,
+            caches or at.caches,
+            at.state if drawn.state is None else drawn.state,
+        )
     return torch.stack(at.block, 1), torch.stack(log_q, 1), proposed, at.caches
 
 
@@ -251,6 +264,8 @@ def end_of_cycle(threshold: float, method: str) -> Callable[..., EndOfCycle]:
         of_target = judged.undefined.view(batch, n).any(1)
         of_draft = judged.increments.isnan().view(batch, n).any(1) & ~of_target  # with a sound target
         dead = (log_w == -math.inf).all(1)
+        lost = dead if judged.state is not None else torch.zeros_like(dead)  # no other token would fit the automaton
+        dead = dead & ~lost
         sound = ~(of_target | of_draft | dead).any()
 
         cost = divergence_of(log_w)
@@ -265,7 +280,10 @@ def end_of_cycle(threshold: float, method: str) -> Callable[..., EndOfCycle]:
 
         first, width = generated.repeat_interleave(n), judged.width.repeat_interleave(n)
         length, ended = ends_within(particles.length, particles.ended, judged.over, first, width)
-        committed = Particles(*(value[source] for value in Particles(ended, stopped, length)))
+        automaton = particles.automaton if judged.state is None else judged.state
+        ending = lost.repeat_interleave(n)
+        length, ended = torch.where(ending & (length == ENDLESS), first, length), ended | ending
+        committed = Particles(*(value[source] for value in Particles(ended, stopped, length, automaton)))
         after = Particles(*where_sound(sound, committed, particles))
         dropped = weights.dropped + judged.dropped
         weighed = Weights(*where_sound(sound, Weights(log_w, log_evidence, shared, dropped), weights))

@@ -49,7 +49,8 @@ class FusedPair:
     ) -> tuple[Chosen, State]:
         region = self._head if at.tokens.shape[1] == 2 else self._step
         given = (at.tokens, at.ended, run.eos_ids, settings, u)
-        drafted: tuple[Chosen, State] = region(*given, places, at.caches, run.contexts[1])
+        steering = run.steering(at.state, remaining - len(at.block))
+        drafted: tuple[Chosen, State] = region(*given, places, at.caches, run.contexts[1], steering)
         return drafted
 
     def judge(
@@ -65,9 +66,11 @@ class FusedPair:
         u: Tensor,
         places: Places,
         caches: State,
+        automaton: Tensor,
     ) -> tuple[Judged, State]:
         given = (block, log_q, proposed, log_w, ended, stopped, run.eos_ids, remaining, run.settings, u)
-        judged, after = self._score(*given, places, caches, run.contexts[0])
+        steering = run.steering(automaton, remaining - 1)
+        judged, after = self._score(*given, places, caches, run.contexts[0], steering)
         return judged, after
 
 
@@ -105,7 +108,8 @@ class ProcessedPair:
         drafted = torch.stack(at.block[1:], 1) if len(at.block) > 1 else run.no_tokens  # [R, k]
         live = ~(at.ended | is_eos(at.tokens[:, -1:], run.eos_ids)[:, 0]) & (remaining > drafted.shape[1])
         rows = after_processors(run, self._draft_distribution, rows[:, None], drafted, live[:, None])[:, 0]
-        return self._choose(rows, at.tokens, at.ended, run.eos_ids, settings, u), caches
+        steering = run.steering(at.state, remaining - len(at.block))
+        return self._choose(rows, at.tokens, at.ended, run.eos_ids, settings, u, steering), caches
 
     def judge(
         self,
@@ -120,10 +124,11 @@ class ProcessedPair:
         u: Tensor,
         places: Places,
         caches: State,
+        automaton: Tensor,
     ) -> tuple[Judged, State]:
         rows, after = self._score(block, places, caches, run.contexts[0])
         over = ended[:, None] | ((is_eos(block, run.eos_ids) | stopped).int().cumsum(1) > 0)
         live = ~over & (torch.arange(block.shape[1], device=over.device) < remaining[:, None])
         rows = after_processors(run, self._distribution, rows.view(*block.shape, -1), block[:, 1:], live)
         given = (block, log_q, proposed, log_w, ended, stopped, run.eos_ids, remaining, run.settings, u)
-        return self._judge(rows.flatten(0, 1), *given), after
+        return self._judge(rows.flatten(0, 1), *given, run.steering(automaton, remaining - 1)), after

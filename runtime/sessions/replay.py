@@ -53,8 +53,9 @@ def cuda_graphs(device: torch.device) -> Record:
 
 
 def replays(replay: Replay | None, request: Request) -> bool:
-    """Whether the cycles of a request are recorded: those in which the host takes no part."""
-    return replay is not None and request.stop is None and request.max_lag is None
+    """Whether the cycles of a request are recorded: those in which the host takes no part, and no
+    automaton, whose tables are of no fixed size."""
+    return replay is not None and request.stop is None and request.max_lag is None and request.automaton is None
 
 
 def in_shape(request: Request, capacity: int) -> tuple[Request, int]:

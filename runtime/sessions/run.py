@@ -11,6 +11,7 @@ from torch import Tensor
 
 from smc_compile.errors import GenerationError
 from smc_compile.result import Generation, Stats
+from smc_compile.runtime.algorithms.automata import Steering
 from smc_compile.runtime.algorithms.next_token import Mixture, NextTokenDistribution, broken
 from smc_compile.runtime.algorithms.tensors import mark_dynamic
 from smc_compile.runtime.algorithms.uniforms import Streams
@@ -81,6 +82,12 @@ class Run:
     def remaining(self, generated: Tensor) -> Tensor:
         """[R], tokens still wanted when so many [B] are generated."""
         return (self.request.new_tokens - generated).repeat_interleave(self.p.n)
+
+    def steering(self, state: Tensor, left: Tensor) -> Steering | None:
+        """Rows in these states [R] of the automaton, with so many tokens left behind the next one; None without one."""
+        if self.request.automaton is None:
+            return None
+        return Steering(self.request.automaton, state, left + self.request.slack)
 
     def standing(self, generated: Tensor) -> Tensor:
         """[B], where each request goes on: a batch may hold some that have finished, and those stand still."""

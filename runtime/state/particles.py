@@ -32,6 +32,7 @@ class Particles(NamedTuple):
     ended: Tensor  # [R] bool: an end of sequence lies before the pending token
     stopped: Tensor  # [R] bool: the text ends with the pending token for another reason than its token
     length: Tensor  # [R], tokens up to and with the end; ENDLESS before it
+    automaton: Tensor  # [R] int64, its state behind the pending token; 0 without one
 
 
 class Weights(NamedTuple):
@@ -67,7 +68,12 @@ class CycleState(NamedTuple):
                 tokens=request.pad.repeat_interleave(n)[:, None].repeat(1, capacity),
                 log_p=torch.zeros(rows, capacity, dtype=torch.float64, device=device),
             ),
-            Particles(ended=never, stopped=never.clone(), length=torch.full((rows,), ENDLESS, device=device)),
+            Particles(
+                ended=never,
+                stopped=never.clone(),
+                length=torch.full((rows,), ENDLESS, device=device),
+                automaton=torch.zeros(rows, dtype=torch.int64, device=device),
+            ),
             Weights(
                 log_w=torch.zeros(batch, n, dtype=torch.float64, device=device),
                 log_evidence=torch.zeros(batch, dtype=torch.float64, device=device),

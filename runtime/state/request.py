@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from smc_compile.runtime.algorithms.automata import Automaton
+
 
 class Rows(NamedTuple):
     """Which requests the rows of a text [R, L] belong to, for text processors and stopping criteria."""
@@ -40,6 +42,10 @@ class Request:
         stop: a stopping criterion, which runs on the host.
         max_lag: draw one ancestor for tokens older than this many; None never does.
         watch: called with every ``Progress``.
+        automaton: what the texts are conditioned on; one for all requests, each of which begins in its ``start`` [B].
+        potentials: the names of what the automaton is of, one for each request of the caller's batch.
+        tables: about the automaton, for a report.
+        slack: added to the budget of tokens that an automaton counts: 0, or FAR where a text may be cut off.
         reach: position tables are filled up to this length, so that requests of one shape have tables of one shape.
     """
 
@@ -55,6 +61,11 @@ class Request:
     stop: Stop | None = None
     max_lag: int | None = None
     watch: Callable[[Any], None] | None = None
+    automaton: Automaton | None = None
+    start: Tensor | None = None
+    potentials: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
+    slack: int = 0
     reach: int = 0
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import weakref
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -59,6 +60,11 @@ class Program:
         return method_for(self.target, self.options)
 
     @property
+    def vocabulary(self) -> int:
+        """Tokens that target and draft share; 0 where models with a state of their own do not tell."""
+        return self.target.distribution.vocab or self.target.vocab_size or 0
+
+    @property
     def rows(self) -> int:
         """Rows of a request: particles or chains."""
         alone = self.method == "autoregressive" or self.target.distribution.kind == "greedy"
@@ -96,6 +102,13 @@ class Program:
         elif self.forgets:
             ways += ["lower max_divergence"] * (self.options.max_divergence > 0) + ['use method="speculative", exact']
         found = []
+        for b, evidence in enumerate(result.log_evidence.tolist() if result.stats.potentials else []):
+            if evidence == -math.inf:
+                length, name = int(result.new_lengths[b]), result.stats.potentials[b]
+                result.stats.warnings.append(
+                    f"all particles of request {b} have died at new token {length}: the target gives no mass to what "
+                    f"{name} lets follow; the text ends there, unfinished"
+                )
         if dropped:
             found.append(
                 f"every particle would have died {dropped} times, and what was drafted was dropped: the texts are "

@@ -25,17 +25,19 @@ R = B * N
 EOS = 9
 
 
-def end(increments: Tensor, tokens: Tensor, undefined: Tensor | None = None) -> tuple[EndOfCycle, Particles, Weights]:
+def end(
+    increments: Tensor, tokens: Tensor, undefined: Tensor | None = None, state: Tensor | None = None
+) -> tuple[EndOfCycle, Particles, Weights]:
     """A cycle of which every particle got these increments [R] and tokens [R, K+1], and what it began with."""
     never = torch.zeros(R, dtype=torch.bool)
-    particles = Particles(never, never, torch.full((R,), ENDLESS))
+    particles = Particles(never, never, torch.full((R,), ENDLESS), torch.zeros(R, dtype=torch.int64))
     shared = torch.zeros(B, N, N, dtype=torch.int64)
     none = torch.zeros(B, dtype=torch.int64)
     weights = Weights(torch.zeros(B, N).double(), torch.zeros(B).double(), shared, none)
     over = torch.zeros(R, K + 1, dtype=torch.bool)
     undefined = never if undefined is None else undefined
     whole, dropped = torch.full((B,), K + 1), torch.zeros(B, dtype=torch.bool)
-    judged = Judged(increments, tokens, torch.zeros(R, K + 1), over, undefined, whole, dropped)
+    judged = Judged(increments, tokens, torch.zeros(R, K + 1), over, undefined, whole, dropped, state)
     eos_ids = EosIds(torch.full((R, 1), EOS), torch.full((R,), EOS))
     log_w, caps = weights.log_w + increments.view(B, N), torch.tensor([40, 40])
     u, generated = torch.full((B, N), 0.5).double(), torch.tensor([4, 4])
@@ -57,6 +59,20 @@ def test_a_degenerate_population_goes_on_with_its_one_particle():
     assert status.resampled.tolist() == [1, 0]
     assert status.generated.tolist() == [4 + K + 1] * B
     assert status.finished.tolist() == [1, 0], "all three go on with a text that ends with its pending token"
+
+
+def test_a_population_that_no_text_fits_ends_where_it_stood():
+    """With an automaton: the other request goes on, in the states of its particles' ancestors."""
+    increments = torch.tensor([-math.inf] * N + [0.0, -math.inf, 0.0]).double()
+    ended, *_ = end(increments, torch.full((R, K + 1), 1), state=torch.arange(R))
+    status = Status(*ended.status)
+    assert status.sound
+    assert status.dead.tolist() == [0, 0]
+    assert status.finished.tolist() == [1, 0]
+    assert ended.particles.length[:N].tolist() == [4] * N
+    assert ended.particles.ended.tolist() == [True] * N + [False] * N
+    assert ended.weights.log_w[0].tolist() == [-math.inf] * N
+    assert ended.particles.automaton.tolist() == ended.source.tolist()
 
 
 @pytest.mark.parametrize("broken", ["dead", "undefined", "undefined_draft"])
