@@ -273,7 +273,7 @@ class Half(Potential):
         ({"max_new_tokens": 2, "potential": Regex("a{5}")}, "the shortest text of Regex.* has 5 tokens"),
         ({"potential": Regex("c")}, "spell no text of Regex"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "given",  # no address, which differs between workers
 )
 def test_what_does_not_fit_is_refused_before_any_work(given: dict[str, Any], message: str) -> None:
     usual = {**GIVEN, "potential": Regex("a*"), "max_new_tokens": 4, "compiler": "eager"}
