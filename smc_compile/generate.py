@@ -51,7 +51,7 @@ def generate(
     max_lag: int | None = None,
     generation_config: Any = None,
     potential: Any = None,
-    at_limit: str = "complete",
+    at_limit: str | None = None,
     **options: Any,
 ) -> Generation:
     """Sample new tokens after each prompt from the model's next-token distribution: with SMC, or exactly (``method``).
@@ -82,7 +82,8 @@ def generate(
             in expectation, at the price of the other particles.
         potential: what the texts are conditioned on (see ``smc_compile.control``), each; it needs a ``tokenizer`` and
             an end token.
-        at_limit: "complete": a text that fits must be whole within ``max_new_tokens``. "cut": it may be cut off there.
+        at_limit: "complete", the default: a text that fits must be whole within ``max_new_tokens``. "cut": it may be
+            cut off there.
         generation_config: of transformers; the model's own ``generate`` then prepares the request, and the sampler's
             settings are those of the config.
         **options: see ``smc_compile.options.Options``.
@@ -97,6 +98,9 @@ def generate(
         GenerationError: when generation breaks in the middle; ``error.partial`` holds the result so far.
     """
     check_model(model)
+    if at_limit is not None and potential is None:
+        why = "without one a text may end anywhere"
+        raise OptionError("at_limit needs a potential", why, "pass potential=..., or leave at_limit out")
     if potential is not None and generation_config is not None:
         raise OptionError(
             "a potential cannot be given beside generation_config",

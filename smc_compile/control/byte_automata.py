@@ -72,8 +72,10 @@ def from_regex(pattern: str) -> ByteAutomaton:
         re.compile(pattern)
         _refuse(pattern)
         characters = interegular.parse_pattern(pattern).to_fsm()
-    except (re.error, interegular.InvalidSyntax, interegular.Unsupported, NotImplementedError) as error:
-        said = str(error).strip().splitlines() or ["its syntax is not known"]
+    except OptionError:
+        raise
+    except Exception as error:  # interegular raises whatever comes where it does not know a form
+        said = str(error).strip().splitlines() or ["interegular does not know its syntax"]
         raise OptionError(f"the pattern {pattern!r} cannot be compiled", said[-1]) from error
     classes = characters.alphabet
     named = sorted((ord(c), number) for c, number in classes._symbol_mapping.items() if isinstance(c, str))
@@ -147,7 +149,11 @@ class Utf8:
         return self._between[key]
 
 
+FOLDING = r"\(\?[a-z]*i"
+CLASS_FROM_BRACKET = r"\[\^?\]"
 NO_AUTOMATON = (  # in patterns without escaped characters and classes
+    (CLASS_FROM_BRACKET, "a class in it begins with ]", r"write \] there"),
+    (r"\{\}", "a pair of braces is empty", r"write \{\} for the text"),
     (
         r"[$^]|\\[AbBZ]",
         "it has an anchor or a word boundary",
@@ -155,17 +161,17 @@ NO_AUTOMATON = (  # in patterns without escaped characters and classes
     ),
     (r"\(\?<?[=!]", "it looks ahead or behind", "write out what may stand there"),
     (r"\\[1-9]|\(\?P=|\(\?\(", "it refers back to a group", "write out what may stand there"),
+    (FOLDING, "it ignores the case of letters, and has some that are not ASCII", "write out both cases of each"),
     (r"\(\?>|[*+?}]\+", "it has an atomic group", "leave it out: what matches is the same, or nothing"),
 )
 
 
 def _refuse(pattern: str) -> None:
-    """Refuse what is no matter of an automaton by name: of the whole pattern, an approximation would be wrong in
-    silence."""
-    bare = re.sub(r"\\[^AbBZ1-9]", "", pattern)
-    bare = re.sub(r"\[\^?\]?[^]]*\]", "", bare)
+    """Refuse what is no matter of an automaton, or what interegular reads otherwise than Python, by name."""
+    escaped = re.sub(r"\\[^AbBZ1-9]", ".", pattern)
+    bare = re.sub(r"\[\^?[^]]+\]", ".", escaped) if not re.search(CLASS_FROM_BRACKET, escaped) else escaped
     for sign, why, way in NO_AUTOMATON:
-        if re.search(sign, bare):
+        if re.search(sign, bare) and (sign != FOLDING or not pattern.isascii()):
             raise OptionError(f"the pattern {pattern!r} cannot be compiled", why, way)
 
 

@@ -30,13 +30,13 @@ class Conditions:
     Attributes:
         potential: one for all requests, or one for each.
         tokenizer: as of ``token_bytes``.
-        at_limit: where the budget of tokens ends a text. "complete": it must be whole by then. "cut": it may be the
-            beginning of a whole one.
+        at_limit: where the budget of tokens ends a text. "complete", or None: it must be whole by then. "cut": it may
+            be the beginning of a whole one.
     """
 
     potential: Any = None
     tokenizer: Any = None
-    at_limit: str = "complete"
+    at_limit: str | None = None
 
     def __bool__(self) -> bool:
         return self.potential is not None
@@ -47,7 +47,7 @@ class Conditions:
         Raises:
             OptionError: another method than SMC is asked for, or N or K is to be chosen.
         """
-        if self.at_limit not in AT_LIMIT:
+        if self.at_limit not in (None, *AT_LIMIT):
             raise OptionError(f"at_limit {self.at_limit!r} is unknown", f"valid values are {', '.join(AT_LIMIT)}")
         if options.method not in (None, "smc"):
             raise OptionError(
@@ -127,7 +127,7 @@ class Conditions:
             request,
             automaton=automaton,
             start=torch.tensor([starts[i] for i in which], device=request.ids.device),
-            slack=0 if self.at_limit == "complete" else FAR,
+            slack=FAR if self.at_limit == "cut" else 0,
             potentials=tuple(potential.name for potential in potentials),
             tables=tuple(dict.fromkeys(_table(p, automata[i]) for p, i in zip(potentials, which, strict=True))),
         )
@@ -159,7 +159,7 @@ class Conditions:
                     f"the tokenizer's tokens spell no text of {potential.name}",
                     "look whether it has the bytes that such a text needs",
                 )
-            if needed > budget and self.at_limit == "complete":
+            if needed > budget and self.at_limit != "cut":
                 raise InputError(
                     "max_new_tokens is too small for the potential",
                     f"the shortest text of {potential.name} has {needed} tokens, and request {b} may write {budget}",

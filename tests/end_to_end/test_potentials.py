@@ -264,6 +264,7 @@ class Half(Potential):
         ({"tokenizer": [*TOKENS, b"c"]}, "it has 5 tokens, and the models know 4"),
         ({"eos_token_id": None}, "a potential needs an end token"),
         ({"at_limit": "end"}, "at_limit 'end' is unknown"),
+        ({"at_limit": "cut", "potential": None}, "at_limit needs a potential"),
         ({"method": "speculative"}, 'method="speculative" cannot condition'),
         ({"method": "auto", "lookahead": "auto"}, 'method="auto" cannot condition'),
         ({"method": "autoregressive"}, 'method="autoregressive" cannot condition'),
