@@ -98,15 +98,6 @@ def generate(
         GenerationError: when generation breaks in the middle; ``error.partial`` holds the result so far.
     """
     check_model(model)
-    if at_limit is not None and potential is None:
-        why = "without one a text may end anywhere"
-        raise OptionError("at_limit needs a potential", why, "pass potential=..., or leave at_limit out")
-    if potential is not None and generation_config is not None:
-        raise OptionError(
-            "a potential cannot be given beside generation_config",
-            "the library would prepare the request without it",
-            "call smc_compile.generate with max_new_tokens, temperature, eos_token_id, ... themselves",
-        )
     if generation_config is not None:
         beside = {
             name: value for name, value in locals().items() if name not in ("model", "generation_config", "options")
@@ -120,7 +111,7 @@ def generate(
     ids, greedy = prompts.ids, not settings
     conditions = Conditions(potential, tokenizer, at_limit)
     if conditions:
-        parsed = conditions.method(parsed, greedy)
+        parsed = conditions.method(parsed, greedy=greedy)
     vocab = vocabulary(model, logits_processor, parsed, ids)
     processors = sort_processors(logits_processor, list(settings), vocab, device=ids.device)
     request = build_request(

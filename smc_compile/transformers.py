@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, StopStringCriteria
 
 from smc_compile.auto.choice import settled
+from smc_compile.control.conditions import Conditions
 from smc_compile.inputs.generation_config import check_config, pad_of, split_eos_ids, split_warpers
 from smc_compile.inputs.model_arguments import check_model_arguments
 from smc_compile.inputs.processors import sort_processors
@@ -64,6 +65,9 @@ def generate(
     stream: str = "settled",
     max_lag: int | None = None,
     return_particles: bool = False,
+    potential: Any = None,
+    text_tokenizer: Any = None,
+    at_limit: str | None = None,
     **model_kwargs: Any,
 ) -> Tensor | Generation:
     """Decode with SMC, or exactly (``method``); pass it as ``custom_generate`` to a transformers model's ``generate``.
@@ -73,6 +77,8 @@ def generate(
             is given speeds the same text up.
         n_particles, ..., compiler: see ``smc_compile.Options``; ``draft_model`` is its ``draft``.
         token_streamer, stream, max_lag: see ``smc_compile.generate``; the library does not hand ``streamer`` on.
+        potential, at_limit: see ``smc_compile.generate``.
+        text_tokenizer: its ``tokenizer``, which the library does not hand on.
         return_particles: return the whole weighted population, as ``return_dict_in_generate`` does.
 
     Returns:
@@ -96,6 +102,9 @@ def generate(
     eos_ids, criteria = split_eos_ids(stopping_criteria)
     assert config.max_length is not None  # the library has set it
     stopping = Stopping(config.max_length - input_ids.shape[1], eos_ids, pad_of(config, eos_ids), criteria=criteria)
+    conditions = Conditions(potential, text_tokenizer, at_limit)
+    if conditions:
+        options = conditions.method(options, greedy=not settings)
     vocab = vocabulary(model, logits_processor, options, input_ids)
     processors = sort_processors(before, list(settings), vocab, after, input_ids.device)
     request = build_request(
@@ -108,6 +117,8 @@ def generate(
         **Streaming(token_streamer, stream, max_lag).of(input_ids),
     )
     program = program_for(model, processors, not settings, options, input_ids)
+    if conditions:
+        request = conditions.of(request, prompts.each(potential), program.vocabulary, program.forgets)
     result = trimmed(settled(program, request).answer(request), input_ids.shape[1])
     if not (config.return_dict_in_generate or return_particles):
         return result.sequences
@@ -128,6 +139,8 @@ def generate_with_config(
     if strings:
         config.stop_strings = None
         given["stopping_criteria"] = [*given["stopping_criteria"], StopStringCriteria(tokenizer, strings)]
+    if given.get("potential") is not None:
+        given["text_tokenizer"] = tokenizer
     given["draft_model"], given["token_streamer"] = given.pop("draft", None), given.pop("streamer", None)
     ids = given.pop("input_ids", None)
     result: Generation = model.generate(ids, generation_config=config, custom_generate=generate, **given, **options)

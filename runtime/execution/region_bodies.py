@@ -13,9 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from smc_compile.runtime.algorithms.automata import Steering, after_token, after_tokens, allowed, restricted
 from smc_compile.runtime.algorithms.next_token import Mixture, NextTokenDistribution, broken, pick
 from smc_compile.runtime.algorithms.sampling import sample_inverse_cdf
+from smc_compile.runtime.algorithms.steering import (
+    Steering,
+    log_weights,
+    normalised,
+    of_position,
+    state_after,
+    tempered,
+)
 from smc_compile.runtime.execution.cuts import Cuts, tokens_kept
 from smc_compile.runtime.state.region_types import EosIds, Forward, Places, Settings, State, is_eos
 
@@ -44,7 +51,7 @@ class Chosen(NamedTuple):
     ended: Tensor  # bool: the text ends before it
     undefined: Tensor  # bool: NaN in the distribution of a row that has not ended
     log_probs: Tensor | None  # [R, V], that it was drawn from; where asked for
-    state: Tensor | None = None  # of the automaton behind it, where there is one
+    state: Tensor | None = None  # of the automaton behind it, where texts are conditioned
 
 
 def choose(distribution: NextTokenDistribution | Mixture, whole: bool = False) -> Callable[..., Chosen]:
@@ -64,11 +71,11 @@ def choose(distribution: NextTokenDistribution | Mixture, whole: bool = False) -
         ended = ended | is_eos(tokens[:, -1:], eos_ids)[:, 0]
         undefined = broken(log_p) & ~ended
         if steering is not None:
-            log_p, _ = restricted(log_p, allowed(*steering))
+            log_p, _ = normalised(tempered(log_p, steering), log_weights(steering, log_p))
         token = torch.where(ended, eos_ids.pad, draw(log_p, u, greedy))
         state = None
         if steering is not None:
-            state = torch.where(ended, steering.state, after_token(steering.automaton, steering.state, token))
+            state = torch.where(ended, steering.state, state_after(steering, token))
         return Chosen(token, pick(log_p, token), ended, undefined, log_p if whole else None, state)
 
     return choose_token
@@ -107,15 +114,16 @@ class Judged(NamedTuple):
     undefined: Tensor  # [R] bool: NaN in the distribution of a token that counts
     width: Tensor  # [B], tokens that the block adds
     dropped: Tensor  # [B] bool: no drafted token is kept, since every particle would have weight zero
-    state: Tensor | None = None  # [R], of the automaton behind the block, where there is one
+    state: Tensor | None = None  # [R], of the automaton behind the block, where texts are conditioned
+    critic: Tensor | None = None  # [R], as of ``Particles``, where there is a critic
 
 
 def judge(distribution: NextTokenDistribution, cuts: Cuts = WHOLE) -> Callable[..., Judged]:
     """From the target's logits [R*(K+1), V] over a block: what is kept of it, weight increments and the next token.
 
     A token counts unless it comes after the end of a sequence or after the last wanted one. The others add nothing to
-    the weights; neither does the last token, since it is drawn from the target itself. With an automaton it is drawn
-    from the target restricted to what may follow, and adds the log of the mass that this holds.
+    the weights; neither does the last token, since it is drawn from the target itself. Where texts are conditioned it
+    is drawn from the target weighed, and adds the log of the mass that this holds.
     """
 
     def judge_block(
@@ -130,7 +138,7 @@ def judge(distribution: NextTokenDistribution, cuts: Cuts = WHOLE) -> Callable[.
         remaining: Tensor,  # [R], tokens still wanted after x_0
         settings: Settings,
         u: Tensor,  # [R, K+1], for the target's token behind 0 .. K drafted ones
-        steering: Steering | None = None,  # at x_0
+        steering: Steering | None = None,  # [R, K+1]: before x_1 .. x_{K+1}
     ) -> Judged:
         (r, width), (batch, n) = block.shape, log_w.shape
         spread = {name: value[:, None].expand(r, width).reshape(-1, 1) for name, value in settings.items()}
@@ -139,13 +147,12 @@ def judge(distribution: NextTokenDistribution, cuts: Cuts = WHOLE) -> Callable[.
         place = torch.arange(width, device=block.device)
         counts = ~over & (place < remaining[:, None])  # [R, K+1], of the token behind x_k
         of_drafted = pick(log_p[:, :-1], block[:, 1:]).double()
-        of_allowed, law = of_drafted, log_p
+        law, of_weighed = log_p, of_drafted
         if steering is not None:
-            states = after_tokens(steering.automaton, steering.state, block[:, 1:])  # [R, K+1]
-            may = allowed(steering.automaton, states, steering.left[:, None] - place)  # [R, K+1, V]
-            of_allowed = torch.where(pick(may[:, :-1], block[:, 1:]), of_drafted, -math.inf)
-            law = restricted(log_p, may)[0] if cuts.any else log_p
-        steps = torch.where(counts[:, :-1], of_allowed - log_q.double(), 0.0)  # [R, K]
+            powered, weights = tempered(log_p, steering), log_weights(steering, log_p)  # [R, K+1, V]
+            law = normalised(powered, weights)[0] if cuts.any else log_p
+            of_weighed = pick((powered + weights)[:, :-1], block[:, 1:]).double()  # of all others none is computed
+        steps = torch.where(counts[:, :-1], of_weighed - log_q.double(), 0.0)  # [R, K]
 
         kept = torch.full((batch,), width - 1, device=block.device)
         if cuts.any:
@@ -163,13 +170,13 @@ def judge(distribution: NextTokenDistribution, cuts: Cuts = WHOLE) -> Callable[.
             log_last = log_p.gather(1, at[:, :, None].expand(-1, -1, log_p.shape[-1]))[:, 0]
         log_drawn, state = log_last, None
         if steering is not None:
-            log_drawn, mass = restricted(log_last, may.gather(1, at[:, :, None].expand(-1, -1, may.shape[-1]))[:, 0])
+            at_last = of_position(steering, at)
+            log_drawn, mass = normalised(tempered(log_last, at_last), log_weights(at_last, log_last))
             counted = counts.gather(1, at)[:, 0]
             increments = increments + torch.where(counted, mass.double(), 0.0)
         last = draw(log_drawn, u.gather(1, at)[:, 0], False)[:, None]  # [R, 1]
         if steering is not None:
-            state = states.gather(1, at)[:, 0]
-            state = torch.where(counted, after_token(steering.automaton, state, last[:, 0]), state)
+            state = torch.where(counted, state_after(at_last, last[:, 0]), at_last.state)
         drafted = torch.cat([block[:, 1:], last], 1)
         tokens = torch.where(over, eos_ids.pad[:, None], torch.where(place == at, last, drafted))
         of_last = pick(log_last, last[:, 0]).double()[:, None]

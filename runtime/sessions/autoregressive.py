@@ -176,6 +176,7 @@ def end_of_token(
     """Commit a token."""
     undefined = bad & (new_tokens > generated)
     length, ended = ends_within(particles.length, particles.ended, over[:, None], generated, torch.ones_like(generated))
-    after = Particles(*where_sound(~undefined.any(), Particles(ended, stopped, length, particles.automaton), particles))
+    committed = particles._replace(ended=ended, stopped=stopped, length=length)
+    after = Particles(*where_sound(~undefined.any(), committed, particles))
     lengths = ends_at_pending(after, token[:, None], eos_ids, generated + 1)
     return EndOfToken(after, generated + 1, undefined, all_finished(lengths, 1, generated + 1, new_tokens))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,8 +11,8 @@ from torch import Tensor
 
 from smc_compile.errors import InputError
 from smc_compile.result import Stats
-from smc_compile.runtime.algorithms.automata import after_token, allowed, restricted
 from smc_compile.runtime.algorithms.next_token import NextTokenDistribution
+from smc_compile.runtime.algorithms.steering import log_weights, normalised, tempered
 from smc_compile.runtime.algorithms.tensors import mark_dynamic
 from smc_compile.runtime.algorithms.uniforms import Streams
 from smc_compile.runtime.execution.incremental import RuntimeModel
@@ -22,9 +21,10 @@ from smc_compile.runtime.execution.region import Region
 from smc_compile.runtime.execution.region_bodies import draw
 from smc_compile.runtime.execution.text_processors import TextProcessors
 from smc_compile.runtime.sessions.clock import Clock
+from smc_compile.runtime.sessions.conditioned import begun_conditioned
 from smc_compile.runtime.sessions.ragged_texts import ask
 from smc_compile.runtime.sessions.replay import Replay, in_shape, replays
-from smc_compile.runtime.sessions.run import Run, first_distribution, require_distribution
+from smc_compile.runtime.sessions.run import Run, first_distribution, require_distribution, steering_of
 from smc_compile.runtime.state.particles import CycleState
 from smc_compile.runtime.state.population import Population
 from smc_compile.runtime.state.request import Request
@@ -95,12 +95,10 @@ def begin(
     n, greedy = method.particles, method.distribution.kind == "greedy"
     streams = Streams(request.seeds, n, capacity, cycles)
     state = CycleState.start(request, n, capacity, caches[0], caches[1] if len(caches) > 1 else [])
-    drawn_from, mass = first_of_automaton(request, log_p)
+    drawn_from, mass = first_law(request, log_p)
     first = draw(drawn_from[:, None].expand(-1, n, -1), streams.first(), greedy)  # [B, N]
     state.texts.tokens[:, 0] = first.flatten()
     state.texts.log_p[:, 0] = log_p.gather(1, first).flatten()
-    if mass is not None:
-        state = begun_within(request, state, first, mass)
     run = Run(
         asked=asked,
         request=request,
@@ -113,40 +111,29 @@ def begin(
             method.name,
             int(request.new_tokens.max()),
             rules=processors.report(),
-            potentials=list(request.potentials),
-            tables=list(request.tables),
+            potentials=list(request.conditioning.names) if request.conditioning else [],
+            tables=list(request.conditioning.tables) if request.conditioning else [],
         ),
         text_processors=processors,
         outcomes=[],
         watcher=Watcher(request.watch) if request.watch is not None else None,
     )
+    if mass is not None:
+        run.p.state = begun_conditioned(run, first, mass)
     if request.stop is not None:
         text = torch.cat([request.ids.repeat_interleave(n, 0), first.view(-1, 1)], 1)
         stopped = ask(request.stop, text, request.rows(n))
-        run.p.state = state._replace(particles=state.particles._replace(stopped=stopped))
+        run.p.state = run.p.state._replace(particles=run.p.state.particles._replace(stopped=stopped))
     return Begun(run, log_p, list(rows))
 
 
-def first_of_automaton(request: Request, log_p: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The law [B, V] of the first token and the log of its mass under the target [B], where there is an automaton."""
-    if request.automaton is None or request.start is None:
+def first_law(request: Request, log_p: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The law [B, V] of the first token, and the log of its mass under the target [B] where it is conditioned."""
+    if request.conditioning is None:
         return log_p, None
-    return restricted(log_p, allowed(request.automaton, request.start, request.new_tokens - 1 + request.slack))
-
-
-def begun_within(request: Request, state: CycleState, first: Tensor, mass: Tensor) -> CycleState:
-    """The particles behind their first tokens [B, N]; those of a request without any mass have ended before them."""
-    assert request.automaton is not None
-    assert request.start is not None
-    n, lost = first.shape[1], (mass == -math.inf).repeat_interleave(first.shape[1])
-    start = request.start[:, None].expand(-1, n)
-    particles = state.particles._replace(
-        automaton=after_token(request.automaton, start, first).flatten(),
-        ended=state.particles.ended | lost,
-        length=torch.where(lost, 0, state.particles.length),
-    )
-    log_w = mass.double()[:, None].expand(-1, n).contiguous()
-    return state._replace(particles=particles, weights=state.weights._replace(log_w=log_w))
+    steering = steering_of(request, request.conditioning.start, request.new_tokens - 1)
+    assert steering is not None
+    return normalised(tempered(log_p, steering), log_weights(steering, log_p))
 
 
 def require_space(method: Method, request: Request, capacity: int, replay: Replay | None) -> None:

@@ -28,6 +28,7 @@ from smc_compile.runtime.algorithms.resampling import keep_survivors
 from smc_compile.runtime.algorithms.tensors import packed
 from smc_compile.runtime.algorithms.weights import divergence_of, resample_step
 from smc_compile.runtime.execution.region_bodies import Chosen, Judged
+from smc_compile.runtime.sessions.conditioned import conditioned, state_behind
 from smc_compile.runtime.sessions.ragged_texts import stops
 from smc_compile.runtime.sessions.run import Run
 from smc_compile.runtime.state.particles import (
@@ -100,7 +101,7 @@ class Drafting(NamedTuple):
     block: list[Tensor]  # x_0 .. x_k, [R] each
     ended: Tensor  # [R] bool, the text ends before the last of ``tokens``
     caches: State
-    state: Tensor  # [R], of the automaton behind the last of ``tokens``
+    states: list[Tensor]  # of an automaton or a guide behind x_0 .. x_k, [R] each
 
 
 Enough = Callable[[Drafting, int], bool]  # after so many tokens of a block
@@ -128,7 +129,7 @@ class ModelPair(Protocol):
         u: Tensor,  # [R, K+1]
         places: Places,
         caches: State,
-        automaton: Tensor,  # [R], its state at x_0
+        states: Tensor,  # [R, K+1], of an automaton or a guide behind x_0 .. x_K
     ) -> tuple[Judged, State]:
         """What the target makes of a block, and its caches; an empty list where they change in place."""
         ...
@@ -162,16 +163,17 @@ def cycle_of(
         if exact:
             u = u._replace(draft=u.draft[:, :1], target=u.target[:, :1])
         at = state._replace(generated=generated)
-        block, log_q, proposed, draft = propose(run, models, proposal, at, u, head, enough)
+        block, log_q, proposed, states, draft = propose(run, models, proposal, at, u, head, enough)
         if exact:
-            block, log_q, proposed = block[:, :1], log_q[:, :0], []
+            block, log_q, proposed, states = block[:, :1], log_q[:, :0], [], states[:, :1]
         remaining, width = run.remaining(generated), block.shape[1]
         over = torch.cat([particles.stopped[:, None], stops(run, block[:, 1:], torch.full_like(caps, width - 1))], 1)
         places, before = run.places(generated - 1, width), (proposed, weights.log_w, particles.ended)
         judged, target = models.judge(
-            run, block, log_q, *before, over, remaining, u.target, places, state.target, particles.automaton
+            run, block, log_q, *before, over, remaining, u.target, places, state.target, states
         )
         write_block(state.texts, judged.tokens, judged.log_p, generated)
+        judged = conditioned(run, judged, states, state.texts.tokens, particles, generated)
         stopped = stops(run, judged.tokens, judged.width, only_last=True).any(1)
         log_w, settled = weights.log_w + judged.increments.view_as(weights.log_w), None
         if settle is not None:
@@ -199,21 +201,21 @@ def propose(
     u: Uniforms,
     head: int,
     enough: Enough | None = None,
-) -> tuple[Tensor, Tensor, list[Tensor], State]:
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor, State]:
     """Draft K tokens a row. Returns x_0 .. x_K [R, K+1], log q of x_1 .. x_K [R, K], K times the distribution that they
-    were drawn from [R, V] where that is asked for, and the draft's caches."""
+    were drawn from [R, V] where that is asked for, the states behind x_0 .. x_K [R, K+1], and the draft's caches."""
     generated, last, texts = state.generated, state.generated - 1, state.texts.tokens
     tokens = texts.gather(1, columns(generated - head, head, len(texts)))  # [R, head]
     remaining = run.remaining(generated)
-    at = Drafting(
-        tokens, [tokens[:, -1]], state.particles.ended | state.particles.stopped, state.draft, state.particles.automaton
-    )
+    over, states = state.particles.ended | state.particles.stopped, [state.particles.automaton]
+    at = Drafting(tokens, [tokens[:, -1]], over, state.draft, states)
     log_q: list[Tensor] = []
     proposed: list[Tensor] = []
     for k in range(u.draft.shape[1]):
         if k and enough is not None and enough(at, k):
             missing = u.draft.shape[1] - k  # of values that nothing reads
             at = at._replace(block=[*at.block, *[run.eos_ids.pad] * missing])
+            at = at._replace(states=at.states + at.states[-1:] * missing)
             log_q, proposed = log_q + log_q[-1:] * missing, proposed + proposed[-1:] * missing
             break
         width = at.tokens.shape[1]
@@ -227,9 +229,9 @@ def propose(
             [*at.block, drawn.token],
             drawn.ended,
             caches or at.caches,
-            at.state if drawn.state is None else drawn.state,
+            [*at.states, state_behind(run, at.states[-1], drawn, remaining > k)],
         )
-    return torch.stack(at.block, 1), torch.stack(log_q, 1), proposed, at.caches
+    return torch.stack(at.block, 1), torch.stack(log_q, 1), proposed, torch.stack(at.states, 1), at.caches
 
 
 class EndOfCycle(NamedTuple):
@@ -281,9 +283,10 @@ def end_of_cycle(threshold: float, method: str) -> Callable[..., EndOfCycle]:
         first, width = generated.repeat_interleave(n), judged.width.repeat_interleave(n)
         length, ended = ends_within(particles.length, particles.ended, judged.over, first, width)
         automaton = particles.automaton if judged.state is None else judged.state
+        critic = particles.critic if judged.critic is None else judged.critic
         ending = lost.repeat_interleave(n)
         length, ended = torch.where(ending & (length == ENDLESS), first, length), ended | ending
-        committed = Particles(*(value[source] for value in Particles(ended, stopped, length, automaton)))
+        committed = Particles(*(value[source] for value in Particles(ended, stopped, length, automaton, critic)))
         after = Particles(*where_sound(sound, committed, particles))
         dropped = weights.dropped + judged.dropped
         weighed = Weights(*where_sound(sound, Weights(log_w, log_evidence, shared, dropped), weights))

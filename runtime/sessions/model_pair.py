@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from smc_compile.runtime.algorithms.next_token import Mixture, NextTokenDistribution
+from smc_compile.runtime.algorithms.steering import Steering
 from smc_compile.runtime.execution.cuts import Cuts
 from smc_compile.runtime.execution.incremental import RuntimeModel
 from smc_compile.runtime.execution.region import Region, compiled_apart
@@ -49,7 +50,7 @@ class FusedPair:
     ) -> tuple[Chosen, State]:
         region = self._head if at.tokens.shape[1] == 2 else self._step
         given = (at.tokens, at.ended, run.eos_ids, settings, u)
-        steering = run.steering(at.state, remaining - len(at.block))
+        steering = run.steering(at.states[-1], remaining - len(at.block))
         drafted: tuple[Chosen, State] = region(*given, places, at.caches, run.contexts[1], steering)
         return drafted
 
@@ -66,11 +67,10 @@ class FusedPair:
         u: Tensor,
         places: Places,
         caches: State,
-        automaton: Tensor,
+        states: Tensor,
     ) -> tuple[Judged, State]:
         given = (block, log_q, proposed, log_w, ended, stopped, run.eos_ids, remaining, run.settings, u)
-        steering = run.steering(automaton, remaining - 1)
-        judged, after = self._score(*given, places, caches, run.contexts[0], steering)
+        judged, after = self._score(*given, places, caches, run.contexts[0], steering_of_block(run, states, remaining))
         return judged, after
 
 
@@ -108,7 +108,7 @@ class ProcessedPair:
         drafted = torch.stack(at.block[1:], 1) if len(at.block) > 1 else run.no_tokens  # [R, k]
         live = ~(at.ended | is_eos(at.tokens[:, -1:], run.eos_ids)[:, 0]) & (remaining > drafted.shape[1])
         rows = after_processors(run, self._draft_distribution, rows[:, None], drafted, live[:, None])[:, 0]
-        steering = run.steering(at.state, remaining - len(at.block))
+        steering = run.steering(at.states[-1], remaining - len(at.block))
         return self._choose(rows, at.tokens, at.ended, run.eos_ids, settings, u, steering), caches
 
     def judge(
@@ -124,11 +124,17 @@ class ProcessedPair:
         u: Tensor,
         places: Places,
         caches: State,
-        automaton: Tensor,
+        states: Tensor,
     ) -> tuple[Judged, State]:
         rows, after = self._score(block, places, caches, run.contexts[0])
         over = ended[:, None] | ((is_eos(block, run.eos_ids) | stopped).int().cumsum(1) > 0)
         live = ~over & (torch.arange(block.shape[1], device=over.device) < remaining[:, None])
         rows = after_processors(run, self._distribution, rows.view(*block.shape, -1), block[:, 1:], live)
         given = (block, log_q, proposed, log_w, ended, stopped, run.eos_ids, remaining, run.settings, u)
-        return self._judge(rows.flatten(0, 1), *given, run.steering(automaton, remaining - 1)), after
+        return self._judge(rows.flatten(0, 1), *given, steering_of_block(run, states, remaining)), after
+
+
+def steering_of_block(run: Run, states: Tensor, remaining: Tensor) -> Steering | None:
+    """Before x_1 .. x_{K+1}, in ``states`` [R, K+1], with ``remaining`` [R] tokens wanted after x_0."""
+    place = torch.arange(1, states.shape[1] + 1, device=states.device)
+    return run.steering(states, remaining[:, None] - place)

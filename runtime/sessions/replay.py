@@ -53,9 +53,10 @@ def cuda_graphs(device: torch.device) -> Record:
 
 
 def replays(replay: Replay | None, request: Request) -> bool:
-    """Whether the cycles of a request are recorded: those in which the host takes no part, and no
-    automaton, whose tables are of no fixed size."""
-    return replay is not None and request.stop is None and request.max_lag is None and request.automaton is None
+    """Whether the cycles of a request are recorded: those in which the host takes no part, and that are not conditioned
+    on anything, whose tables are of no fixed size."""
+    free = request.stop is None and request.max_lag is None and request.conditioning is None
+    return replay is not None and free
 
 
 def in_shape(request: Request, capacity: int) -> tuple[Request, int]:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from smc_compile.errors import GenerationError
 from smc_compile.result import Generation, Stats
-from smc_compile.runtime.algorithms.automata import Steering
 from smc_compile.runtime.algorithms.next_token import Mixture, NextTokenDistribution, broken
+from smc_compile.runtime.algorithms.steering import Steering
 from smc_compile.runtime.algorithms.tensors import mark_dynamic
 from smc_compile.runtime.algorithms.uniforms import Streams
 from smc_compile.runtime.execution.incremental import RuntimeModel
@@ -84,10 +84,9 @@ class Run:
         return (self.request.new_tokens - generated).repeat_interleave(self.p.n)
 
     def steering(self, state: Tensor, left: Tensor) -> Steering | None:
-        """Rows in these states [R] of the automaton, with so many tokens left behind the next one; None without one."""
-        if self.request.automaton is None:
-            return None
-        return Steering(self.request.automaton, state, left + self.request.slack)
+        """Of rows in these states [R] or [R, T], with so many tokens left behind the next one; None where texts are
+        conditioned on nothing."""
+        return steering_of(self.request, state, left)
 
     def standing(self, generated: Tensor) -> Tensor:
         """[B], where each request goes on: a batch may hold some that have finished, and those stand still."""
@@ -219,6 +218,20 @@ def result_of(run: Run, whole: bool) -> Generation:
     if run.rejections is not None:
         stats.accepted = run.rejections.accepted / max(run.rejections.live, 1)
     return result
+
+
+def steering_of(request: Request, state: Tensor, left: Tensor) -> Steering | None:
+    """As ``Run.steering``, for rows of a request each."""
+    given = request.conditioning
+    if given is None:
+        return None
+    left = left + given.slack
+    weights = None if given.guide is None else given.guide.weights(state, left)
+    power = None
+    if given.power is not None:
+        power = given.power.repeat_interleave(len(state) // request.batch)
+        power = power if state.dim() == 1 else power[:, None].expand(state.shape)
+    return Steering(given.automaton, state, left, weights, power)
 
 
 def first_distribution(

@@ -209,7 +209,7 @@ class SwitchingSession:
         state = self._moved(
             p.state,
             rows,
-            Particles(ended, torch.zeros_like(ended), length, p.state.particles.automaton[rows]),
+            Particles.unconditioned(ended, length),
             Weights(one, evidence_now(weights), weights.shared.new_zeros(len(chosen), 1, 1), weights.dropped),
             generated,
         )
@@ -228,7 +228,7 @@ class SwitchingSession:
         state = self._moved(
             p.state,
             rows,
-            Particles(ended[rows], torch.zeros_like(ended)[rows], length, p.state.particles.automaton[rows]),
+            Particles.unconditioned(ended[rows], length),
             Weights(equal, weights.log_evidence, shared, weights.dropped),
             generated,
         )

@@ -32,7 +32,14 @@ class Particles(NamedTuple):
     ended: Tensor  # [R] bool: an end of sequence lies before the pending token
     stopped: Tensor  # [R] bool: the text ends with the pending token for another reason than its token
     length: Tensor  # [R], tokens up to and with the end; ENDLESS before it
-    automaton: Tensor  # [R] int64, its state behind the pending token; 0 without one
+    automaton: Tensor  # [R] int64, the state of an automaton or a guide behind the pending token; 0 without one
+    critic: Tensor  # [R] float64, the log weight that a critic has given the text; 0 without one
+
+    @classmethod
+    def unconditioned(cls, ended: Tensor, length: Tensor) -> Particles:
+        """Texts [R] that nothing but a token or their budget ends."""
+        none = torch.zeros_like(length)
+        return cls(ended, torch.zeros_like(ended), length, none, none.double())
 
 
 class Weights(NamedTuple):
@@ -73,6 +80,7 @@ class CycleState(NamedTuple):
                 stopped=never.clone(),
                 length=torch.full((rows,), ENDLESS, device=device),
                 automaton=torch.zeros(rows, dtype=torch.int64, device=device),
+                critic=torch.zeros(rows, dtype=torch.float64, device=device),
             ),
             Weights(
                 log_w=torch.zeros(batch, n, dtype=torch.float64, device=device),

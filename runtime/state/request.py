@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from smc_compile.runtime.algorithms.automata import Automaton
+from smc_compile.runtime.state.conditioning import Conditioning
 
 
 class Rows(NamedTuple):
@@ -42,10 +42,7 @@ class Request:
         stop: a stopping criterion, which runs on the host.
         max_lag: draw one ancestor for tokens older than this many; None never does.
         watch: called with every ``Progress``.
-        automaton: what the texts are conditioned on; one for all requests, each of which begins in its ``start`` [B].
-        potentials: the names of what the automaton is of, one for each request of the caller's batch.
-        tables: about the automaton, for a report.
-        slack: added to the budget of tokens that an automaton counts: 0, or FAR where a text may be cut off.
+        conditioning: what the texts are conditioned on.
         reach: position tables are filled up to this length, so that requests of one shape have tables of one shape.
     """
 
@@ -61,11 +58,7 @@ class Request:
     stop: Stop | None = None
     max_lag: int | None = None
     watch: Callable[[Any], None] | None = None
-    automaton: Automaton | None = None
-    start: Tensor | None = None
-    potentials: tuple[str, ...] = ()
-    tables: tuple[str, ...] = ()
-    slack: int = 0
+    conditioning: Conditioning | None = None
     reach: int = 0
 
     @property
@@ -89,6 +82,7 @@ class Request:
             f.name: getattr(self, f.name)[index] for f in fields(self) if isinstance(getattr(self, f.name), Tensor)
         }
         taken["settings"] = {name: value[index] for name, value in self.settings.items()}
+        taken["conditioning"] = self.conditioning and self.conditioning.take(index)
         taken["number"] = tuple(self.number[row] for row in keep)
         return replace(self, **taken)
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from smc_compile.control.byte_automata import ByteAutomaton
 from smc_compile.runtime.algorithms.automata import FAR, Automaton
+from smc_compile.runtime.algorithms.tensors import mark_dynamic
 
 AT_ONCE = 2**25  # entries of a table that are computed together
 
@@ -112,5 +113,7 @@ def joined(automata: Sequence[TokenAutomaton], device: torch.device) -> tuple[Au
     offsets = np.cumsum([0, *(len(a.distance) for a in automata)])
     rows = [a.successor[:, unique[:, i]] + offsets[i] for i, a in enumerate(automata)]
     tables = [classes.reshape(-1), np.concatenate(rows), np.concatenate([a.distance for a in automata])]
-    found = (torch.from_numpy(np.ascontiguousarray(table)).to(device) for table in tables)
-    return Automaton(*found), offsets[:-1].tolist()
+    found = Automaton(*(torch.from_numpy(np.ascontiguousarray(table)).to(device) for table in tables))
+    mark_dynamic(found.successor, 0, 1)  # one compilation for automata of all sizes
+    mark_dynamic(found.distance, 0)
+    return found, offsets[:-1].tolist()

@@ -106,8 +106,8 @@ class Program:
             if evidence == -math.inf:
                 length, name = int(result.new_lengths[b]), result.stats.potentials[b]
                 result.stats.warnings.append(
-                    f"all particles of request {b} have died at new token {length}: the target gives no mass to what "
-                    f"{name} lets follow; the text ends there, unfinished"
+                    f"all particles of request {b} have died at new token {length}: nothing of what they wrote there "
+                    f"fits {name}, within max_new_tokens; the text ends there, unfinished"
                 )
         if dropped:
             found.append(

@@ -10,7 +10,7 @@ import torch
 
 from smc_compile.control.byte_automata import from_regex, from_texts
 from smc_compile.control.token_automata import cross, joined
-from smc_compile.runtime.algorithms.automata import FAR, Automaton, after_token, allowed, restricted
+from smc_compile.runtime.algorithms.automata import FAR, Automaton, after_token, allowed
 
 EOS = 4
 TOKENS = [b"a", b"b", b"ab", "é".encode()[:1], None, "é".encode()[1:], b"", b"ba"]
@@ -65,15 +65,6 @@ def test_several_languages_share_a_table():
                 assert torch.equal(allowed(alone, here, left), allowed(automaton, there, left))
                 here = after_token(alone, here, torch.tensor(token))
                 there = after_token(automaton, there, torch.tensor(token))
-
-
-def test_a_law_is_restricted_and_its_mass_told():
-    log_p = torch.tensor([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0], [0.2, 0.3, 0.5]]).log()
-    may = torch.tensor([[True, False, True], [False, True, True], [False, False, False]])
-    law, mass = restricted(log_p, may)
-    torch.testing.assert_close(law[:2].exp(), torch.tensor([[2 / 3, 0, 1 / 3], [0, 0.5, 0.5]]))
-    torch.testing.assert_close(law[2], log_p[2])
-    torch.testing.assert_close(mass.exp(), torch.tensor([0.75, 0.0, 0.0]))
 
 
 @pytest.mark.parametrize("size", [1, 3, 50])

@@ -10,6 +10,7 @@ import torch
 from helpers.enumeration import chi_square_p_value
 
 import smc_compile
+from smc_compile.control import Regex
 from smc_compile.errors import InputError, OptionError
 from smc_compile.inputs.generation_config import OURS, PREPARED, check_config
 from smc_compile.pairs.shipped import load_pair
@@ -235,10 +236,36 @@ def test_scores_and_logits_are_those_of_the_library(target, ours):
     torch.testing.assert_close(mine.log_probs.float(), of_tokens, rtol=1e-4, atol=1e-4)
 
 
+@interpreted
+def test_a_potential_gives_what_it_gives_without_the_library(target, draft, ours):
+    """Also where a config is handed to our own generate; the tokenizer has a name that the library leaves free."""
+    tokens = [bytes([97 + i]) for i in range(VOCAB - 1)] + [None]
+    pattern = Regex("a(b|c)*d")
+    own = smc_compile.generate(
+        target, draft, IDS, potential=pattern, tokenizer=tokens, max_new_tokens=8, eos_token_id=10, n_particles=4,
+        lookahead=2, seed=0, compiler="eager",
+    )  # fmt: skip
+    given = {"max_new_tokens": 8, "do_sample": True, "top_k": 0, "eos_token_id": 10, "pad_token_id": 10}
+    through = ours(
+        potential=pattern, text_tokenizer=tokens, return_dict_in_generate=True, attention_mask=IDS.ge(0), **given
+    )
+    config = transformers.GenerationConfig(**given)
+    beside = smc_compile.generate(
+        target, draft, IDS, generation_config=config, potential=pattern, tokenizer=tokens, n_particles=4, lookahead=2,
+        seed=0, compiler="eager",
+    )  # fmt: skip
+    for other in (through, beside):
+        assert torch.equal(other.log_evidence, own.log_evidence)
+        assert torch.equal(other.sequences, own.sequences[:, : other.sequences.shape[1]])
+    with pytest.raises(OptionError, match="a potential needs the tokenizer"):
+        ours(potential=pattern, **given)
+
+
 REFUSED = [
     ({"num_beams": 3}, "num_beams=3 is not supported"),
     ({"encoder_repetition_penalty": 1.4}, "encoder_repetition_penalty=1.4 is not supported"),
     ({"guidance_scale": 1.5}, "guidance_scale=1.5 is not supported"),
+    ({"at_limit": "cut"}, "at_limit needs a potential"),
     ({"max_lag": -3}, "max_lag must be"),
     ({"draft_model": None}, "no draft model was given"),
     ({"n_particles": 0}, "n_particles must be at least 1"),

@@ -30,7 +30,7 @@ def end(
 ) -> tuple[EndOfCycle, Particles, Weights]:
     """A cycle of which every particle got these increments [R] and tokens [R, K+1], and what it began with."""
     never = torch.zeros(R, dtype=torch.bool)
-    particles = Particles(never, never, torch.full((R,), ENDLESS), torch.zeros(R, dtype=torch.int64))
+    particles = Particles.unconditioned(never, torch.full((R,), ENDLESS))
     shared = torch.zeros(B, N, N, dtype=torch.int64)
     none = torch.zeros(B, dtype=torch.int64)
     weights = Weights(torch.zeros(B, N).double(), torch.zeros(B).double(), shared, none)
