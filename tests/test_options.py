@@ -165,7 +165,8 @@ def test_a_transformers_model_takes_every_option():
     }
     assert all(shown[name].kind is inspect.Parameter.KEYWORD_ONLY for name in names.values())
     own = ["model", "input_ids", "logits_processor", "stopping_criteria", "generation_config"]
-    later = ["token_streamer", "stream", "max_lag", "return_particles", "model_kwargs"]
+    later = ["token_streamer", "stream", "max_lag", "return_particles"]
+    later += ["potential", "text_tokenizer", "at_limit", "model_kwargs"]
     assert list(shown) == [*own, *names.values(), *later]
 
 
